@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+#
+# `make help` lists the targets. Variables: PYTHON (interpreter for the environment), VENV, PIP_ARGS (extra arguments
+# of every pip call), VLLM_TARGET (cpu, cuda, auto).
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# Passed on through the environment, so that no quoting can go wrong.
+export PIP_ARGS VLLM_TARGET PROMPT MODEL
+export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
+
+SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench-cpu clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  Python 3.11 or newer is needed: PYTHON=/path/to/python3.11'
+	@echo '  Where the CPU build of torch is not found: PIP_ARGS="--extra-index-url <PyTorch CPU wheel index>"'
+
+setup:  ## make .venv with vLLM (CPU build, or CUDA where there is a GPU) and this package
+	@$(SETUP) --extras demo,test
+
+demo: setup  ## serve the needle model, ask a question about a long text (PROMPT=file MODEL=path-or-id)
+	@$(PY) -m examples.demo $${PROMPT:+--prompt "$$PROMPT"} $${MODEL:+--model "$$MODEL"} $(DEMO_ARGS)
+
+test: setup  ## run the whole test suite (PYTEST_ARGS="-k select -x")
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+bench-cpu: setup  ## time to first token against the stock CPU backend
+	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)
+
+lint:  ## format and lint checks, types, licence headers
+	@$(SETUP) --extras dev,demo,test
+	@status=0; \
+	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py scripts/typecheck.py; do \
+		$(PY) $$check || status=1; \
+	done; \
+	exit $$status
+
+format:  ## rewrite sources in the project's format
+	@$(SETUP) --extras dev,demo,test
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean:  ## remove caches and build outputs
+	rm -rf build dist *.egg-info .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .triton .coverage
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment as well
+	rm -rf $(VENV)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Starts a stock ``vllm serve`` on a free loopback port, waits for it and ends it. Used by the demo and the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+HOST = "127.0.0.1"
+
+
+class ServerError(RuntimeError):
+    """The server ended before it was ready, or did not become ready in time. Shows the end of its log."""
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+class VLLMServer:
+    """A ``vllm serve`` process. Use as a context manager; leaving it ends the server and its children.
+
+    Args:
+        model: folder or Hugging Face id.
+        backend: attention backend, e.g. ``VSPREFILL``.
+        log: file that receives the server's output.
+        arguments: further command-line arguments.
+        options: VSPREFILL options, passed through ``--additional-config``.
+        environment: variables set on top of this process's.
+        on_wait: called about twice a second while waiting, with seconds waited and the last line of the log.
+        timeout: seconds to wait for readiness.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        backend: str,
+        log: Path,
+        *,
+        arguments: Sequence[str] = (),
+        options: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        on_wait: Callable[[float, str], None] | None = None,
+        timeout: float = 600,
+    ) -> None:
+        self.port = free_port()
+        self.log = log
+        self.on_wait = on_wait
+        self.timeout = timeout
+        self.process: subprocess.Popen[bytes] | None = None
+        vllm = Path(sys.executable).with_name("vllm")
+        self.command = [str(vllm), "serve", model, "--attention-backend", backend]
+        self.command += ["--host", HOST, "--port", str(self.port), *arguments]
+        if options:
+            self.command += ["--additional-config", json.dumps({"vsprefill": options})]
+        self.environment = {**os.environ, **(environment or {})}
+
+    @property
+    def url(self) -> str:
+        """Root of the server, without a trailing slash."""
+        return f"http://{HOST}:{self.port}"
+
+    def __enter__(self) -> VLLMServer:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            # A session of its own: Ctrl-C reaches this process only, which then ends the server in order.
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and everything it started."""
+        if self.process is None:
+            return
+        group = self.process.pid
+        for number, patience in ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+            if not _group_alive(self.process, group):
+                break
+            try:
+                os.killpg(group, number)
+            except ProcessLookupError:
+                break
+            deadline = time.monotonic() + patience
+            while _group_alive(self.process, group) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        self.process.wait()
+
+    def get(self, path: str) -> str:
+        """Body of a GET request to the server."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return str(response.read().decode())
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def densities(self) -> Densities:
+        """The density counters as they stand now."""
+        return Densities.parse(self.get("/metrics"))
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
+        start = time.monotonic()
+        while True:
+            waited = time.monotonic() - start
+            if (code := self.process.poll()) is not None:
+                raise ServerError(f"the server ended with exit code {code} before it was ready\n{self.tail()}")
+            if waited > self.timeout:
+                raise ServerError(f"the server was not ready after {self.timeout:.0f} s\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
+                    if response.status == 200:
+                        return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            if self.on_wait is not None:
+                self.on_wait(waited, self.tail(1))
+            time.sleep(0.4)
+
+
+class Densities:
+    """Counters of ``vsprefill_*`` at one moment, per layer."""
+
+    def __init__(self, computed: dict[int, float], causal: dict[int, float], sparse_chunks: dict[int, float]) -> None:
+        self.computed = computed
+        self.causal = causal
+        self.sparse_chunks = sparse_chunks
+
+    @classmethod
+    def parse(cls, metrics: str) -> Densities:
+        """Read them from the text of ``/metrics``."""
+
+        def series(pattern: str) -> dict[int, float]:
+            found: dict[int, float] = {}
+            for layer, value in re.findall(pattern, metrics, re.M):
+                found[int(layer)] = found.get(int(layer), 0.0) + float(value)
+            return found
+
+        return cls(
+            series(r'^vsprefill_pairs_computed_total\{.*?layer="(\d+)".*?\} (\S+)'),
+            series(r'^vsprefill_pairs_causal_total\{.*?layer="(\d+)".*?\} (\S+)'),
+            series(r'^vsprefill_chunks_total\{.*?layer="(\d+)".*?path="sparse".*?\} (\S+)'),
+        )
+
+    def since(self, earlier: Densities) -> Densities:
+        """What was counted after ``earlier``."""
+
+        def minus(now: dict[int, float], before: dict[int, float]) -> dict[int, float]:
+            return {layer: value - before.get(layer, 0.0) for layer, value in now.items()}
+
+        return Densities(
+            minus(self.computed, earlier.computed),
+            minus(self.causal, earlier.causal),
+            minus(self.sparse_chunks, earlier.sparse_chunks),
+        )
+
+    @property
+    def layers(self) -> dict[int, float]:
+        """Density of each layer that attended to anything."""
+        return {layer: self.computed[layer] / pairs for layer, pairs in sorted(self.causal.items()) if pairs}
+
+    @property
+    def mean(self) -> float:
+        """Density over all layers; 1 if nothing was counted."""
+        total = sum(self.causal.values())
+        return sum(self.computed.values()) / total if total else 1.0
+
+    @property
+    def ran_sparse(self) -> bool:
+        """Whether any layer computed a chunk sparsely."""
+        return any(chunks > 0 for chunks in self.sparse_chunks.values())
+
+
+def _group_alive(process: subprocess.Popen[bytes], group: int) -> bool:
+    process.poll()
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

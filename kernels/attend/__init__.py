@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Sparse attention over selected columns and diagonals."""
+
+from .tiled import attend
+
+__all__ = ["attend"]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Sparse causal attention over an explicit mask: the plain reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_attend
+from ..merge.naive import merge
+from ..types import Selection, SparsePattern
+
+
+def visible(
+    selection: Selection, pattern: SparsePattern, *, head: int, num_rows: int, context_len: int, device: torch.device
+) -> Tensor:
+    """The mask of one KV head for the last ``num_rows`` rows of a context.
+
+    Returns:
+        bool ``[num_rows, context_len]``; row ``r`` stands for the query at position
+        ``context_len - num_rows + r``.
+    """
+    n = context_len
+    columns = selection.columns[head, : int(selection.num_columns[head])]
+    distances = selection.distances[head, : int(selection.num_distances[head])]
+    mask = torch.zeros(num_rows, n, dtype=torch.bool, device=device)
+    first_row = n - num_rows
+    for tile in range(first_row // pattern.block_q, (n - 1) // pattern.block_q + 1):
+        start, end = tile * pattern.block_q, min((tile + 1) * pattern.block_q, n)
+        keys = merge(columns, distances, tile_start=start, tile_end=end, context_len=n, pattern=pattern)
+        mask[max(start - first_row, 0) : end - first_row, keys] = True
+    if pattern.dense_last:
+        mask[-pattern.dense_last :] = True
+    rows = torch.arange(first_row, n, device=device)
+    return mask & (torch.arange(n, device=device) <= rows.unsqueeze(1))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    pattern: SparsePattern,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Sparse causal attention of the last rows of one sequence.
+
+    Row ``r`` is the query at position ``i = n - T + r``. With ``t = i // block_q`` it attends to key ``j <= i`` if
+    ``j`` is a selected column of its KV head, or if ``j`` lies in a granule that tile ``t`` touches along a selected
+    distance, the local window or the sinks (see ``merge``), or if ``i >= n - dense_last``. Each key counts once.
+    Query head ``g`` uses KV head ``g // (Hq // Hkv)``.
+
+    Computed in float64 for float32 and float64 inputs, else in float32.
+
+    Args:
+        q: ``[T, Hq, D]``, any strides.
+        k: ``[n, Hkv, D]`` with ``n >= T``, any strides.
+        v: ``[n, Hkv, D]``, any strides.
+        selection: columns and distances per KV head.
+        pattern: tile, granule, window, sinks, dense rows.
+        scale: factor on ``q . k`` before the softmax.
+        out: ``[T, Hq, D]``, written if given.
+
+    Returns:
+        ``(out, visited)``: the output in the dtype of ``q``, and the number of (row, key) pairs that entered a
+        softmax, summed over rows and KV heads (not query heads).
+
+    Raises:
+        ValueError: dtype, shape or device mismatch, or indices out of range; the message names the argument.
+    """
+    check_attend(q, k, v, selection, pattern, scale, out)
+    num_rows, num_heads, _ = q.shape
+    context_len, num_kv_heads, _ = k.shape
+    group = num_heads // num_kv_heads
+    dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    visited = 0
+    for head in range(num_kv_heads):
+        mask = visible(selection, pattern, head=head, num_rows=num_rows, context_len=context_len, device=q.device)
+        visited += int(mask.sum())
+        heads = slice(head * group, (head + 1) * group)
+        # [group, T, n]
+        logits = torch.einsum("tgd,nd->gtn", q[:, heads].to(dtype), k[:, head].to(dtype)) * scale
+        probs = torch.softmax(logits.masked_fill_(~mask, float("-inf")), dim=-1)
+        out[:, heads] = torch.einsum("gtn,nd->tgd", probs, v[:, head].to(dtype)).to(out.dtype)
+    return out, visited

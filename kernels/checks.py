@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Argument checks shared by the operations. Every failure is a ``ValueError`` that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .types import Selection, SparsePattern
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> Tensor:
+    """Returns ``value`` if it is a tensor of ``ndim`` axes and one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must have dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_like(name: str, value: Tensor, like_name: str, like: Tensor, *, shape: bool = False) -> None:
+    """Checks that ``value`` has the dtype and device of ``like``, and its shape if ``shape`` is set."""
+    if value.dtype != like.dtype:
+        raise ValueError(f"{name} has dtype {value.dtype} but {like_name} has {like.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}")
+    if shape and value.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)} but {like_name} has {tuple(like.shape)}")
+
+
+def check_scale(scale: float) -> None:
+    """Checks that the softmax scale is a positive finite number."""
+    if not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"scale must be a positive finite number, got {scale!r}")
+
+
+def check_query_key(q: Tensor, k: Tensor) -> None:
+    """Checks q ``[T, Hq, D]`` against k ``[n, Hkv, D]``, T <= n, Hq a multiple of Hkv."""
+    check_tensor("q", q, 3)
+    check_tensor("k", k, 3)
+    check_like("k", k, "q", q)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k has head size {k.shape[2]} but q has {q.shape[2]}")
+    if min(q.shape[1:]) == 0 or k.shape[1] == 0:
+        raise ValueError(f"q and k need at least one head and one channel, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of the {k.shape[1]} KV heads of k")
+    if q.shape[0] == 0:
+        raise ValueError("q must have at least one row")
+    if q.shape[0] > k.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows but k has only {k.shape[0]} positions")
+
+
+def check_selection(selection: Selection, num_kv_heads: int, device: torch.device) -> None:
+    """Checks dtypes, shapes and device of a selection; reads no values."""
+    for items_name, count_name in (("columns", "num_columns"), ("distances", "num_distances")):
+        items = check_tensor(f"selection.{items_name}", getattr(selection, items_name), 2, (torch.int32,))
+        counts = check_tensor(f"selection.{count_name}", getattr(selection, count_name), 1, (torch.int32,))
+        for name, value in ((items_name, items), (count_name, counts)):
+            if value.shape[0] != num_kv_heads:
+                raise ValueError(f"selection.{name} has {value.shape[0]} rows but k has {num_kv_heads} KV heads")
+            if value.device != device:
+                raise ValueError(f"selection.{name} is on {value.device} but q is on {device}")
+
+
+def check_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    pattern: SparsePattern,
+    scale: float,
+    out: Tensor | None,
+) -> None:
+    """Checks every argument of ``attend``."""
+    check_query_key(q, k)
+    check_tensor("v", v, 3)
+    check_like("v", v, "k", k, shape=True)
+    check_selection(selection, k.shape[1], q.device)
+    if not isinstance(pattern, SparsePattern):
+        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+    check_scale(scale)
+    if out is not None:
+        check_tensor("out", out, 3)
+        check_like("out", out, "q", q, shape=True)

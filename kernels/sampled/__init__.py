@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Training-free estimate of columns and diagonals."""
+
+from .blocked import sampled
+
+__all__ = ["sampled"]

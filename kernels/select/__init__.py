@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Selection of columns and diagonals by cumulative threshold."""
+
+from .cutoff import distributions, select
+
+__all__ = ["distributions", "select"]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Selection by cumulative threshold: the plain reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_like, check_tensor
+from ..types import Selection
+
+
+def check_distributions(logits: Tensor) -> None:
+    """Checks the argument of ``distributions``."""
+    check_tensor("logits", logits, 3)
+    if logits.shape[0] == 0 or logits.shape[2] != 2:
+        raise ValueError(f"logits must have shape [n >= 1, H, 2], got {tuple(logits.shape)}")
+
+
+def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns the logits of a whole context into distributions over columns and distances.
+
+    The token at position ``t`` of a context of ``n`` tokens speaks for column ``t`` with its vertical logit and for
+    distance ``n - 1 - t`` with its slash logit.
+
+    Args:
+        logits: float ``[n, H, 2]`` as returned by ``score``.
+
+    Returns:
+        ``(p_columns, p_distances)``, float32 ``[H, n]`` each, every row sums to one.
+
+    Raises:
+        ValueError: wrong dtype or shape, or no token.
+    """
+    check_distributions(logits)
+    # [2, H, n]: the context innermost, so that softmax and the later sort run over contiguous memory
+    probs = torch.softmax(logits.float().permute(2, 1, 0).contiguous(), dim=-1)
+    return probs[0], probs[1].flip(-1)
+
+
+def _check_budget(kind: str, least: int, most: int | None) -> None:
+    for name, value in ((f"min_{kind}", least), (f"max_{kind}", most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+    if most is not None and least > most:
+        raise ValueError(f"min_{kind} is {least}, above max_{kind}, which is {most}")
+
+
+def _check_tau(name: str, tau: Tensor | float, heads: int, device: torch.device) -> Tensor:
+    value = torch.as_tensor(tau, dtype=torch.float64, device=device)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != heads):
+        raise ValueError(f"{name} must be a number or have shape [{heads}], got shape {tuple(value.shape)}")
+    if bool(torch.isnan(value).any()):
+        raise ValueError(f"{name} must not be NaN")
+    return value.expand(heads)
+
+
+def check_select(
+    p_columns: Tensor,
+    p_distances: Tensor,
+    tau_columns: Tensor | float,
+    tau_distances: Tensor | float,
+    min_columns: int,
+    max_columns: int | None,
+    min_distances: int,
+    max_distances: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Checks every argument of ``select``; returns both thresholds as float64 ``[H]``."""
+    check_tensor("p_columns", p_columns, 2)
+    check_tensor("p_distances", p_distances, 2)
+    check_like("p_distances", p_distances, "p_columns", p_columns, shape=True)
+    if p_columns.shape[1] == 0:
+        raise ValueError("p_columns must have at least one position")
+    _check_budget("columns", min_columns, max_columns)
+    _check_budget("distances", min_distances, max_distances)
+    heads, device = p_columns.shape[0], p_columns.device
+    return (
+        _check_tau("tau_columns", tau_columns, heads, device),
+        _check_tau("tau_distances", tau_distances, heads, device),
+    )
+
+
+def threshold(probs: Tensor, tau: Tensor, least: int, most: int | None) -> tuple[Tensor, Tensor]:
+    """Smallest sets of one kind that reach ``tau``, of all heads.
+
+    Args:
+        probs: float ``[H, n]``.
+        tau: float64 ``[H]``.
+        least: entries kept at least.
+        most: entries kept at most; None: no cap.
+
+    Returns:
+        int32 ``[H, largest count]``, ascending and filled up with ``n``, and the counts, int32 ``[H]``.
+    """
+    n = probs.shape[1]
+    # NaN counts as the largest value, so a broken estimate is kept first and never hidden.
+    ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+    cumulative = torch.cumsum(ranked, dim=-1, dtype=torch.float64)
+    # The first k entries reach tau for the first time where their sum is not below it. With NaN no comparison
+    # holds, so the count is n: without a usable estimate everything is kept.
+    reached = cumulative >= tau.unsqueeze(1)
+    counts = torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1) + 1, n)
+    counts = torch.where(tau <= 0, 0, counts)
+    counts = torch.where(tau >= 1, n, counts)
+    counts = counts.clamp(min=least)
+    counts = counts.clamp(max=n if most is None else min(most, n))
+    width = int(counts.max()) if counts.numel() else 0
+    rank = torch.arange(width, device=probs.device)
+    # Ranks beyond the count become n, which sorts behind every position.
+    kept = torch.where(rank < counts.unsqueeze(1), order[:, :width], n)
+    return torch.sort(kept, dim=-1).values.int(), counts.int()
+
+
+def select(
+    p_columns: Tensor,
+    p_distances: Tensor,
+    *,
+    tau_columns: Tensor | float,
+    tau_distances: Tensor | float,
+    min_columns: int = 0,
+    max_columns: int | None = None,
+    min_distances: int = 0,
+    max_distances: int | None = None,
+) -> Selection:
+    """Per KV head, the smallest sets of columns and distances whose probability reaches the thresholds.
+
+    Entries are taken from the largest probability down; equal ones from the lower position or smaller distance up.
+    A threshold >= 1 takes everything, whatever the rounding; <= 0 takes the minimum only. Then the budgets apply:
+    at least ``min_*``, at most ``max_*`` (None: no cap) and never more than ``n``.
+    A head whose probabilities hold a NaN keeps everything, up to its maximum.
+
+    Args:
+        p_columns: float ``[H, n]``.
+        p_distances: float ``[H, n]``, same dtype and device.
+        tau_columns: number, or ``[H]``.
+        tau_distances: number, or ``[H]``.
+        min_columns: entries kept at least.
+        max_columns: entries kept at most.
+        min_distances: entries kept at least.
+        max_distances: entries kept at most.
+
+    Returns:
+        The selection; its arrays are as wide as the largest count.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, a NaN threshold, or a minimum above its maximum.
+    """
+    tau_c, tau_d = check_select(
+        p_columns, p_distances, tau_columns, tau_distances, min_columns, max_columns, min_distances, max_distances
+    )
+    columns, num_columns = threshold(p_columns, tau_c, min_columns, max_columns)
+    distances, num_distances = threshold(p_distances, tau_d, min_distances, max_distances)
+    return Selection(columns, num_columns, distances, num_distances)

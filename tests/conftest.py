@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the libraries that read them: no test reaches for the network, and none is counted as use.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import hypothesis
+import pytest
+
+# Options set in the caller's shell would change what the tests see.
+for _name in [name for name in os.environ if name.startswith("VSPREFILL_")]:
+    del os.environ[_name]
+
+# No deadline: on a busy machine the first example of a test also pays for imports. The examples are the same on every
+# run, so that a failure seen in continuous integration can be had again elsewhere.
+hypothesis.settings.register_profile(
+    "default_run",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "thorough", parent=hypothesis.settings.get_profile("default_run"), max_examples=1000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_run"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The package as it is installed, started from a checkout, and set up by the scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".cache", "*_cache", "__pycache__", "build", "*.egg-info", "out", ".gpu", ".whl", ".hypothesis"
+)
+
+
+def run_python(code: str, cwd: Path, *path: Path, safe: bool = False) -> str:
+    """Output of a fresh interpreter; `safe` keeps the working folder off its path."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    command = [sys.executable, *(["-P"] if safe else []), "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # In a copy: building leaves folders behind, and what an earlier build left would get into the wheel.
+    tree = tmp_path_factory.mktemp("tree") / "source"
+    tree.mkdir()
+    for name in ("vllm_vsprefill", "kernels", "indexer_ckpts"):
+        shutil.copytree(ROOT / name, tree / name, ignore=LEFT_OUT)
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, tree)
+    (tree / "indexer_ckpts" / "sample").mkdir()
+    (tree / "indexer_ckpts" / "sample" / "config.json").write_text("{}")
+    (tree / "indexer_ckpts" / "sample" / "indexer.safetensors").write_bytes(b"0")
+    (tree / "indexer_ckpts" / "sample" / "optimizer.pt").write_bytes(b"0")
+    out = tmp_path_factory.mktemp("wheel")
+    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    return out / run_python(code, tree, safe=True).splitlines()[-1]
+
+
+def sources(folder: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT / folder))
+        for path in (ROOT / folder).rglob("*.py")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_the_checkpoints(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, package in (
+        ("vllm_vsprefill", "vllm_vsprefill"),
+        ("kernels", "vllm_vsprefill/kernels"),
+        ("indexer_ckpts", "vllm_vsprefill/indexer_ckpts"),
+    ):
+        assert {f"{package}/{name}" for name in sources(folder)} <= names
+    assert "vllm_vsprefill/py.typed" in names
+    sample = {name for name in names if "/sample/" in name}
+    assert sample == {
+        "vllm_vsprefill/indexer_ckpts/sample/config.json",
+        "vllm_vsprefill/indexer_ckpts/sample/indexer.safetensors",
+    }
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_vsprefill"}
+    assert any(name.endswith(("licenses/LICENSE", ".dist-info/LICENSE")) for name in names)
+
+
+@pytest.mark.slow
+def test_wheel_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    texts = {Path(name).name: name for name in archive.namelist() if ".dist-info/" in name}
+    metadata = archive.read(texts["METADATA"]).decode()
+    assert "Requires-Python: >=3.10" in metadata
+    required = [
+        line.removeprefix("Requires-Dist: ")
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist: ") and "extra ==" not in line
+    ]
+    assert required
+    # A requirement on either would put a CUDA build over a working CPU build.
+    assert not [line for line in required if line.startswith(("torch", "vllm"))]
+    entry_points = archive.read(texts["entry_points.txt"]).decode()
+    assert "[vllm.general_plugins]\nvsprefill = vllm_vsprefill.registration:register" in entry_points
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_and_inside_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import vllm_vsprefill.kernels.select.naive as m, vllm_vsprefill.indexer_ckpts; print(m.__file__)"
+    assert Path(run_python(code, tmp_path, site)).is_relative_to(site)
+    # Started in the repository root, that tree is used, and used whole.
+    assert run_python(code, ROOT, site) == str(ROOT / "kernels" / "select" / "naive.py")
+
+
+def test_a_bare_checkout_works(tmp_path: Path) -> None:
+    for name in ("vllm_vsprefill", "kernels", "indexer_ckpts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=LEFT_OUT)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = (
+        "import vllm_vsprefill.kernels.merge.naive as m, vllm_vsprefill.indexer_ckpts as i\n"
+        "print(m.__file__, i.__file__)"
+    )
+    expected = f"{tmp_path}/kernels/merge/naive.py {tmp_path}/indexer_ckpts/__init__.py"
+    assert run_python(code, tmp_path) == expected
+
+
+def test_the_folder_kernels_does_not_shadow_the_library_of_that_name(tmp_path: Path) -> None:
+    library = tmp_path / "kernels"
+    (library / "layer").mkdir(parents=True)
+    (library / "__init__.py").write_text("from .layer import MARK\n")
+    (library / "layer" / "__init__.py").write_text("MARK = 'the library'\n")
+    code = "import kernels, kernels.layer; from kernels import MARK; print(MARK, kernels.__file__)"
+    assert run_python(code, ROOT, tmp_path) == f"the library {library / '__init__.py'}"
+    # And without the library, transformers must find out by itself that it is not there.
+    assert run_python("from transformers.utils import is_kernels_available as f; print(f())", ROOT) in ("False", "True")
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, vllm_vsprefill, vllm_vsprefill.registration; "
+        "print(sorted({'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    assert run_python(code, ROOT) == "[]"
+
+
+def test_installed_entry_point_and_version() -> None:
+    import vllm_vsprefill
+
+    installed = distribution("vllm-vsprefill")
+    assert installed.version == vllm_vsprefill.__version__
+    points = [point for point in installed.entry_points if point.group == "vllm.general_plugins"]
+    assert [(point.name, point.value) for point in points] == [("vsprefill", "vllm_vsprefill.registration:register")]
+    assert callable(points[0].load())
+
+
+# --- scripts
+
+
+def test_requirements_of_cpu_vllm_are_filtered() -> None:
+    torch, others = script("setup_env").wanted_requirements(
+        [
+            "regex",
+            "Torch_Audio; sys_platform == 'linux'",
+            'torch==2.13.0+cpu; platform_machine == "x86_64"',
+            'torch==2.13.0; platform_system == "Darwin"',
+            "torchaudio; platform_machine != 's390x'",
+            "torchvision",
+            "TorchCodec>=0.14",
+            "torch-like>=1",
+            'pandas; extra == "bench"',
+            "fastapi[standard]<0.137.0,>=0.133.0",
+            "",
+        ]
+    )
+    assert torch == ['torch==2.13.0+cpu; platform_machine == "x86_64"', 'torch==2.13.0; platform_system == "Darwin"']
+    assert others == [
+        "regex",
+        "Torch_Audio; sys_platform == 'linux'",
+        "torch-like>=1",
+        "fastapi[standard]<0.137.0,>=0.133.0",
+    ]
+
+
+def test_unfit_interpreters_are_named() -> None:
+    problem = script("setup_env").interpreter_problem
+    assert problem((3, 11), True) is None
+    assert problem((3, 8), True) == "Python 3.11 to 3.14 is needed, this is 3.8"
+    assert "this is 3.15" in problem((3, 15), True)
+    assert "venv or ensurepip module is missing" in problem((3, 12), False)
+    assert "python3.12-venv" in problem((3, 12), False)
+
+
+def fake_executable(folder: Path, name: str, output: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho '{output}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_old_interpreter_is_replaced_by_one_from_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_env = script("setup_env")
+    old = fake_executable(tmp_path, "python3", "3 8 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(old))
+    with pytest.raises(setup_env.SetupError, match=r"needed, this is 3\.8\.\n.*make PYTHON=/path/to/python3\.11"):
+        setup_env.pick_interpreter()
+    fake_executable(tmp_path, "python3.12", "3 12 0")  # without venv
+    good = fake_executable(tmp_path, "python3.13", "3 13 1")
+    assert setup_env.pick_interpreter() == str(good)
+
+
+def test_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_env = script("setup_env")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("VLLM_TARGET", raising=False)
+    assert setup_env.detect_target() == "cpu"
+    fake_executable(tmp_path, "nvidia-smi", "No devices were found")
+    assert setup_env.detect_target() == "cpu"
+    fake_executable(tmp_path, "nvidia-smi", "GPU 0: NVIDIA H200 (UUID: GPU-1)")
+    assert setup_env.detect_target() == "cuda"
+    monkeypatch.setenv("VLLM_TARGET", "CPU")
+    assert setup_env.detect_target() == "cpu"
+    monkeypatch.setenv("VLLM_TARGET", "tpu")
+    with pytest.raises(setup_env.SetupError, match="VLLM_TARGET='tpu': expected cpu, cuda or auto"):
+        setup_env.detect_target()
+
+
+def test_a_finished_environment_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_env = script("setup_env")
+    monkeypatch.setenv("VLLM_TARGET", "cpu")
+    for name in ("make_venv", "Runner"):
+        monkeypatch.setattr(setup_env, name, lambda *_: pytest.fail("nothing was to be done"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    stamp = {"fingerprint": setup_env.fingerprint((3, 11), "cpu"), "extras": ["demo", "test"], "version": [3, 11]}
+    (tmp_path / setup_env.STAMP).write_text(json.dumps(stamp))
+    setup_env.setup(tmp_path, {"demo"})
+    with pytest.raises(pytest.fail.Exception):
+        setup_env.setup(tmp_path, {"dev"})
+    monkeypatch.setenv("VLLM_TARGET", "cuda")
+    with pytest.raises(pytest.fail.Exception):
+        setup_env.setup(tmp_path, {"demo"})
+
+
+class FailingTorch:
+    """Stands in for the runner where the index has no CPU build of torch."""
+
+    def __init__(self, venv: Path) -> None:
+        self.venv, self.log = venv, venv / "log"
+
+    def ask(self, *_: object) -> str:
+        return "torch==2.13.0+cpu\nregex\n"
+
+    def pip(self, arguments: list[object], title: str) -> None:
+        if "torch" in title:
+            raise script_error(f"{title} failed (exit status 1):\n   | ERROR: No matching distribution found")
+
+
+script_error: type[Exception] = Exception
+
+
+def test_a_missing_cpu_build_of_torch_comes_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_env = script("setup_env")
+    monkeypatch.setattr(sys.modules[__name__], "script_error", setup_env.SetupError)
+    monkeypatch.setenv("MAKE_GOAL", "demo")
+    with pytest.raises(setup_env.SetupError) as caught:
+        setup_env.install_cpu_vllm(FailingTorch(tmp_path))
+    message = str(caught.value)
+    assert "No matching distribution found" in message
+    assert 'make demo PIP_ARGS="--extra-index-url <address of PyTorch\'s CPU wheel index>"' in message
+
+
+def test_makefile_passes_a_persons_text_and_model_on() -> None:
+    command = ["make", "--no-print-directory", "-n", "demo", "PROMPT=a file's name.txt", "MODEL=owner/name"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 'examples.demo ${PROMPT:+--prompt "$PROMPT"} ${MODEL:+--model "$MODEL"}' in shown
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "demo", "test", "lint", "bench-cpu", "clean"):
+        assert f"make {target} " in help_text
+
+
+def test_every_source_has_its_licence_and_none_reads_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = script("check_sources")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "pkg").mkdir()
+    bad = {"a.py": "print(1)\n", "b.py": f"# {check.LICENCE}\n# {check.COPYRIGHT}\ntorch.load(x)\n", "c.pt": "x"}
+    for name, text in bad.items():
+        (tmp_path / "pkg" / name).write_text(text)
+    found = [problem for path in check.files(tmp_path) for problem in check.problems(path)]
+    assert found == [
+        "pkg/a.py: no SPDX licence and copyright lines at its top",
+        "pkg/b.py: reads pickles",
+        "pkg/c.pt: weights are kept as .safetensors only",
+    ]

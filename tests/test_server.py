@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""A server over HTTP, used the way people use one: the openai client, several at once, impatient, in error."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from examples.needle import tasks
+from examples.server import ServerError, VLLMServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "needle" / "model"
+OPTIONS = {"min_context": 1024}
+LIMIT = 8192
+ARGUMENTS = ["--served-model-name", "needle", "--max-model-len", str(LIMIT), "--max-num-batched-tokens", "1024"]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def serve(folder: Path, *extra: str, options: Any = OPTIONS, **environment: str) -> VLLMServer:
+    return VLLMServer(
+        str(MODEL),
+        "vsprefill",
+        folder / "server.log",
+        arguments=[*ARGUMENTS, *extra],
+        options=options,
+        environment={**ENVIRONMENT, **environment},
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    with serve(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: VLLMServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+
+
+def problem(tokens: int, seed: int = 0, task: tasks.Task = "single") -> tasks.Problem:
+    return tasks.make_problem(np.random.default_rng((tokens, seed)), task, "words", tokens)
+
+
+def ask(client: openai.OpenAI, asked: tasks.Problem, **settings: Any) -> str:
+    answer = client.chat.completions.create(
+        model="needle", messages=asked.messages(), max_tokens=48, temperature=0, **settings
+    )
+    return answer.choices[0].message.content or ""
+
+
+def test_chat_answers_a_long_prompt_sparsely(server: VLLMServer, client: openai.OpenAI) -> None:
+    asked = problem(6000)
+    before = server.densities()
+    assert asked.is_correct(ask(client, asked))
+    counted = server.densities().since(before)
+    assert counted.ran_sparse
+    assert sorted(counted.layers) == list(range(6))
+    assert 0 < counted.mean < 1
+
+
+def test_streaming(client: openai.OpenAI) -> None:
+    asked = problem(4000)
+    stream = client.chat.completions.create(
+        model="needle", messages=asked.messages(), max_tokens=48, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert asked.is_correct("".join(pieces))
+    assert sum(bool(piece) for piece in pieces) > 2
+
+
+def test_completions_with_token_ids(client: openai.OpenAI) -> None:
+    asked = problem(3000)
+    answer = client.completions.create(model="needle", prompt=asked.prompt_ids.tolist(), max_tokens=48, temperature=0)
+    assert asked.is_correct(answer.choices[0].text)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 3000
+
+
+def test_eight_prompts_of_different_lengths_at_once(server: VLLMServer, client: openai.OpenAI) -> None:
+    lengths = (300, 900, 1500, 2100, 3000, 4100, 5000, 7000)
+    asked = [problem(length, 1) for length in lengths]
+    before = server.densities()
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: ask(client, one), asked))
+    assert [one.is_correct(answer) for one, answer in zip(asked, answers, strict=True)] == [True] * len(asked)
+    assert server.densities().since(before).ran_sparse
+
+
+def test_client_that_leaves_while_its_prompt_is_read(server: VLLMServer, client: openai.OpenAI) -> None:
+    """The server drops the request, and the next answer, over reused blocks, is right."""
+    body = {"model": "needle", "messages": problem(8000, 2).messages(), "max_tokens": 48, "stream": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+    deadline = time.monotonic() + 60
+    while "vllm:num_requests_running{" in (text := server.get("/metrics")) and time.monotonic() < deadline:
+        if all(line.endswith(" 0.0") for line in text.splitlines() if line.startswith("vllm:num_requests_running{")):
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("the request still runs a minute after its client left")
+    asked = problem(6000, 3)
+    assert asked.is_correct(ask(client, asked))
+
+
+def test_prompt_one_token_over_the_limit(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|max_model_len|longer than"):
+        client.completions.create(model="needle", prompt=problem(LIMIT + 1).prompt_ids.tolist(), max_tokens=1)
+
+
+def test_prompt_of_exactly_the_limit(client: openai.OpenAI) -> None:
+    asked = problem(LIMIT - 32)
+    answer = client.completions.create(model="needle", prompt=asked.prompt_ids.tolist(), max_tokens=32, temperature=0)
+    assert asked.is_correct(answer.choices[0].text)
+
+
+def test_shared_prefix_is_reused_and_the_answer_stays(server: VLLMServer, client: openai.OpenAI) -> None:
+    asked = problem(5000, 4)
+    before = server.densities()
+    first = ask(client, asked)
+    middle = server.densities()
+    assert ask(client, asked) == first
+    after = server.densities()
+    assert sum(after.since(middle).causal.values()) < 0.2 * sum(middle.since(before).causal.values())
+
+
+def test_the_log_names_the_estimator(server: VLLMServer) -> None:
+    log = server.log.read_text()
+    assert "Using VSPREFILL on top of stock CPU attention" in log
+    assert "trained indexer for needle" in log
+    assert "Traceback" not in log
+
+
+def test_two_servers_and_two_api_processes(server: VLLMServer, client: openai.OpenAI, tmp_path: Path) -> None:
+    """A second server beside the first, with two API processes, counts on its own and disturbs nobody."""
+    with serve(tmp_path, "--api-server-count", "2") as second:
+        other = openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", timeout=300, max_retries=0)
+        before = server.densities()
+        asked = problem(4000, 5)
+        assert asked.is_correct(ask(other, asked))
+        assert second.densities().ran_sparse
+        assert not server.densities().since(before).ran_sparse
+        assert asked.is_correct(ask(client, asked))
+
+
+def test_refusal_reaches_the_terminal(tmp_path: Path) -> None:
+    """Before any engine process starts, with every problem and without a page of pydantic."""
+    with pytest.raises(ServerError) as caught, serve(tmp_path, options={"tau_colums": 2, "window": "x"}):
+        pass
+    text = str(caught.value)
+    assert "did you mean tau_columns" in text
+    assert "window" in text
+    log = (tmp_path / "server.log").read_text()
+    assert "EngineCore" not in log
+
+
+def test_environment_options_reach_the_engine(tmp_path: Path) -> None:
+    with serve(tmp_path, options=None, VSPREFILL_ENABLED="false") as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=300, max_retries=0)
+        asked = problem(4000, 6)
+        assert asked.is_correct(ask(client, asked))
+        assert "switched off" in running.log.read_text()
+        assert not running.densities().ran_sparse
+
+
+def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
+    """In the middle of a prefill; no process is left and the exchange folder is gone."""
+    with serve(tmp_path) as running:
+        assert running.process is not None
+        body = {"model": "needle", "prompt": problem(8000, 7).prompt_ids.tolist(), "max_tokens": 4}
+        sender = threading.Thread(target=lambda: _swallow(running.url, body))
+        sender.start()
+        time.sleep(0.5)
+        running.process.send_signal(2)
+        assert running.process.wait(timeout=60) is not None
+        sender.join(timeout=60)
+        assert not list(Path(tempfile.gettempdir()).glob(f"vsprefill-{running.process.pid}-*"))
+
+
+def _swallow(url: str, body: dict[str, Any]) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def test_starting_from_the_repository_root_by_module(tmp_path: Path) -> None:
+    """`python -m` puts the working folder, with this project's `kernels/`, first on the path."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "attention" in done.stdout

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Everything that depends on how a particular vLLM is built, in one place.
+
+vLLM has no public hook for an out-of-tree attention backend on CPU and none for checking a plugin's options before the
+engine starts, so two class methods of the platform are wrapped. Both wrappers do nothing but call the original unless
+the user selected ``VSPREFILL``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_vsprefill.registration import BACKEND_NAME
+
+SUPPORTED_VLLM = (">=0.26", "<0.34")
+"""Range of vLLM releases this package was written against."""
+
+_MARK = "_vsprefill_wrapped"
+
+# Fields of vLLM's AttentionSelectorConfig, as far as the running vLLM has them, and what each asks for.
+_UNCOVERED = {
+    "use_mm_prefix": "bidirectional attention over a multimodal prefix",
+    "use_non_causal": "non-causal attention",
+    "use_batch_invariant": "batch invariance (the selection depends on the chunks)",
+    "use_pcp": "prefill context parallelism",
+    "use_dcp": "decode context parallelism",
+    "use_rswa": "reference sliding-window attention",
+}
+
+
+def install_platform_hooks() -> None:
+    """Wrap the current platform's configuration check and, on CPU, its choice of attention backend. Idempotent."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    _wrap_classmethod(platform, "check_and_update_config", _checking_our_options)
+    if current_platform.is_cpu():
+        _wrap_classmethod(platform, "get_attn_backend_cls", _offering_our_backend)
+
+
+def vllm_version() -> str:
+    """Version of the vLLM that is running. Read from the package: the CPU wheel's distribution has another name."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def unsupported_version() -> str | None:
+    """Why this vLLM is not supported, or None. A version that cannot be parsed (a local build) counts as supported."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    found = vllm_version()
+    try:
+        version = Version(found)
+    except InvalidVersion:
+        return None
+    if version.is_devrelease or SpecifierSet(",".join(SUPPORTED_VLLM)).contains(version, prereleases=True):
+        return None
+    return f"vLLM {found} is installed; this version of vllm-vsprefill supports {', '.join(SUPPORTED_VLLM)}"
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether the user chose VSPREFILL for this engine, for every layer or for some kind of layer."""
+    attention = getattr(vllm_config, "attention_config", None)
+    chosen = [getattr(attention, "backend", None)]
+    per_kind = getattr(attention, "backend_per_kind", None)
+    if isinstance(per_kind, dict):
+        chosen += per_kind.values()
+    return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
+
+
+def attach_side_layer(vllm_config: Any, name: str, layer: Any) -> None:
+    """Add a pseudo attention layer to the model so that vLLM budgets, allocates and binds a cache for it."""
+    context = vllm_config.compilation_config.static_forward_context
+    if name not in context:
+        context[name] = layer
+
+
+def _wrap_classmethod(cls: type, name: str, make: Callable[[Any], Any]) -> None:
+    original = getattr(cls, name).__func__
+    if getattr(original, _MARK, False):
+        return
+    wrapper = make(original)
+    setattr(wrapper, _MARK, True)
+    wrapper.__doc__ = original.__doc__
+    setattr(cls, name, classmethod(wrapper))
+
+
+def _checking_our_options(original: Any) -> Any:
+    """Refuse a bad configuration where vLLM checks its own: in the parent process, before anything is spawned."""
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> Any:
+        result = original(cls, vllm_config)
+        if is_selected(vllm_config):
+            from vllm_vsprefill import startup
+
+            startup.check(vllm_config)
+        return result
+
+    return check_and_update_config
+
+
+def _offering_our_backend(original: Any) -> Any:
+    """Let CPU layers use the backend. The stock method answers CPU_ATTN to whatever was selected."""
+
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        from vllm.logger import init_logger
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        logger = init_logger("vllm.vsprefill")
+        # The stock method also refuses what CPU attention cannot do; keep that by asking it first.
+        stock = original(cls, AttentionBackendEnum.CPU_ATTN, attn_selector_config, *args, **kwargs)
+        if stock != AttentionBackendEnum.CPU_ATTN.get_path():
+            logger.info_once("VSPREFILL does not cover layers that need %s; they use it unchanged.", stock)
+            return stock
+        attn_type = getattr(attn_selector_config.attn_type, "value", attn_selector_config.attn_type)
+        reasons = [f"{attn_type} layers"] if attn_type != "decoder" else []
+        reasons += [text for field, text in _UNCOVERED.items() if getattr(attn_selector_config, field, False)]
+        if reasons:
+            logger.info_once("VSPREFILL does not cover %s: stock CPU attention.", ", ".join(reasons))
+            return stock
+        logger.info_once("Using VSPREFILL on top of stock CPU attention.")
+        return selected_backend.get_path()
+
+    return get_attn_backend_cls

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""VSPREFILL on vLLM's CPU platform: the stock CPU backend, with long prefills routed through score, select, attend."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_vsprefill import _compat
+from vllm_vsprefill.backends import cpu_layout
+from vllm_vsprefill.kernels.attend import attend
+from vllm_vsprefill.kernels.sampled import sampled
+from vllm_vsprefill.kernels.score import score
+from vllm_vsprefill.kernels.select import distributions, select
+from vllm_vsprefill.kernels.types import Selection, SparsePattern
+from vllm_vsprefill.plan import RequestRows, StepPlan, plan_step
+from vllm_vsprefill.registration import BACKEND_NAME
+from vllm_vsprefill.runtime import LayerState, Runtime, Workspace, find_layer_name
+from vllm_vsprefill.side_cache import SUFFIX, LogitCache
+from vllm_vsprefill.stats import LayerCounts
+
+
+class VSPrefillCPUBackend(CPUAttentionBackend):
+    """Stock CPU attention with sparse prefill of long contexts."""
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[VSPrefillCPUImpl]:
+        return VSPrefillCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[VSPrefillCPUMetadataBuilder]:
+        return VSPrefillCPUMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseRun:
+    """Requests next to each other in the batch that the stock kernel computes in one call."""
+
+    row_start: int
+    row_end: int
+    metadata: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SparseStep:
+    """Attached to the stock metadata.
+
+    Attributes:
+        plan: which rows run sparse.
+        dense_runs: stock metadata of the other rows; empty if all rows are dense.
+        fallbacks: for each sparse request, stock metadata of its rows, for layers where sparse would not pay.
+        block_ids: for each sparse request, its blocks.
+        context_lens: for each sparse request, its tokens including those of this step.
+    """
+
+    plan: StepPlan
+    dense_runs: tuple[DenseRun, ...]
+    fallbacks: tuple[DenseRun, ...]
+    block_ids: tuple[list[int], ...]
+    context_lens: tuple[int, ...]
+
+
+class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds the stock metadata and, when some request runs sparse, a plan beside it."""
+
+    # The plan belongs to one step; vLLM must not copy metadata from one KV cache group to another.
+    supports_update_block_table = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gate = Runtime.of(self.vllm_config).gate
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The stock metadata with the attribute ``vsprefill``: a :class:`SparseStep`, or None without a prefill."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.vsprefill = self._plan(common_attn_metadata) if metadata.causal is True else None
+        return metadata
+
+    def _plan(self, common: Any) -> SparseStep | None:
+        starts = common.query_start_loc_cpu.tolist()
+        lengths = common.seq_lens.tolist()
+        prefilling = common.is_prefilling
+        if prefilling is None:  # callers other than the model runner; a decode has a single row
+            flags = [end - start > 1 for start, end in itertools.pairwise(starts)]
+        else:
+            flags = prefilling.tolist()
+        plan = plan_step(starts, lengths, flags, self._gate)
+        if not plan.prefill_pairs:
+            return None
+        if not plan.sparse:
+            return SparseStep(plan, (), (), (), ())
+        return SparseStep(
+            plan,
+            tuple(self._dense_run(common, run) for run in plan.dense_runs),
+            tuple(self._dense_run(common, (rows,)) for rows in plan.sparse),
+            tuple(common.block_table_tensor[rows.request].tolist() for rows in plan.sparse),
+            tuple(lengths[rows.request] for rows in plan.sparse),
+        )
+
+    def _dense_run(self, common: Any, run: tuple[RequestRows, ...]) -> DenseRun:
+        """Stock metadata of a run of requests, as if they were a batch of their own."""
+        row_start, row_end = run[0].row_start, run[-1].row_end
+        requests = [rows.request for rows in run]
+        starts = (
+            torch.tensor([*(rows.row_start for rows in run), row_end], dtype=common.query_start_loc.dtype) - row_start
+        )
+        part = dataclasses.replace(
+            common,
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor([rows.context_len for rows in run], dtype=common.seq_lens.dtype),
+            num_reqs=len(run),
+            num_actual_tokens=row_end - row_start,
+            max_query_len=max(rows.rows for rows in run),
+            max_seq_len=max(rows.context_len for rows in run),
+            block_table_tensor=common.block_table_tensor[requests],
+            slot_mapping=common.slot_mapping[row_start:row_end],
+        )
+        return DenseRun(row_start, row_end, super().build(0, part))
+
+
+class VSPrefillCPUImpl(CPUAttentionBackendImpl):
+    """Attention of one layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config: Any = get_current_vllm_config()
+        self._runtime: Runtime | None = None
+        self._state: LayerState | None = None
+        self._layer_index = -1
+        self._reader: cpu_layout.CacheReader | None = None
+
+    def unsupported_reasons(self) -> list[str]:
+        """Why this kind of layer cannot run sparse; empty if it can."""
+        reasons = {
+            "it is not a decoder layer": self.attn_type != AttentionType.DECODER,
+            "it has a sliding window": self.sliding_window != -1,
+            "it has ALiBi slopes": self.alibi_slopes is not None,
+            "it caps its logits": bool(self.logits_soft_cap),
+            "it has attention sinks": self.sinks is not None,
+            "its KV cache is quantised": self.is_fp8_kv_cache,
+            "it shares the KV cache of another layer": self.kv_sharing_target_layer_name is not None,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find out which layer this is, decide whether it runs sparse and set it up. vLLM calls it before it sizes
+        the KV cache, which the logit cache must be part of."""
+        super().process_weights_after_loading(act_dtype)
+        if self._runtime is not None:
+            return
+        name = find_layer_name(self._vllm_config, self)
+        if name is None:
+            return
+        self._runtime = runtime = Runtime.of(self._vllm_config)
+        layer = self._vllm_config.compilation_config.static_forward_context[name]
+        reasons = self.unsupported_reasons()
+        if getattr(layer, "is_draft_layer", False):
+            reasons.append("it belongs to a draft model")
+        if not reasons and (choice := runtime.reason_for_stock(name)):
+            reasons.append(choice)
+        self._layer_index = _layer_index(name)
+        runtime.note_layer(self._layer_index)
+        if reasons:
+            runtime.explain_stock(reasons)
+            return
+        cache = None
+        if runtime.keeps_logits:
+            cache = LogitCache(self.num_kv_heads, VSPrefillCPUBackend)
+            _compat.attach_side_layer(self._vllm_config, name + SUFFIX, cache)
+        self._state = runtime.add_layer(name, cache)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write keys and values; whatever was known about those slots no longer holds."""
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self._state is not None and self._state.logits is not None:
+            self._state.logits.invalidate(slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of a step; shapes as in the stock backend. Writes into ``output`` and returns it."""
+        step: SparseStep | None = getattr(attn_metadata, "vsprefill", None)
+        if step is None or self._runtime is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            return output
+        plan = step.plan
+        heads = self.num_kv_heads
+
+        def stock(run: DenseRun) -> None:
+            rows = slice(run.row_start, run.row_end)
+            super(VSPrefillCPUImpl, self).forward(
+                layer, query[rows], key[rows], value[rows], kv_cache, run.metadata, output[rows], *args, **kwargs
+            )
+
+        if self._state is None or not plan.sparse:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            pairs = heads * plan.prefill_pairs
+            counts = LayerCounts(pairs, pairs, dense_chunks=1)
+        else:
+            for run in step.dense_runs:
+                stock(run)
+            counts = LayerCounts(heads * plan.dense_prefill_pairs, heads * plan.prefill_pairs)
+            for i, request in enumerate(plan.sparse):
+                visited = self._sparse(layer, self._state, query, kv_cache, output, step, i)
+                if visited is None:
+                    stock(step.fallbacks[i])
+                    counts += LayerCounts(heads * request.causal_pairs, dense_chunks=1)
+                else:
+                    counts += LayerCounts(visited, sparse_chunks=1)
+        self._runtime.record(self._layer_index, counts)
+        return output
+
+    def _sparse(
+        self,
+        layer: Any,
+        state: LayerState,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        step: SparseStep,
+        i: int,
+    ) -> int | None:
+        """Sparse rows of the ``i``-th sparse request; columns and diagonals are chosen with the whole context in view,
+        the chunk's dense last rows included. Returns the pairs computed, or None, with nothing computed, where sparse
+        attention would not pay."""
+        request, block_ids, context_len = step.plan.sparse[i], step.block_ids[i], step.context_lens[i]
+        runtime = self._runtime
+        assert runtime is not None
+        options = runtime.options
+        if self._reader is None:
+            self._reader = self._infer_layout(layer, kv_cache)
+        keys, values = _WORKSPACE.keys_values(self.num_kv_heads, context_len, self.head_size, kv_cache.dtype)
+        self._reader.read(kv_cache, block_ids, keys, values)
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [n, H, D]
+        if state.weights is None:
+            chunk = query[request.row_start : request.row_end + context_len - request.context_len]
+            columns, distances = sampled(chunk, keys, scale=self.scale, num_rows=options.sampled_rows)
+        else:
+            logits = self._logits(state, keys, values, block_ids, kv_cache.shape[2])
+            columns, distances = distributions(logits)
+        selection = select(
+            columns,
+            distances,
+            tau_columns=state.tau_columns,
+            tau_distances=state.tau_distances,
+            min_columns=options.min_columns,
+            max_columns=options.max_columns,
+            min_distances=options.min_distances,
+            max_distances=options.max_distances,
+        )
+        rows, n = slice(request.row_start, request.row_end), request.context_len
+        selection = selection.below(n)
+        if _expected_density(selection, runtime.pattern, request) > options.max_density:
+            return None
+        _, visited = attend(
+            query[rows],
+            keys[:n],
+            values[:n],
+            selection,
+            runtime.pattern,
+            scale=self.scale,
+            out=output[rows],
+        )
+        return int(visited)
+
+    def _logits(
+        self, state: LayerState, keys: torch.Tensor, values: torch.Tensor, block_ids: list[int], block_size: int
+    ) -> torch.Tensor:
+        """Index logits of a context, float32 ``[n, H, 2]``: the cached ones, and the missing ones computed now."""
+        assert state.weights is not None
+        n, heads, _ = keys.shape
+        if state.logits is None:
+            return _finite(score(keys, values, state.weights))
+        offsets = torch.arange(n)
+        slots = torch.tensor(block_ids, dtype=torch.int64)[offsets // block_size] * block_size + offsets % block_size
+        cache = state.logits.slots
+        logits: torch.Tensor = cache.index_select(0, slots)  # [n, 2H]
+        missing = logits[:, 0].isnan().nonzero().squeeze(1)
+        if len(missing):
+            first, end = int(missing[0]), int(missing[-1]) + 1
+            if end - first == len(missing):  # the usual case, the chunk's own tokens: no copy of keys and values
+                fresh = score(keys[first:end], values[first:end], state.weights)
+            else:
+                fresh = score(keys[missing], values[missing], state.weights)
+            fresh = _finite(fresh).flatten(1)
+            logits.index_copy_(0, missing, fresh)
+            cache.index_copy_(0, slots[missing], fresh)
+        return logits.view(n, heads, 2)
+
+    def _infer_layout(self, layer: Any, kv_cache: torch.Tensor) -> cpu_layout.CacheReader:
+        stock: Any = super()
+
+        def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+            stock.do_kv_cache_update(layer, key, value, cache, slots)
+
+        return cpu_layout.infer(write, self.num_kv_heads, kv_cache.shape[2], self.head_size, kv_cache.dtype)
+
+
+_WORKSPACE = Workspace()
+
+
+def _expected_density(selection: Selection, pattern: SparsePattern, rows: RequestRows) -> float:
+    """Share of the rows' causal pairs that a selection costs: columns are taken to lie evenly over the context."""
+    reach = pattern.block_q + pattern.block_k  # keys of a tile along one distance, rounded to granules
+    share = rows.causal_pairs / (rows.rows * rows.context_len)  # of the context, what a row sees on average
+    keys = 0.0
+    heads = len(selection.num_columns)
+    for head in range(heads):
+        distances = selection.distances[head, : int(selection.num_distances[head])]
+        far = distances[distances >= pattern.window]
+        # Neighbours overlap: each adds the gap to the next one, at most its whole reach.
+        keys += float(far.diff().clamp(max=reach).sum()) + (reach if len(far) else 0)
+        keys += share * int(selection.num_columns[head])
+    keys = keys / heads + pattern.window + pattern.sinks + reach
+    return min(1.0, keys * rows.rows / rows.causal_pairs)
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Logits without NaN, which marks a missing slot, and without infinities, which a softmax turns into NaN."""
+    limit = 1e30
+    return torch.nan_to_num(logits, nan=limit, posinf=limit, neginf=-limit)
+
+
+def _layer_index(name: str) -> int:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(name))

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The options of VSPREFILL: one validated model, read from vLLM's ``--additional-config`` and the environment.
+
+Where an option comes from, first match: ``additional_config["vsprefill"]``, the environment variable
+``VSPREFILL_<OPTION>``, the preset. Everything that is wrong with both sources is reported in one message.
+
+Importable without vLLM and without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from vllm_vsprefill.kernels.types import SparsePattern
+
+ENV_PREFIX = "VSPREFILL_"
+"""Prefix of the environment variables that set options: ``VSPREFILL_TAU_COLUMNS`` sets ``tau_columns``."""
+
+RESERVED_ENV = frozenset({"VSPREFILL_STATS_DIR"})
+"""Variables with that prefix that are not options; processes of one server pass them to each other."""
+
+ADDITIONAL_CONFIG = 'additional_config["vsprefill"]'
+
+PRESETS: dict[str, dict[str, float | int | None]] = {
+    "accurate": {
+        "tau_columns": 0.97,
+        "tau_distances": 0.97,
+        "min_columns": 512,
+        "max_columns": None,
+        "min_distances": 0,
+        "max_distances": None,
+        "min_context": 8192,
+        "window": 1024,
+    },
+    "balanced": {
+        "tau_columns": 0.9,
+        "tau_distances": 0.9,
+        "min_columns": 128,
+        "max_columns": None,
+        "min_distances": 0,
+        "max_distances": None,
+        "min_context": 4096,
+        "window": 512,
+    },
+    "fast": {
+        "tau_columns": 0.8,
+        "tau_distances": 0.8,
+        "min_columns": 64,
+        "max_columns": 4096,
+        "min_distances": 0,
+        "max_distances": 512,
+        "min_context": 4096,
+        "window": 256,
+    },
+}
+"""What each preset sets. An option given explicitly wins over it."""
+
+
+class ConfigError(ValueError):
+    """Options that cannot be used. The message names every problem of every source at once."""
+
+
+def _no_bool(value: Any) -> Any:
+    # Python counts True as 1; as a threshold or a budget it is a mistake.
+    if isinstance(value, bool):
+        raise ValueError("a truth value is not a number")
+    return value.strip() if isinstance(value, str) else value
+
+
+def _optional(value: Any) -> Any:
+    # The environment and dotted command-line options can only give strings.
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else _no_bool(value)
+
+
+def _lower(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+MAX_LAYER = 9999
+
+
+def _layers(value: Any) -> Any:
+    """Layer indices from a list, one number, or text such as ``"0-1,5"``, as an ascending tuple."""
+    if value is None:
+        return ()
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = []
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, (int, str)):
+                raise ValueError(f"{item!r} is not a layer index")
+            parts.append(str(item).strip())
+    else:
+        raise ValueError("not a list of layer indices")
+    layers: set[int] = set()
+    for part in parts:
+        match = _RANGE.fullmatch(part)
+        first = int(match[1]) if match else 0
+        last = int(match[2] or match[1]) if match else 0
+        if match is None or last < first or last > MAX_LAYER:
+            raise ValueError(f"{part!r} is not a layer index or an ascending range of them")
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _preset(name: str) -> Callable[[dict[str, Any]], Any]:
+    """Default factory of a field that the preset sets."""
+    return lambda data: PRESETS[data["preset"]][name]
+
+
+# What a message says is allowed for a field.
+@dataclass(frozen=True)
+class _Allowed:
+    text: str
+
+
+_Share = Annotated[
+    float, BeforeValidator(_no_bool), Field(gt=0.0, le=1.0, allow_inf_nan=False), _Allowed("a number > 0 and <= 1")
+]
+_Count = Annotated[
+    int, BeforeValidator(_no_bool), Field(ge=0, le=2**31 - 1), _Allowed("an integer from 0 to 2147483647")
+]
+_Cap = Annotated[
+    Annotated[int, Field(ge=1, le=2**31 - 1)] | None,
+    BeforeValidator(_optional),
+    _Allowed("an integer from 1 to 2147483647, or null for no cap"),
+]
+_Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=65536), _Allowed("an integer from 0 to 65536")]
+_Block = Annotated[
+    int,
+    BeforeValidator(_no_bool),
+    Field(ge=16, le=1024, multiple_of=16),
+    _Allowed("a multiple of 16 from 16 to 1024"),
+]
+_Flag = Annotated[bool, BeforeValidator(_lower), _Allowed("true or false")]
+_Layers = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_layers),
+    _Allowed('layer indices from 0 to 9999, as a list or as text such as "0-1,5"'),
+]
+
+
+class _Options(BaseModel):
+    """Every option with its own range; relations between options are checked by the subclass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    # Comes first: the defaults of later fields look at it.
+    preset: Annotated[
+        Literal["accurate", "balanced", "fast"],
+        BeforeValidator(_lower),
+        _Allowed("one of 'accurate', 'balanced', 'fast'"),
+    ] = Field("balanced", description="Named set of defaults for the thresholds and budgets.")
+    enabled: _Flag = Field(True, description="False runs the stock kernels only; the server stays as it is.")
+    estimator: Annotated[
+        Literal["auto", "vsindexer", "sampled"],
+        BeforeValidator(_lower),
+        _Allowed("one of 'auto', 'vsindexer', 'sampled'"),
+    ] = Field(
+        "auto",
+        description="How columns and diagonals are estimated: a trained indexer, a few of the chunk's own query rows, "
+        "or (auto) the trained one where a checkpoint for the model is found.",
+    )
+    checkpoint: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        BeforeValidator(_optional),
+        _Allowed("a folder or a Hugging Face id, or null to look for an installed one"),
+    ] = Field(None, description="Trained indexer: a folder or a Hugging Face id.")
+    tau_columns: _Share = Field(
+        default_factory=_preset("tau_columns"),
+        description="Share of the predicted column mass to keep; 1 keeps every column.",
+    )
+    tau_distances: _Share = Field(
+        default_factory=_preset("tau_distances"),
+        description="Share of the predicted diagonal mass to keep; 1 keeps every diagonal.",
+    )
+    min_columns: _Count = Field(
+        default_factory=_preset("min_columns"), description="Fewest columns per layer and KV head."
+    )
+    max_columns: _Cap = Field(
+        default_factory=_preset("max_columns"), description="Most columns per layer and KV head; null: no cap."
+    )
+    min_distances: _Count = Field(
+        default_factory=_preset("min_distances"), description="Fewest diagonals per layer and KV head."
+    )
+    max_distances: _Cap = Field(
+        default_factory=_preset("max_distances"), description="Most diagonals per layer and KV head; null: no cap."
+    )
+    min_context: _Count = Field(
+        default_factory=_preset("min_context"),
+        description="Tokens of context below which a request runs the stock kernel.",
+    )
+    max_density: _Share = Field(
+        0.5,
+        description="A chunk runs the stock kernel in layers whose selection would compute more than this share of it; "
+        "1 never does that.",
+    )
+    dense_layers: _Layers = Field((), description="Layers that always run the stock kernel.")
+    window: _Count = Field(
+        default_factory=_preset("window"), description="Local window, in positions: the nearest keys are always kept."
+    )
+    sinks: _Rows = Field(64, description="First positions of the context that are always kept.")
+    dense_last_rows: _Rows = Field(64, description="Last rows of a chunk that attend to everything.")
+    block_q: _Block = Field(128, description="Query tile, in positions; its rows share one list of keys.")
+    block_k: _Block = Field(64, description="Key granule of diagonals, window and sinks, in positions.")
+    sampled_rows: Annotated[
+        int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
+    ] = Field(64, description="Query rows per chunk whose true attention the 'sampled' estimator computes.")
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """Something that must hold between two options."""
+
+    fields: tuple[str, str]
+    broken: Callable[[Any], bool]
+    text: str
+
+
+_RELATIONS = (
+    _Relation(
+        ("min_columns", "max_columns"),
+        lambda o: o.max_columns is not None and o.min_columns > o.max_columns,
+        "min_columns must not exceed max_columns",
+    ),
+    _Relation(
+        ("min_distances", "max_distances"),
+        lambda o: o.max_distances is not None and o.min_distances > o.max_distances,
+        "min_distances must not exceed max_distances",
+    ),
+    _Relation(
+        ("estimator", "checkpoint"),
+        lambda o: o.estimator == "sampled" and o.checkpoint is not None,
+        "estimator 'sampled' uses no checkpoint; leave one of the two out",
+    ),
+)
+
+
+class VSPrefillConfig(_Options):
+    """Options of one server. Immutable; built by :meth:`from_sources`.
+
+    Every field's meaning and range: its description above. ``model_fields_set`` holds the options that were given
+    explicitly (not by the preset); they win over thresholds that a checkpoint was calibrated with.
+    """
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> VSPrefillConfig:
+        broken = [relation.text for relation in _RELATIONS if relation.broken(self)]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+    @classmethod
+    def from_sources(cls, additional: object = None, env: Mapping[str, str] | None = None) -> VSPrefillConfig:
+        """Read and check the options.
+
+        Args:
+            additional: value of vLLM's ``additional_config["vsprefill"]``: a mapping, or None where it is not given.
+            env: environment to look for ``VSPREFILL_*`` variables in; None reads none. An empty variable counts as
+                not set.
+
+        Raises:
+            ConfigError: unknown options, wrong types, values out of range, options that contradict each other: all of
+                them in one message, each with its source, the value found and what is allowed.
+        """
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        known = tuple(_Options.model_fields)
+
+        for name, text in sorted((env or {}).items()):
+            if not name.upper().startswith(ENV_PREFIX) or name in RESERVED_ENV or not text.strip():
+                continue
+            option = name[len(ENV_PREFIX) :].lower()
+            if option in known and name == env_name(option):
+                values[option], sources[option] = text, f"environment variable {name}"
+            else:
+                problems.append(f"environment variable {name}: unknown option{_suggest(option, known, env_name)}")
+
+        if isinstance(additional, Mapping):
+            for key, value in additional.items():
+                if isinstance(key, str) and key in known:
+                    values[key], sources[key] = value, ADDITIONAL_CONFIG
+                else:
+                    problems.append(f"{ADDITIONAL_CONFIG}: unknown option {key!r}{_suggest(str(key), known)}")
+        elif additional is not None:
+            problems.append(
+                f"{ADDITIONAL_CONFIG}: found {additional!r} ({type(additional).__name__}), expected an object such as "
+                '{"preset": "balanced"}'
+            )
+
+        options, wrong = _validate_fields(values)
+        for name, reason in wrong.items():
+            problems.append(f"{name} ({sources[name]}): found {values[name]!r}, expected {_allowed(name)}{reason}")
+        for relation in _RELATIONS:
+            if not wrong.keys() & set(relation.fields) and relation.broken(options):
+                found = ", ".join(
+                    f"{name} = {getattr(options, name)!r} ({sources.get(name, f'preset {options.preset}')})"
+                    for name in relation.fields
+                )
+                problems.append(f"{relation.text}: found {found}")
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise ConfigError(f"VSPREFILL options: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+        return cls.model_validate(values)
+
+    def pattern(self) -> SparsePattern:
+        """The part of the options that the kernels know (this imports torch)."""
+        from vllm_vsprefill.kernels.types import SparsePattern
+
+        return SparsePattern(
+            block_q=self.block_q,
+            block_k=self.block_k,
+            window=self.window,
+            sinks=self.sinks,
+            dense_last=self.dense_last_rows,
+        )
+
+    def check_layers(self, num_layers: int) -> None:
+        """ConfigError if ``dense_layers`` names a layer that a model of ``num_layers`` layers does not have."""
+        missing = [layer for layer in self.dense_layers if layer >= num_layers]
+        if missing:
+            raise ConfigError(
+                f"VSPREFILL options: dense_layers: found {missing}, expected indices from 0 to {num_layers - 1}: the "
+                f"model has {num_layers} layers"
+            )
+
+    def describe(self) -> str:
+        """One line for the log: the preset, what differs from it, and the options that matter most."""
+        if not self.enabled:
+            return "disabled (stock kernels only)"
+        shown = [
+            f"preset={self.preset}",
+            f"estimator={self.estimator}",
+            f"tau={self.tau_columns:g}/{self.tau_distances:g}",
+            f"columns={_interval(self.min_columns, self.max_columns)}",
+            f"distances={_interval(self.min_distances, self.max_distances)}",
+            f"min_context={self.min_context}",
+            f"window={self.window}",
+            f"sinks={self.sinks}",
+            f"dense_last_rows={self.dense_last_rows}",
+            f"blocks={self.block_q}x{self.block_k}",
+        ]
+        if self.checkpoint is not None:
+            shown.append(f"checkpoint={self.checkpoint}")
+        if self.dense_layers:
+            shown.append("dense_layers=" + ",".join(map(str, self.dense_layers)))
+        return " ".join(shown)
+
+
+def env_name(option: str) -> str:
+    """Environment variable that sets an option."""
+    return ENV_PREFIX + option.upper()
+
+
+def _interval(least: int, most: int | None) -> str:
+    return f"{least}..{'all' if most is None else most}"
+
+
+def _suggest(name: str, known: tuple[str, ...], show: Callable[[str], str] = str) -> str:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(map(show, close))}?"
+    return f"; known are {', '.join(map(show, known))}"
+
+
+def _allowed(name: str) -> str:
+    return next(item.text for item in _Options.model_fields[name].metadata if isinstance(item, _Allowed))
+
+
+def _validate_fields(values: dict[str, Any]) -> tuple[_Options, dict[str, str]]:
+    """The options with every wrong one left at its default, and why each of those is wrong."""
+    try:
+        return _Options.model_validate(values), {}
+    except ValidationError as error:
+        wrong: dict[str, str] = {}
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            if name not in values:
+                continue  # a default that was not worked out because an option before it is wrong
+            # Only what a validator here found out adds to "expected ..."; pydantic's own texts repeat it.
+            cause = detail.get("ctx", {}).get("error")
+            wrong.setdefault(name, f" ({cause})" if cause is not None else "")
+        good = {name: value for name, value in values.items() if name not in wrong}
+        return _Options.model_validate(good), wrong

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Which requests of one scheduler step run sparse. Plain Python over CPU-side facts: no tensor, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MIN_ROWS = 64
+"""Fewest query rows worth a selection: choosing keys costs a pass over the context, however few rows use the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """When a request's chunk runs sparse.
+
+    Attributes:
+        min_context: tokens of context (cached ones and this chunk's) below which stock attention runs.
+        dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
+        enabled: False sends everything to the stock kernel.
+    """
+
+    min_context: int
+    dense_last_rows: int
+    enabled: bool = True
+
+    def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
+        """Whether ``rows`` new tokens at the end of ``context_len`` run sparse."""
+        return (
+            self.enabled
+            and is_prefilling
+            and context_len >= self.min_context
+            and rows >= MIN_ROWS
+            and rows > self.dense_last_rows
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """Rows of one request in the step's flat token list; ``context_len`` tokens up to and including the last row."""
+
+    request: int
+    row_start: int
+    row_end: int
+    context_len: int
+
+    @property
+    def rows(self) -> int:
+        """Number of query rows."""
+        return self.row_end - self.row_start
+
+    @property
+    def causal_pairs(self) -> int:
+        """(query, key) pairs that dense causal attention computes for these rows, per head."""
+        first = self.context_len - self.rows + 1
+        return self.rows * (first + self.context_len) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does.
+
+    Attributes:
+        sparse: rows that run sparse, one entry a request, in batch order.
+        dense_runs: the other rows, among them the last ones of every sparse chunk, as maximal runs of rows that lie
+            next to each other; the stock kernel wants one contiguous piece of the token list a call.
+        dense_prefill_pairs: causal pairs, per head, of prefill rows among ``dense_runs`` (for the density figures).
+    """
+
+    sparse: tuple[RequestRows, ...]
+    dense_runs: tuple[tuple[RequestRows, ...], ...]
+    dense_prefill_pairs: int
+
+    @property
+    def prefill_pairs(self) -> int:
+        """Causal pairs, per head, of all prefill rows of the step."""
+        return self.dense_prefill_pairs + sum(rows.causal_pairs for rows in self.sparse)
+
+
+def plan_step(
+    query_start_loc: Sequence[int], seq_lens: Sequence[int], is_prefilling: Sequence[bool], gate: Gate
+) -> StepPlan:
+    """Sort the requests of a step into sparse ones and runs of dense ones.
+
+    Args:
+        query_start_loc: first row of each request, and the number of rows at the end; ``num_requests + 1`` values.
+        seq_lens: context length of each request, this step's tokens included.
+        is_prefilling: whether the request still computes its prompt.
+        gate: the rule.
+
+    Requests without rows (padding) appear nowhere.
+    """
+    sparse: list[RequestRows] = []
+    runs: list[list[RequestRows]] = []
+    dense_pairs = 0
+    open_run = False
+    for request, context_len in enumerate(seq_lens):
+        rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], context_len)
+        if rows.rows <= 0:
+            continue
+        if gate.admits(rows.rows, context_len, is_prefilling[request]):
+            tail = gate.dense_last_rows
+            sparse.append(RequestRows(request, rows.row_start, rows.row_end - tail, context_len - tail))
+            open_run = False
+            if not tail:
+                continue
+            rows = RequestRows(request, rows.row_end - tail, rows.row_end, context_len)
+        if is_prefilling[request]:
+            dense_pairs += rows.causal_pairs
+        if not open_run:
+            runs.append([])
+            open_run = True
+        runs[-1].append(rows)
+    return StepPlan(tuple(sparse), tuple(tuple(run) for run in runs), dense_pairs)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What the layers of one model share in a worker: options, estimator, weights, counts.
+
+The layers of a model are constructed one by one and know nothing of each other; the first one to ask gets the runtime
+made, the others find it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_vsprefill import startup
+from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
+from vllm_vsprefill.kernels.types import IndexerLayerWeights
+from vllm_vsprefill.plan import Gate
+from vllm_vsprefill.stats import LayerCounts, Recorder
+
+logger = init_logger("vllm.vsprefill")
+
+
+@dataclass
+class LayerState:
+    """What one attention layer needs to run sparse.
+
+    Attributes:
+        index: layer index in the model.
+        weights: this rank's indexer weights, or None for the training-free estimator.
+        tau_columns, tau_distances: thresholds of this layer.
+        logits: per-slot cache of index logits, or None where they are computed anew for every chunk.
+    """
+
+    index: int
+    weights: IndexerLayerWeights | None
+    tau_columns: float
+    tau_distances: float
+    logits: Any | None
+
+
+class Runtime:
+    """Shared state of the layers of one model in one worker. Get it with :meth:`of`."""
+
+    _instances: ClassVar[weakref.WeakValueDictionary[int, Runtime]] = weakref.WeakValueDictionary()
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.layers: dict[str, LayerState] = {}
+        self.options = startup.read_options(vllm_config)
+        # The plan gives a chunk's dense last rows to the stock kernel.
+        self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
+        self.gate = Gate(
+            min_context=self.options.min_context,
+            dense_last_rows=self.options.dense_last_rows,
+            enabled=self.options.enabled,
+        )
+        self.indexer = self._load_indexer(vllm_config)
+        self.recorder = Recorder(get_tensor_model_parallel_rank())
+        self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
+        self._last_layer = -1
+        self._explained: set[str] = set()
+        # Held so that the id this runtime is filed under stays taken while it lives.
+        self._context = vllm_config.compilation_config.static_forward_context
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("VSPREFILL: %s", self._summary())
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Runtime:
+        """The runtime of the model that ``vllm_config`` describes, made on first use."""
+        key = id(vllm_config.compilation_config.static_forward_context)
+        runtime = cls._instances.get(key)
+        if runtime is None:
+            runtime = cls(vllm_config)
+            cls._instances[key] = runtime
+        return runtime
+
+    def reason_for_stock(self, layer_name: str) -> str | None:
+        """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
+        index = extract_layer_index(layer_name)
+        if not self.options.enabled:
+            return "VSPREFILL is switched off (enabled: false)"
+        if index in self.options.dense_layers:
+            return "the layer is listed in dense_layers"
+        if self.indexer is not None and index not in self.indexer.layers:
+            return "the indexer checkpoint does not cover the layer"
+        return None
+
+    def add_layer(self, layer_name: str, logits: Any | None) -> LayerState:
+        """Register a layer that runs sparse."""
+        index = extract_layer_index(layer_name)
+        tau_columns, tau_distances = self.options.tau_columns, self.options.tau_distances
+        weights = None
+        if self.indexer is not None:
+            weights = self.indexer.layer_weights(index)
+            calibrated = self.indexer.thresholds(self.options.preset, index)
+            # The user's threshold wins, then the one the checkpoint was calibrated with, then the preset's.
+            if calibrated[0] is not None and "tau_columns" not in self.options.model_fields_set:
+                tau_columns = calibrated[0]
+            if calibrated[1] is not None and "tau_distances" not in self.options.model_fields_set:
+                tau_distances = calibrated[1]
+        state = LayerState(index, weights, tau_columns, tau_distances, logits)
+        self.layers[layer_name] = state
+        return state
+
+    def explain_stock(self, reasons: list[str]) -> None:
+        """Log why a kind of layer runs the stock backend, once per kind."""
+        text = "; ".join(reasons)
+        if text not in self._explained:
+            self._explained.add(text)
+            logger.info("VSPREFILL leaves a kind of layer to the stock backend: %s.", text)
+
+    def note_layer(self, index: int) -> None:
+        """Register a layer, sparse or not, whose counts are recorded; the last one publishes."""
+        self._last_layer = max(self._last_layer, index)
+
+    def record(self, index: int, counts: LayerCounts) -> None:
+        """Add a step's counts of one layer and, after the model's last layer, publish."""
+        if counts.causal:
+            self.recorder.record(index, counts)
+        if index == self._last_layer:
+            self.recorder.publish()
+
+    def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
+        if not self.options.enabled:
+            return None
+        model = startup.fingerprint(vllm_config)
+        folder = startup.locate_checkpoint(self.options, model)
+        if folder is None:
+            return None
+        total = vllm_config.model_config.get_total_num_kv_heads()
+        heads = kv_head_range(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
+        return load_checkpoint(folder, expected=model, kv_head_range=heads)
+
+    def _can_keep_logits(self, vllm_config: Any) -> bool:
+        """Logits live beside the KV cache only where every slot's key and value pass through this plugin."""
+        if getattr(vllm_config, "kv_transfer_config", None) is not None:
+            logger.info("VSPREFILL: a KV connector may fill cache blocks; index logits are computed for every chunk.")
+            return False
+        kinds = set(_cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
+        if kinds - {"full"}:
+            logger.info(
+                "VSPREFILL: the model mixes KV cache kinds (%s); index logits are computed for every chunk.",
+                ", ".join(sorted(kinds)),
+            )
+            return False
+        return True
+
+    def _summary(self) -> str:
+        if not self.options.enabled:
+            return "switched off; every layer runs the stock backend"
+        if self.indexer is not None:
+            estimator = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
+        elif self.options.estimator == "sampled":
+            estimator = "training-free estimator (sampled)"
+        else:
+            estimator = "training-free estimator (sampled): no trained indexer for this model was found"
+        return f"{estimator}; {self.options.describe()}"
+
+
+def _cache_kinds(layers: Iterable[Any]) -> Iterable[str]:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from vllm_vsprefill.side_cache import LogitCache
+
+    for layer in layers:
+        if not isinstance(layer, AttentionLayerBase) or isinstance(layer, LogitCache):
+            continue
+        if not isinstance(layer, Attention):
+            yield type(layer).__name__
+        elif getattr(layer, "sliding_window", None) is not None:
+            yield "sliding window"
+        elif getattr(layer.attn_type, "value", layer.attn_type) != "decoder":
+            yield str(layer.attn_type)
+        else:
+            yield "full"
+
+
+def find_layer_name(vllm_config: Any, impl: Any) -> str | None:
+    """Name of the attention layer that owns ``impl``: vLLM does not tell an implementation where it sits."""
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if getattr(layer, "impl", None) is impl:
+            return str(name)
+    return None
+
+
+class Workspace:
+    """Two scratch tensors for the keys and values of one context, shared by all layers and grown when needed."""
+
+    def __init__(self) -> None:
+        self._storage: torch.Tensor | None = None
+
+    def keys_values(self, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised ``[heads, tokens, dim]`` tensors; valid until the next call."""
+        needed = 2 * heads * tokens * dim
+        if self._storage is None or self._storage.dtype != dtype or self._storage.numel() < needed:
+            # Powers of two: a prompt that arrives in chunks grows the scratch a few times, not at every chunk.
+            self._storage = torch.empty(1 << (needed - 1).bit_length(), dtype=dtype)
+        both = self._storage[:needed].view(2, heads, tokens, dim)
+        return both[0], both[1]

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Density read-out: how much of the causal attention was computed, per layer, on ``/metrics``.
+
+The numbers arise in worker processes; ``/metrics`` is served by the API process. With several API servers vLLM runs
+prometheus_client in its multi-process mode, and ordinary counters of a worker show up by themselves. With one, they
+would stay in the worker, so each worker writes its counts to a small file that a collector in the API process reads.
+
+Metrics (all counters, label ``layer`` is the model's layer index; prefill rows only):
+
+``vsprefill_pairs_causal_total``
+    (query, key) pairs, per KV head, that dense causal attention computes.
+``vsprefill_pairs_computed_total``
+    pairs that were computed. The ratio of the two is the density.
+``vsprefill_chunks_total``
+    prefill chunks by ``path``: ``sparse`` or ``dense``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATS_DIR_VARIABLE = "VSPREFILL_STATS_DIR"
+"""Folder through which workers hand their counts to the API process. Set by the plugin; children inherit it."""
+
+_PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+
+_HELP = {
+    "vsprefill_pairs_causal": "Query-key pairs that dense causal prefill attention computes, per layer.",
+    "vsprefill_pairs_computed": "Query-key pairs of prefill attention that were computed, per layer.",
+    "vsprefill_chunks": "Prefill chunks by layer and path (sparse or dense).",
+}
+
+
+@dataclass(slots=True)
+class LayerCounts:
+    """Running totals of one layer."""
+
+    computed: int = 0
+    causal: int = 0
+    sparse_chunks: int = 0
+    dense_chunks: int = 0
+
+    @property
+    def density(self) -> float:
+        """Share of the causal pairs that was computed; 1 where nothing ran yet."""
+        return self.computed / self.causal if self.causal else 1.0
+
+    def __iadd__(self, other: LayerCounts) -> LayerCounts:
+        self.computed += other.computed
+        self.causal += other.causal
+        self.sparse_chunks += other.sparse_chunks
+        self.dense_chunks += other.dense_chunks
+        return self
+
+
+class Recorder:
+    """Counts of one worker. ``record`` adds to memory; ``publish`` makes the totals visible to ``/metrics``."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.layers: dict[int, LayerCounts] = {}
+        self._published: dict[int, LayerCounts] = {}
+        self._file: Path | None = None
+        self._counters: dict[str, Any] | None = None
+        if _PROMETHEUS_MULTIPROCESS in os.environ:
+            self._counters = _multiprocess_counters()
+        elif folder := os.environ.get(STATS_DIR_VARIABLE):
+            self._file = Path(folder) / f"{os.getpid()}-{rank}-{secrets.token_hex(4)}.json"
+
+    def record(self, layer: int, counts: LayerCounts) -> None:
+        """Add counts to a layer's totals."""
+        self.layers.setdefault(layer, LayerCounts()).__iadd__(counts)
+
+    def publish(self) -> None:
+        """Hand the totals on. Cheap, and nothing happens when nothing changed since the last call."""
+        if self._counters is not None:
+            self._publish_counters(self._counters)
+        elif self._file is not None:
+            self._publish_file(self._file)
+
+    def _publish_counters(self, counters: dict[str, Any]) -> None:
+        for layer, now in self.layers.items():
+            before = self._published.setdefault(layer, LayerCounts())
+            label = str(layer)
+            counters["vsprefill_pairs_computed"].labels(label).inc(now.computed - before.computed)
+            counters["vsprefill_pairs_causal"].labels(label).inc(now.causal - before.causal)
+            counters["vsprefill_chunks"].labels(label, "sparse").inc(now.sparse_chunks - before.sparse_chunks)
+            counters["vsprefill_chunks"].labels(label, "dense").inc(now.dense_chunks - before.dense_chunks)
+            self._published[layer] = LayerCounts(now.computed, now.causal, now.sparse_chunks, now.dense_chunks)
+
+    def _publish_file(self, file: Path) -> None:
+        payload = {
+            layer: [counts.computed, counts.causal, counts.sparse_chunks, counts.dense_chunks]
+            for layer, counts in self.layers.items()
+        }
+        try:
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            partial = file.with_suffix(".tmp")
+            partial.write_text(json.dumps(payload))
+            partial.replace(file)  # a reader sees the old totals or the new ones, never half a file
+        except OSError:
+            # A full or vanished temporary folder costs the read-out, never a request.
+            self._file = None
+
+
+def read_counts(folder: Path) -> dict[int, LayerCounts]:
+    """Sum of the totals that all workers have written to ``folder``."""
+    totals: dict[int, LayerCounts] = {}
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        try:
+            payload = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        for layer, values in payload.items():
+            totals.setdefault(int(layer), LayerCounts()).__iadd__(LayerCounts(*values))
+    return totals
+
+
+class FolderCollector:
+    """prometheus_client collector over the workers' files. Yields nothing until a worker has written one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def describe(self) -> Iterable[Any]:
+        """No series are known before the first request; an empty answer keeps registration from collecting."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Metric families, read at scrape time."""
+        totals = read_counts(self.folder)
+        if not totals:
+            return
+        from prometheus_client.core import CounterMetricFamily
+
+        computed = CounterMetricFamily("vsprefill_pairs_computed", _HELP["vsprefill_pairs_computed"], labels=["layer"])
+        causal = CounterMetricFamily("vsprefill_pairs_causal", _HELP["vsprefill_pairs_causal"], labels=["layer"])
+        chunks = CounterMetricFamily("vsprefill_chunks", _HELP["vsprefill_chunks"], labels=["layer", "path"])
+        for layer, counts in sorted(totals.items()):
+            computed.add_metric([str(layer)], counts.computed)
+            causal.add_metric([str(layer)], counts.causal)
+            chunks.add_metric([str(layer), "sparse"], counts.sparse_chunks)
+            chunks.add_metric([str(layer), "dense"], counts.dense_chunks)
+        yield from (computed, causal, chunks)
+
+
+_collector: FolderCollector | None = None
+
+
+def install_collector() -> None:
+    """Name the exchange folder and register the collector. Creates no file; once per process.
+
+    The first process that loads the plugin (the API server) picks the name and removes the folder when it exits;
+    its children find the name in their environment.
+    """
+    global _collector
+    if _collector is not None or _PROMETHEUS_MULTIPROCESS in os.environ:
+        return
+    from prometheus_client import REGISTRY
+
+    folder = os.environ.get(STATS_DIR_VARIABLE)
+    if folder is None:
+        folder = str(Path(tempfile.gettempdir()) / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}")
+        os.environ[STATS_DIR_VARIABLE] = folder
+        atexit.register(_remove_folder, folder, os.getpid())
+    _collector = FolderCollector(Path(folder))
+    REGISTRY.register(_collector)
+
+
+def _remove_folder(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child runs the parent's exit handlers too
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_counters: dict[str, Any] | None = None
+
+
+def _multiprocess_counters() -> dict[str, Any]:
+    """The counters of this process in prometheus_client's multi-process mode. Created once: names are unique."""
+    global _counters
+    if _counters is None:
+        from prometheus_client import Counter
+
+        _counters = {
+            name: Counter(name, text, ["layer", "path"] if name == "vsprefill_chunks" else ["layer"])
+            for name, text in _HELP.items()
+        }
+    return _counters
