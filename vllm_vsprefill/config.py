@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, float | int | None]] = {
         "max_columns": None,
         "min_distances": 0,
         "max_distances": None,
-        "min_context": 4096,
+        "min_context": 8192,
         "window": 512,
     },
     "fast": {
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, float | int | None]] = {
         "max_columns": 4096,
         "min_distances": 0,
         "max_distances": 512,
-        "min_context": 4096,
+        "min_context": 8192,
         "window": 256,
     },
 }
