@@ -29,6 +29,7 @@ def random_indexer(random_model: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def single_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Engines run in this process; their counts go to the folder this yields."""
+    import torch
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_vsprefill.stats import STATS_DIR_VARIABLE
@@ -39,8 +40,12 @@ def single_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     for name in list(os.environ):
         if name.startswith("VSPREFILL_") and name != STATS_DIR_VARIABLE:
             monkeypatch.delenv(name)
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     yield tmp_path / "stats"
     cleanup_dist_env_and_memory()
+    # vLLM's CPU worker replaces this function for good; later tests need the real one.
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
