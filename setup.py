@@ -41,6 +41,8 @@ EXTRAS_REQUIRE = {
     # what `make demo` runs besides vLLM
     "demo": [
         "openai>=1.40",  # the client the demo talks to the server with
+        "typer>=0.12",  # its command line
+        "numpy>=1.26",  # its built-in questions
         "rich>=13",  # progress lines and tables
     ],
     # what `make test` runs besides vLLM

@@ -37,6 +37,7 @@ def measure(backend: str, model: str, lengths: list[int], runs: int, chunk: int,
     from examples.needle import tasks
     from vllm_vsprefill import stats
 
+    folder = Path(os.environ.setdefault(stats.STATS_DIR_VARIABLE, tempfile.mkdtemp()))
     engine = LLM(
         model,
         attention_backend=backend,
@@ -48,7 +49,6 @@ def measure(backend: str, model: str, lengths: list[int], runs: int, chunk: int,
     )
     sampling = SamplingParams(max_tokens=1, temperature=0)
     rng = np.random.default_rng(0)
-    folder = Path(os.environ[stats.STATS_DIR_VARIABLE])
 
     def first_token(length: int) -> float:
         problem = tasks.make_problem(rng, "multi_key", "words", length)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[st
     from vllm_vsprefill import stats
 
     options = SETTINGS[name]
+    folder = Path(os.environ.setdefault(stats.STATS_DIR_VARIABLE, tempfile.mkdtemp()))
     engine = LLM(
         model,
         attention_backend="CPU_ATTN" if options is None else "VSPREFILL",
@@ -53,7 +55,6 @@ def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[st
         additional_config={} if options is None else {"vsprefill": options},
     )
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    folder = Path(os.environ[stats.STATS_DIR_VARIABLE])
     for file in folder.glob("*.json"):
         file.unlink()
     rng = np.random.default_rng(7)

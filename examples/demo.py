@@ -14,15 +14,17 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import openai
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from examples.needle import tasks
 from examples.server import Densities, ServerError, VLLMServer
@@ -34,6 +36,10 @@ ANSWER_TOKENS = 64
 SERVED_NAME = "demo"
 
 console = Console(highlight=False)
+
+
+class DemoError(RuntimeError):
+    """The demo cannot do what it was asked for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,13 @@ def needle_question(tokens: int, seed: int) -> Question:
     return Question(problem.content, problem.question, problem.answer_text, problem)
 
 
-def generic_question(tokens: int, seed: int) -> Question:
+def generic_question(tokens: int, seed: int, count: Callable[[str], int]) -> Question:
     """A number hidden in a repeated English passage, for a model with a vocabulary of its own.
 
-    A passage of 32 words takes about 40 tokens in today's vocabularies; the server reports the exact number.
+    Args:
+        tokens: most tokens of the whole prompt.
+        seed: which number, where.
+        count: tokens of a user message, chat template included.
     """
     rng = np.random.default_rng(seed)
     passage = (
@@ -91,12 +100,52 @@ def generic_question(tokens: int, seed: int) -> Question:
         "The river runs past the mill and the old road follows it down to the sea. "
     )
     city, number = str(rng.choice(["Lisbon", "Oslo", "Quito", "Hanoi"])), str(rng.integers(100000, 999999))
-    copies = tokens // 34
-    place = int(rng.integers(copies // 4, 3 * copies // 4))
     needle = f"The magic number for {city} is {number}. "
     shown = f"What is the magic number for {city} mentioned above? Answer with the number only."
-    content = passage * place + needle + passage * (copies - place) + "\n\n" + shown
-    return Question(content, shown, number)
+
+    def content(copies: int) -> str:
+        before = copies // 3
+        return passage * before + needle + passage * (copies - before) + "\n\n" + shown
+
+    each = (count(content(210)) - count(content(10))) / 200
+    copies = max(1, int((tokens - count(content(0))) / each))
+    return Question(content(copies), shown, number)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model takes and needs.
+
+    Attributes:
+        positions: longest sequence.
+        bytes_per_token: size of one token in the KV cache, all layers, 16-bit.
+        count: tokens of a user message, chat template included.
+    """
+
+    positions: int
+    bytes_per_token: int
+    count: Callable[[str], int]
+
+    @classmethod
+    def of(cls, model: str) -> Limits:
+        """Read them from the model's configuration and tokenizer. Raises DemoError if there is no such model."""
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(model).get_text_config()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        except Exception as error:
+            # transformers and the hub raise many kinds; to the user they all mean that the model cannot be had.
+            raise DemoError(f"the model {model!r} cannot be read: {error}") from error
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+        def count(text: str) -> int:
+            messages = [{"role": "user", "content": text}]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return len(tokenizer(rendered, add_special_tokens=False).input_ids)
+
+        return cls(config.max_position_embeddings, 4 * config.num_hidden_layers * heads * size, count)
 
 
 def ask(server: VLLMServer, question: Question) -> Result:
@@ -118,6 +167,8 @@ def ask(server: VLLMServer, question: Question) -> Result:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
+            # Models that think aloud would use up the answer's tokens on it; templates without the switch ignore it.
+            extra_body={"chat_template_kwargs": {"enable_thinking": False}},
         )
         for chunk in stream:
             if chunk.usage is not None:
@@ -137,19 +188,19 @@ def ask(server: VLLMServer, question: Question) -> Result:
     return Result(answer.strip(), prompt_tokens, ttft, server.densities().since(before))
 
 
-def server(model: str, backend: str, tokens: int, *, gpu: bool, chunk: int) -> VLLMServer:
+def server(model: str, backend: str, tokens: int, *, cache_gib: int | None, chunk: int) -> VLLMServer:
     """A server whose settings do not depend on the backend, so that two of them can be compared."""
     arguments = ["--served-model-name", SERVED_NAME, "--max-model-len", str(tokens)]
     arguments += ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "8"]
     environment = {}
-    if not gpu:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")
+    if cache_gib is not None:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
     name = f"{backend.lower()}.log"
     status = console.status(f"starting vLLM with {backend}")
     status.start()
 
     def on_wait(seconds: float, line: str) -> None:
-        status.update(f"starting vLLM with {backend}: {seconds:.0f} s  [dim]{line[:90]}[/dim]")
+        status.update(Text(f"starting vLLM with {backend}: {seconds:.0f} s  {line[:90]}"))
 
     made = VLLMServer(
         model, backend, LOGS / name, arguments=arguments, environment=environment, on_wait=on_wait, timeout=1200
@@ -174,12 +225,32 @@ def report(question: Question, sparse: Result, stock: Result | None, stock_backe
     for column in ("backend", "answer", "expected", "time to first token"):
         table.add_column(column)
     expected = question.expected or "(unknown)"
-    table.add_row("VSPREFILL", sparse.answer, expected, f"{sparse.ttft:.2f} s")
+    table.add_row("VSPREFILL", Text(sparse.answer), Text(expected), f"{sparse.ttft:.2f} s")
     if stock is not None:
-        table.add_row(stock_backend, stock.answer, expected, f"{stock.ttft:.2f} s")
+        table.add_row(stock_backend, Text(stock.answer), Text(expected), f"{stock.ttft:.2f} s")
     console.print(table)
     if stock is not None:
         console.print(f"VSPREFILL answered {stock.ttft / sparse.ttft:.2f}x as fast as {stock_backend}.")
+
+
+def make_question(prompt: Path | None, model: str, tokens: int, seed: int, count: Callable[[str], int]) -> Question:
+    """What to ask: the user's text, a problem for the needle model, or a number hidden in English."""
+    if prompt is not None:
+        try:
+            text = prompt.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DemoError(f"{prompt}: {error}") from error
+        if not text.strip():
+            raise DemoError(f"{prompt} is empty")
+        return Question(text, f"({prompt}, {len(text):,} characters)", None)
+    if Path(model).resolve() == NEEDLE_MODEL.resolve():
+        return needle_question(tokens, seed)
+    return generic_question(tokens, seed, count)
+
+
+def say(label: str, text: str) -> None:
+    """A labelled line; the text is shown as it is, brackets and all."""
+    console.print(Text(f"{label:10}", style="bold") + Text(text, style="default"), soft_wrap=True)
 
 
 def main(
@@ -191,30 +262,25 @@ def main(
     compare: Annotated[bool, typer.Option(help="Ask the stock backend too.")] = True,
 ) -> None:
     """Ask one question about a long text, with VSPREFILL and with the stock backend."""
-    if prompt is not None:
-        try:
-            text = prompt.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            console.print(f"[red]{prompt}: {error}[/red]")
-            raise typer.Exit(2) from None
-        question = Question(text, f"({prompt}, {len(text):,} characters)", None)
-        # Room for one token per character and a half is generous for any vocabulary in use.
-        limit = max(tokens, int(len(text) / 1.5)) + 512
-    elif Path(model).resolve() == NEEDLE_MODEL.resolve():
-        question = needle_question(tokens, seed)
-        limit = tokens + ANSWER_TOKENS + 64
-    else:
-        question = generic_question(tokens, seed)
-        limit = 2 * tokens + 512
     gpu = has_gpu()
     stock_backend = "FLASH_ATTN" if gpu else "CPU_ATTN"
-    console.print(f"[bold]question[/bold]  {question.shown}", markup=True)
+    results: dict[str, Result] = {}
     try:
-        results: dict[str, Any] = {}
+        with console.status("reading the model's tokenizer"):
+            limits = Limits.of(model)
+            question = make_question(prompt, model, min(tokens, limits.positions - ANSWER_TOKENS), seed, limits.count)
+            needed = limits.count(question.content) + ANSWER_TOKENS
+        if needed > limits.positions:
+            raise DemoError(
+                f"the prompt takes {needed - ANSWER_TOKENS:,} tokens and the answer up to {ANSWER_TOKENS}; the model "
+                f"takes {limits.positions:,} in all"
+            )
+        say("question", question.shown)
+        cache_gib = None if gpu else 2 + needed * limits.bytes_per_token // 2**30
         for backend in ("VSPREFILL", stock_backend) if compare else ("VSPREFILL",):
-            running = server(model, backend, limit, gpu=gpu, chunk=chunk)
+            running = server(model, backend, needed, cache_gib=cache_gib, chunk=chunk)
             try:
-                console.print(f"[bold]server[/bold]    {' '.join(running.command)}", soft_wrap=True, markup=True)
+                say("server", " ".join(running.command))
                 results[backend] = ask(running, question)
             finally:
                 with console.status("ending the server"):
@@ -222,9 +288,10 @@ def main(
     except KeyboardInterrupt:
         console.print("\nstopped")
         raise typer.Exit(130) from None
-    except (ServerError, openai.OpenAIError) as error:
-        console.print(f"[red]{error}[/red]", markup=True)
-        console.print(f"Logs are in {LOGS.relative_to(ROOT)}.")
+    except (DemoError, ServerError, openai.OpenAIError, OSError) as error:
+        console.print(
+            f"{error}\nLogs of the servers, if any ran, are in {LOGS.relative_to(ROOT)}.", style="red", markup=False
+        )
         raise typer.Exit(2) from None
     sparse = results["VSPREFILL"]
     report(question, sparse, results.get(stock_backend), stock_backend)

@@ -45,6 +45,10 @@ def test_commands_exist() -> None:
         assert target in targets
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "<!--" not in README
+
+
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

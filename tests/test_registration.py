@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -150,18 +151,41 @@ def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported:
         assert ">=0.26" in reason
 
 
-def test_repository_root_does_not_shadow_the_kernels_library() -> None:
-    """Started here, `import kernels` must not find this project's folder, and transformers must import."""
+def test_repository_root_does_not_shadow_the_kernels_library(tmp_path: Path) -> None:
+    """Started here, `import kernels` finds the library of that name where there is one, not this project's folder."""
+    library = tmp_path / "kernels"
+    library.mkdir()
+    (library / "__init__.py").write_text("marker = 'the library'\n")
     program = (
-        "import importlib.util, pathlib, transformers, vllm\n"
-        "from transformers.integrations import hub_kernels\n"
-        "spec = importlib.util.find_spec('vllm_vsprefill.kernels')\n"
-        "assert spec is not None\n"
-        "import vllm_vsprefill.kernels.attend\n"
-        "found = importlib.util.find_spec('kernels')\n"
-        "import sys\n"
-        "print(found.origin if found else 'none')\n"
+        "import sys; assert sys.path[0] == ''\n"
+        "import transformers, vllm, vllm_vsprefill.kernels.attend\n"
+        "import kernels\n"
+        "print(kernels.marker)\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert str(ROOT / "kernels") not in done.stdout
+    assert done.stdout.split("\n")[-2] == "the library"
+
+
+def test_draft_layers_are_recognised() -> None:
+    class Model:
+        class hf_text_config:
+            num_hidden_layers = 4
+
+    class Config:
+        speculative_config = None
+        model_config = Model
+
+    class Marked:
+        is_draft_layer = True
+
+    served = "model.layers.3.self_attn.attn"
+    assert not _compat.is_draft_layer(Config, served, object())
+    assert _compat.is_draft_layer(Config, served, Marked)
+    assert _compat.is_draft_layer(Config, "draft_model.model.layers.0.self_attn.attn", object())
+    assert _compat.is_draft_layer(Config, "model.layers.4.self_attn.attn", object())
+    assert _compat.layer_index("model.attn") is None
+    assert _compat.layer_index(served) == 3

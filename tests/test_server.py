@@ -170,6 +170,8 @@ def test_refusal_reaches_the_terminal(tmp_path: Path) -> None:
     assert "window" in text
     log = (tmp_path / "server.log").read_text()
     assert "EngineCore" not in log
+    assert "validation error" not in log
+    assert "input_value" not in log
 
 
 def test_environment_options_reach_the_engine(tmp_path: Path) -> None:
@@ -185,6 +187,10 @@ def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
     """In the middle of a prefill; no process is left and the exchange folder is gone."""
     with serve(tmp_path) as running:
         assert running.process is not None
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=300, max_retries=0)
+        ask(client, problem(3000))
+        exchange = Path(tempfile.gettempdir()), f"vsprefill-{running.process.pid}-*"
+        assert list(exchange[0].glob(exchange[1]))
         body = {"model": "needle", "prompt": problem(8000, 7).prompt_ids.tolist(), "max_tokens": 4}
         sender = threading.Thread(target=lambda: _swallow(running.url, body))
         sender.start()
@@ -192,7 +198,7 @@ def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
         running.process.send_signal(2)
         assert running.process.wait(timeout=60) is not None
         sender.join(timeout=60)
-        assert not list(Path(tempfile.gettempdir()).glob(f"vsprefill-{running.process.pid}-*"))
+        assert not list(exchange[0].glob(exchange[1]))
 
 
 def _swallow(url: str, body: dict[str, Any]) -> None:

@@ -94,7 +94,8 @@ def test_folder_is_named_once_and_removed_at_exit() -> None:
     program = (
         "import os\n"
         "from vllm_vsprefill import stats\n"
-        "stats.install_collector(); stats.install_collector()\n"
+        "stats.install_collector(); assert stats.STATS_DIR_VARIABLE not in os.environ\n"
+        "stats.open_exchange(); stats.open_exchange()\n"
         "name = os.environ[stats.STATS_DIR_VARIABLE]\n"
         "assert not os.path.exists(name)\n"
         "r = stats.Recorder(); r.record(0, stats.LayerCounts(1, 2, 1, 0)); r.publish()\n"
@@ -104,6 +105,22 @@ def test_folder_is_named_once_and_removed_at_exit() -> None:
     environ = {k: v for k, v in os.environ.items() if k not in (STATS_DIR_VARIABLE, "PROMETHEUS_MULTIPROC_DIR")}
     shown = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
     assert not Path(shown.stdout.strip()).exists()
+    # Another server, started by a process that has one: a folder of its own. Its engine process: the same.
+    program = (
+        "import multiprocessing, os\n"
+        "from vllm_vsprefill import stats\n"
+        "def child(queue):\n"
+        "    stats.open_exchange(); queue.put(os.environ[stats.STATS_DIR_VARIABLE])\n"
+        "stats.open_exchange()\n"
+        "context = multiprocessing.get_context('fork'); queue = context.Queue()\n"
+        "process = context.Process(target=child, args=(queue,)); process.start()\n"
+        "print(queue.get(), os.environ[stats.STATS_DIR_VARIABLE]); process.join()\n"
+    )
+    environ[STATS_DIR_VARIABLE] = shown.stdout.strip()
+    shown = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    engine, own = shown.stdout.split()
+    assert engine == own
+    assert own != environ[STATS_DIR_VARIABLE]
 
 
 def test_collector_is_quiet_without_traffic() -> None:

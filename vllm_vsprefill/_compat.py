@@ -72,6 +72,39 @@ def is_selected(vllm_config: Any) -> bool:
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
 
 
+def is_draft(vllm_config: Any) -> bool:
+    """Whether this is the configuration of a speculative draft model, not of the model that is served."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None or draft is getattr(speculative, "target_model_config", None):
+        return False
+    return getattr(vllm_config, "model_config", None) is draft
+
+
+def is_draft_layer(vllm_config: Any, name: str, layer: Any) -> bool:
+    """Whether an attention layer belongs to a draft model, as far as the running vLLM lets it be seen.
+
+    Draft models have a name prefix of their own or, where they continue the served model (EAGLE, MTP), layer indices
+    beyond its last one; newer releases also mark their layers, some of them only after loading.
+    """
+    if getattr(layer, "is_draft_layer", False) or is_draft(vllm_config) or name.startswith("draft_model."):
+        return True
+    hf_config = getattr(getattr(vllm_config, "model_config", None), "hf_text_config", None)
+    layers = getattr(hf_config, "num_hidden_layers", None)
+    index = layer_index(name)
+    return isinstance(layers, int) and index is not None and index >= layers
+
+
+def layer_index(name: str) -> int | None:
+    """Index of a layer in its model, read off its name as vLLM does; None if the name carries not exactly one."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    try:
+        return int(extract_layer_index(name))
+    except AssertionError:
+        return None
+
+
 def attach_side_layer(vllm_config: Any, name: str, layer: Any) -> None:
     """Add a pseudo attention layer to the model so that vLLM budgets, allocates and binds a cache for it."""
     context = vllm_config.compilation_config.static_forward_context
@@ -94,10 +127,11 @@ def _checking_our_options(original: Any) -> Any:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> Any:
         result = original(cls, vllm_config)
-        if is_selected(vllm_config):
-            from vllm_vsprefill import startup
+        if is_selected(vllm_config) and not is_draft(vllm_config):
+            from vllm_vsprefill import startup, stats
 
             startup.check(vllm_config)
+            stats.open_exchange()
         return result
 
     return check_and_update_config

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_vsprefill import startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
@@ -81,9 +80,8 @@ class Runtime:
             cls._instances[key] = runtime
         return runtime
 
-    def reason_for_stock(self, layer_name: str) -> str | None:
+    def reason_for_stock(self, index: int) -> str | None:
         """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
-        index = extract_layer_index(layer_name)
         if not self.options.enabled:
             return "VSPREFILL is switched off (enabled: false)"
         if index in self.options.dense_layers:
@@ -92,22 +90,24 @@ class Runtime:
             return "the indexer checkpoint does not cover the layer"
         return None
 
-    def add_layer(self, layer_name: str, logits: Any | None) -> LayerState:
+    def add_layer(self, layer_name: str, index: int, logits: Any | None) -> LayerState:
         """Register a layer that runs sparse."""
-        index = extract_layer_index(layer_name)
-        tau_columns, tau_distances = self.options.tau_columns, self.options.tau_distances
-        weights = None
-        if self.indexer is not None:
-            weights = self.indexer.layer_weights(index)
-            calibrated = self.indexer.thresholds(self.options.preset, index)
-            # The user's threshold wins, then the one the checkpoint was calibrated with, then the preset's.
-            if calibrated[0] is not None and "tau_columns" not in self.options.model_fields_set:
-                tau_columns = calibrated[0]
-            if calibrated[1] is not None and "tau_distances" not in self.options.model_fields_set:
-                tau_distances = calibrated[1]
-        state = LayerState(index, weights, tau_columns, tau_distances, logits)
+        weights = None if self.indexer is None else self.indexer.layer_weights(index)
+        state = LayerState(index, weights, *self.thresholds(index), logits)
         self.layers[layer_name] = state
         return state
+
+    def thresholds(self, index: int) -> tuple[float, float]:
+        """``(tau_columns, tau_distances)`` of a layer: the user's, else the one the checkpoint was calibrated with for
+        the preset, else the preset's."""
+        calibrated = (None, None) if self.indexer is None else self.indexer.thresholds(self.options.preset, index)
+
+        def choose(name: str, value: float | None) -> float:
+            if value is None or name in self.options.model_fields_set:
+                return float(getattr(self.options, name))
+            return value
+
+        return choose("tau_columns", calibrated[0]), choose("tau_distances", calibrated[1])
 
     def explain_stock(self, reasons: list[str]) -> None:
         """Log why a kind of layer runs the stock backend, once per kind."""
@@ -156,12 +156,15 @@ class Runtime:
         if not self.options.enabled:
             return "switched off; every layer runs the stock backend"
         if self.indexer is not None:
-            estimator = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
+            taus = [self.thresholds(index) for index in self.indexer.layers]
+            columns, distances = (f"{min(values):g}..{max(values):g}" for values in zip(*taus, strict=True))
+            trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
+            estimator = f"{trained}; thresholds by layer: columns {columns}, distances {distances}"
         elif self.options.estimator == "sampled":
             estimator = "training-free estimator (sampled)"
         else:
             estimator = "training-free estimator (sampled): no trained indexer for this model was found"
-        return f"{estimator}; {self.options.describe()}"
+        return f"{estimator}; options: {self.options.describe()}"
 
 
 def _cache_kinds(layers: Iterable[Any]) -> Iterable[str]:

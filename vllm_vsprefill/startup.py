@@ -7,27 +7,41 @@ Every problem found is reported in one message, so that a start-up is corrected 
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.checkpoint import find_checkpoint, read_config, resolve_checkpoint
-from vllm_vsprefill.config import VSPrefillConfig
+from vllm_vsprefill.config import ConfigError, VSPrefillConfig
 from vllm_vsprefill.fingerprint import ModelFingerprint
 
 ADDITIONAL_CONFIG_KEY = "vsprefill"
 
 
-class StartupError(ValueError):
-    """The server was asked for something that VSPREFILL cannot do. The message lists every reason."""
+class StartupError(RuntimeError):
+    """The server was asked for something that VSPREFILL cannot do. The message lists every reason.
+
+    Not a ValueError: pydantic would wrap it into a message of its own, with the whole configuration behind it.
+    """
 
 
 def read_options(vllm_config: Any) -> VSPrefillConfig:
     """The user's options from ``--additional-config`` and the environment; raises ``ConfigError``."""
+    return VSPrefillConfig.from_sources(_given(vllm_config), os.environ)
+
+
+def _given(vllm_config: Any) -> Any:
+    """What the user gave under ``vsprefill`` in ``--additional-config``; raises ``ConfigError`` for a near miss."""
     additional = getattr(vllm_config, "additional_config", None)
-    options = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-    return VSPrefillConfig.from_sources(options, os.environ)
+    if not isinstance(additional, dict):
+        return None
+    if ADDITIONAL_CONFIG_KEY not in additional:
+        names = [name for name in additional if isinstance(name, str)]
+        for name in difflib.get_close_matches(ADDITIONAL_CONFIG_KEY, names, n=1, cutoff=0.7):
+            raise ConfigError(f"additional_config has {name!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}?")
+    return additional.get(ADDITIONAL_CONFIG_KEY)
 
 
 def fingerprint(vllm_config: Any) -> ModelFingerprint | None:
@@ -47,7 +61,7 @@ def locate_checkpoint(options: VSPrefillConfig, model: ModelFingerprint | None) 
 
     Raises:
         CheckpointError: the user's checkpoint is missing or was made for another model.
-        StartupError: the trained estimator was asked for and there is none.
+        ConfigError: the trained estimator was asked for and there is none.
     """
     if options.estimator == "sampled":
         return None
@@ -57,7 +71,7 @@ def locate_checkpoint(options: VSPrefillConfig, model: ModelFingerprint | None) 
         return folder
     folder_or_none = find_checkpoint(model) if model is not None else None
     if folder_or_none is None and options.estimator == "vsindexer":
-        raise StartupError(
+        raise ConfigError(
             "estimator is 'vsindexer', but no installed indexer was trained for this model. Give one with "
             "\"checkpoint\", or use estimator 'auto' or 'sampled', which needs none."
         )
@@ -69,21 +83,32 @@ def check(vllm_config: Any) -> None:
     problems = []
     if reason := _compat.unsupported_version():
         problems.append(reason)
+    model = fingerprint(vllm_config)
     try:
         options = read_options(vllm_config)
-    except ValueError as error:
+    except ConfigError as error:
         problems.append(str(error))
-    else:
-        if options.enabled:
-            model = fingerprint(vllm_config)
-            try:
-                if model is not None:
-                    options.check_layers(model.num_layers)
-            except ValueError as error:
-                problems.append(str(error))
-            try:
-                locate_checkpoint(options, model)
-            except ValueError as error:
-                problems.append(str(error))
+        # The other checks go on with the part of the options that they need.
+        options = _checkpoint_option(vllm_config)
+    if options.enabled:
+        try:
+            if model is not None:
+                options.check_layers(model.num_layers)
+        except ConfigError as error:
+            problems.append(str(error))
+        try:
+            locate_checkpoint(options, model)
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise StartupError("VSPREFILL cannot start:\n" + "\n".join(problems))
+
+
+def _checkpoint_option(vllm_config: Any) -> VSPrefillConfig:
+    """The options with nothing but the checkpoint taken over, for use when the rest is wrong."""
+    try:
+        given = _given(vllm_config)
+        path = given.get("checkpoint") if isinstance(given, dict) else None
+        return VSPrefillConfig.from_sources({"checkpoint": path})
+    except ConfigError:
+        return VSPrefillConfig.from_sources()

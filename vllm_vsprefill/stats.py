@@ -20,7 +20,10 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
+import multiprocessing
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -33,6 +36,9 @@ STATS_DIR_VARIABLE = "VSPREFILL_STATS_DIR"
 """Folder through which workers hand their counts to the API process. Set by the plugin; children inherit it."""
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_AUTOMATIC = re.compile(r"vsprefill-(\d+)-[0-9a-f]+")  # a name chosen here, with the process that chose it
+
+logger = logging.getLogger("vllm.vsprefill")
 
 _HELP = {
     "vsprefill_pairs_causal": "Query-key pairs that dense causal prefill attention computes, per layer.",
@@ -81,7 +87,7 @@ class Recorder:
         self.layers.setdefault(layer, LayerCounts()).__iadd__(counts)
 
     def publish(self) -> None:
-        """Hand the totals on. Cheap, and nothing happens when nothing changed since the last call."""
+        """Hand the totals on."""
         if self._counters is not None:
             self._publish_counters(self._counters)
         elif self._file is not None:
@@ -107,8 +113,9 @@ class Recorder:
             partial = file.with_suffix(".tmp")
             partial.write_text(json.dumps(payload))
             partial.replace(file)  # a reader sees the old totals or the new ones, never half a file
-        except OSError:
+        except OSError as error:
             # A full or vanished temporary folder costs the read-out, never a request.
+            logger.warning("VSPREFILL: densities are no longer reported: %s", error)
             self._file = None
 
 
@@ -128,8 +135,14 @@ def read_counts(folder: Path) -> dict[int, LayerCounts]:
 class FolderCollector:
     """prometheus_client collector over the workers' files. Yields nothing until a worker has written one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder given, else the one this server's processes use now."""
+        name = os.environ.get(STATS_DIR_VARIABLE)
+        return self._folder or (Path(name) if name else None)
 
     def describe(self) -> Iterable[Any]:
         """No series are known before the first request; an empty answer keeps registration from collecting."""
@@ -137,7 +150,8 @@ class FolderCollector:
 
     def collect(self) -> Iterator[Any]:
         """Metric families, read at scrape time."""
-        totals = read_counts(self.folder)
+        folder = self.folder
+        totals = read_counts(folder) if folder is not None else {}
         if not totals:
             return
         from prometheus_client.core import CounterMetricFamily
@@ -157,23 +171,32 @@ _collector: FolderCollector | None = None
 
 
 def install_collector() -> None:
-    """Name the exchange folder and register the collector. Creates no file; once per process.
-
-    The first process that loads the plugin (the API server) picks the name and removes the folder when it exits;
-    its children find the name in their environment.
-    """
+    """Register the collector, once per process. It finds nothing until a server with VSPREFILL has been started."""
     global _collector
     if _collector is not None or _PROMETHEUS_MULTIPROCESS in os.environ:
         return
     from prometheus_client import REGISTRY
 
-    folder = os.environ.get(STATS_DIR_VARIABLE)
-    if folder is None:
-        folder = str(Path(tempfile.gettempdir()) / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}")
-        os.environ[STATS_DIR_VARIABLE] = folder
-        atexit.register(_remove_folder, folder, os.getpid())
-    _collector = FolderCollector(Path(folder))
+    _collector = FolderCollector()
     REGISTRY.register(_collector)
+
+
+def open_exchange() -> None:
+    """Choose the folder through which this server's processes exchange counts. Creates nothing.
+
+    Called where a configuration with VSPREFILL is checked. The top-level process picks a name, which its children
+    inherit, and removes the folder when it exits; a name that another top-level process picked is that server's.
+    """
+    if _PROMETHEUS_MULTIPROCESS in os.environ:
+        return
+    inherited = os.environ.get(STATS_DIR_VARIABLE)
+    if inherited is not None:
+        owner = _AUTOMATIC.fullmatch(Path(inherited).name)
+        if owner is None or int(owner[1]) == os.getpid() or multiprocessing.parent_process() is not None:
+            return
+    folder = str(Path(tempfile.gettempdir()) / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}")
+    os.environ[STATS_DIR_VARIABLE] = folder
+    atexit.register(_remove_folder, folder, os.getpid())
 
 
 def _remove_folder(folder: str, owner: int) -> None:

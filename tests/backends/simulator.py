@@ -48,12 +48,13 @@ class LayerUnderTest:
         head_size: int = 64,
         num_blocks: int = 96,
         seed: int = 0,
+        backend: str = "VSPREFILL",
         **attention: Any,
     ) -> None:
         load_general_plugins()
         self.config = EngineArgs(
             model=str(model),
-            attention_backend="VSPREFILL",
+            attention_backend=backend,
             additional_config={"vsprefill": options},
             dtype=dtype,
             block_size=32,

@@ -15,6 +15,8 @@ import torch
 from vllm import LLM, SamplingParams
 
 from tests import models
+from vllm_vsprefill.checkpoint import CheckpointError
+from vllm_vsprefill.startup import StartupError
 from vllm_vsprefill.stats import LayerCounts, read_counts
 
 pytestmark = pytest.mark.slow
@@ -193,14 +195,16 @@ def test_half_precision(engine: Any, random_indexer: Path, dtype: str) -> None:
 
 
 def refusal(engine: Any, options: Any, **settings: Any) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((StartupError, CheckpointError)) as caught:
         engine("VSPREFILL", options, **settings)
     return str(caught.value)
 
 
 def test_refusal_names_every_bad_option(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VSPREFILL_SINKS", "-1")
-    text = refusal(engine, {"tau_column": 0.5, "window": "wide", "min_columns": 9, "max_columns": 3})
+    wrong = {"tau_column": 0.5, "window": "wide", "min_columns": 9, "max_columns": 3, "checkpoint": "./nowhere"}
+    text = refusal(engine, wrong)
+    assert "no such folder" in text
     for part in (
         "VSPREFILL cannot start",
         "tau_columns",
@@ -210,6 +214,37 @@ def test_refusal_names_every_bad_option(engine: Any, monkeypatch: pytest.MonkeyP
         "min_columns must not",
     ):
         assert part in text
+
+
+def test_refusal_of_a_misspelt_section(single_process: Path, random_model: Path) -> None:
+    with pytest.raises(StartupError, match="did you mean 'vsprefill'"):
+        LLM(str(random_model), attention_backend="VSPREFILL", additional_config={"vsprefil": {}})
+
+
+def test_cache_of_another_dtype_runs_stock(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
+    settings = {"dtype": "float32", "kv_cache_dtype": "bfloat16"}
+    expected = engine("CPU_ATTN", **settings).tokens([prompt(3000)])
+    ours = engine("VSPREFILL", {**SPARSE, "checkpoint": str(random_indexer)}, **settings)
+    assert ours.tokens([prompt(3000)]) == expected
+    assert "holds another type" in "\n".join(plugin_log)
+    assert all(not counts.sparse_chunks for counts in ours.counts.values())
+
+
+def test_draft_models_run_stock(engine: Any, random_model: Path, random_indexer: Path) -> None:
+    """Whatever backend is asked for them; and they are no part of the served model's densities."""
+    options = {**SPARSE, "checkpoint": str(random_indexer)}
+    asked = [prompt(3000)]
+    plain = engine("VSPREFILL", options)
+    expected, counts = plain.tokens(asked, 4), plain.counts
+    speculative = {
+        "model": str(random_model),
+        "method": "draft_model",
+        "num_speculative_tokens": 2,
+        "attention_backend": "VSPREFILL",
+    }
+    drafted = engine("VSPREFILL", options, speculative_config=speculative)
+    assert drafted.tokens(asked, 4) == expected
+    assert {layer: c.causal for layer, c in drafted.counts.items()} == {layer: c.causal for layer, c in counts.items()}
 
 
 def test_refusal_of_a_missing_checkpoint(engine: Any) -> None:

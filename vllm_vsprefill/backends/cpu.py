@@ -166,9 +166,14 @@ class VSPrefillCPUImpl(CPUAttentionBackendImpl):
             "it caps its logits": bool(self.logits_soft_cap),
             "it has attention sinks": self.sinks is not None,
             "its KV cache is quantised": self.is_fp8_kv_cache,
+            "its KV cache holds another type than the model computes in": self._cache_differs(),
             "it shares the KV cache of another layer": self.kv_sharing_target_layer_name is not None,
         }
         return [reason for reason, holds in reasons.items() if holds]
+
+    def _cache_differs(self) -> bool:
+        stored = getattr(torch, self.kv_cache_dtype, None)  # "auto" and None follow the model
+        return isinstance(stored, torch.dtype) and stored != self._vllm_config.model_config.dtype
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find out which layer this is, decide whether it runs sparse and set it up. vLLM calls it before it sizes
@@ -179,15 +184,19 @@ class VSPrefillCPUImpl(CPUAttentionBackendImpl):
         name = find_layer_name(self._vllm_config, self)
         if name is None:
             return
-        self._runtime = runtime = Runtime.of(self._vllm_config)
         layer = self._vllm_config.compilation_config.static_forward_context[name]
+        if _compat.is_draft_layer(self._vllm_config, name, layer):
+            return  # stock throughout, and no part of the served model's density
+        self._runtime = runtime = Runtime.of(self._vllm_config)
         reasons = self.unsupported_reasons()
-        if getattr(layer, "is_draft_layer", False):
-            reasons.append("it belongs to a draft model")
-        if not reasons and (choice := runtime.reason_for_stock(name)):
+        index = _compat.layer_index(name)
+        if index is None:
+            reasons.append("its name carries no layer index")
+        elif not reasons and (choice := runtime.reason_for_stock(index)):
             reasons.append(choice)
-        self._layer_index = _layer_index(name)
-        runtime.note_layer(self._layer_index)
+        if index is not None:
+            self._layer_index = index
+            runtime.note_layer(index)
         if reasons:
             runtime.explain_stock(reasons)
             return
@@ -195,7 +204,8 @@ class VSPrefillCPUImpl(CPUAttentionBackendImpl):
         if runtime.keeps_logits:
             cache = LogitCache(self.num_kv_heads, VSPrefillCPUBackend)
             _compat.attach_side_layer(self._vllm_config, name + SUFFIX, cache)
-        self._state = runtime.add_layer(name, cache)
+        assert index is not None
+        self._state = runtime.add_layer(name, index, cache)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -358,9 +368,3 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
     """Logits without NaN, which marks a missing slot, and without infinities, which a softmax turns into NaN."""
     limit = 1e30
     return torch.nan_to_num(logits, nan=limit, posinf=limit, neginf=-limit)
-
-
-def _layer_index(name: str) -> int:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(name))

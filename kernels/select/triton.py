@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""Selection by cumulative threshold without sorting, for CUDA devices.
+
+A radix select on the logits themselves; the softmax is never written out. With ``max`` the largest logit of a head,
+``u = (max - logit) * 2**18`` as an integer below 2**24 orders the tokens: 3.8e-6 in the logit is what float32 resolves
+at 32, and what lies 64 below the maximum (1e-28 of its probability) counts as equally unlikely. Two passes over
+histograms of 4096 bins, 12 bits each, find the ``u`` at which the threshold is reached; tokens equal to it are taken
+from the lowest position (smallest distance) up.
+
+A bin holds the number of its tokens and their mass in one 64-bit integer, so that one atomic addition counts both, and
+sums do not depend on the order of additions. The mass is relative to the bin's own upper edge, which keeps full
+precision in every bin: ``count << 42 | sum of (1 - exp(-(distance to the edge))) * 2**26``.
+
+Kernels: gather logits from the cache slots and block maxima; histogram; cut; finer histogram; cut; count ties; write
+flags. Nothing depends on values on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import check_tensor
+from ..merge.triton import Index, check_index
+from ..paged import Batch, PagedKV, check_device, check_paged
+from ..types import Selection
+from . import naive
+
+BLOCK = 1024  # positions of a program
+BINS = 4096
+COPIES = 4  # of each histogram, so that equal logits do not all wait for one address
+NO_CAP = 2**31 - 1
+MAX_CONTEXT = 2**21 - 1  # counts of a bin have 21 bits
+
+
+class SelectWorkspace(NamedTuple):
+    """Scratch of ``select``, allocated once. ``C`` is the room for positions.
+
+    Attributes:
+        logits: float32 ``[requests, 2, Hkv, C]``, gathered; vertical, slash.
+        block_max: float32 ``[requests, 2, Hkv, C // 1024]``.
+        bins: int64 ``[2, requests, 2, Hkv, COPIES, BINS]``, one histogram per pass.
+        cuts: int32 ``[requests, 2, Hkv, 4]``: coarse bin, ``u`` of the cut, tokens to take that are equal to it,
+            unused.
+        above: int64 ``[requests, 2, Hkv]`` tokens before the coarse bin.
+        mass: float64 ``[requests, 2, Hkv, 2]``: whole mass, mass before the coarse bin.
+        ties: int32 ``[requests, 2, Hkv, C // 1024]``.
+    """
+
+    logits: Tensor
+    block_max: Tensor
+    bins: Tensor
+    cuts: Tensor
+    above: Tensor
+    mass: Tensor
+    ties: Tensor
+
+
+def allocate_select(
+    num_requests: int, num_kv_heads: int, max_context: int, device: torch.device | str
+) -> SelectWorkspace:
+    """Room for selections; 8 bytes a position and KV head, and 512 KiB a head for the histograms.
+
+    Raises:
+        ValueError: contexts longer than 2**21 - 1 tokens.
+    """
+    if max_context > MAX_CONTEXT:
+        raise ValueError(f"max_context must be at most {MAX_CONTEXT}, got {max_context}")
+    width = triton.cdiv(max_context, BLOCK) * BLOCK
+    lead = (num_requests, 2, num_kv_heads)
+    return SelectWorkspace(
+        torch.empty(*lead, width, dtype=torch.float32, device=device),
+        torch.empty(*lead, width // BLOCK, dtype=torch.float32, device=device),
+        torch.empty(2, *lead, COPIES, BINS, dtype=torch.int64, device=device),
+        torch.empty(*lead, 4, dtype=torch.int32, device=device),
+        torch.empty(lead, dtype=torch.int64, device=device),
+        torch.empty(*lead, 2, dtype=torch.float64, device=device),
+        torch.empty(*lead, width // BLOCK, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit(do_not_specialize=["stride_table", "width"])
+def _gather_kernel(
+    p_cache, p_table, p_context, p_logits, p_max, stride_slot, stride_table, width,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """Logits ``[slot, 2 * HEADS]`` of one block of positions into rows ``[2, HEADS, C]``, and their maxima."""
+    i_b, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_context + i_r)
+    if i_b * BLOCK >= n:
+        return
+    o_row = tl.arange(0, ROWS)
+    # Column 2 * h + kind of the cache is row kind * HEADS + h here.
+    b_row = (o_row % 2) * HEADS + o_row // 2
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    for i_s in range(0, BLOCK, SUB):
+        o_c = i_b * BLOCK + i_s + tl.arange(0, SUB)
+        m_c = o_c < n
+        b_block = tl.load(p_table + i_r * stride_table + o_c // BLOCK_SIZE, mask=m_c, other=0).to(tl.int64)
+        b_slot = b_block * BLOCK_SIZE + o_c % BLOCK_SIZE
+        m_l = m_c[:, None] & (o_row < 2 * HEADS)[None, :]
+        # [SUB, ROWS]
+        b_l = tl.load(p_cache + b_slot[:, None] * stride_slot + o_row[None, :], mask=m_l, other=float("-inf"))
+        b_l = b_l.to(tl.float32)
+        # A NaN counts as the largest logit: a broken estimate is kept first and never hidden.
+        b_l = tl.where(b_l != b_l, 1e30, tl.minimum(b_l, 1e30))
+        b_max = tl.maximum(b_max, tl.max(b_l, 0))
+        tl.store(p_logits + (i_r * 2 * HEADS + b_row)[None, :] * width + o_c[:, None], b_l, mask=m_l)
+    tl.store(p_max + (i_r * 2 * HEADS + b_row) * (width // BLOCK) + i_b, b_max, mask=o_row < 2 * HEADS)
+
+
+@triton.jit
+def _order(p_logits, p_max, i_row, o_c, n, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """``u`` of positions ``o_c`` of one row; 2**24 - 1 for all that are too unlikely to tell apart."""
+    o_b = tl.arange(0, BLOCKS)
+    # [BLOCKS]
+    b_max = tl.load(p_max + i_row * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=float("-inf"))
+    b_l = tl.load(p_logits + i_row * width + o_c, mask=o_c < n, other=float("-inf"))
+    b_u = tl.minimum((tl.max(b_max, 0) - b_l) * 262144.0, 16777215.0)
+    # Infinite logits: their distance from an infinite maximum is no number.
+    return tl.where(b_u == b_u, b_u, 0.0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _histogram_kernel(
+    p_logits, p_max, p_context, p_bins, p_cuts, width,
+    HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Adds a block of tokens to the bins of one row: the upper 12 bits of ``u``, or the lower within the cut's bin."""
+    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_context + i_row // (2 * HEADS))
+    if i_b * BLOCK >= n:
+        return
+    o_c = i_b * BLOCK + tl.arange(0, BLOCK)
+    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
+    m_u = (o_c < n) & (b_u < 16777215)
+    if FINE:
+        m_u = m_u & (b_u // 4096 == tl.load(p_cuts + i_row * 4))
+        b_bin = b_u % 4096
+        b_part = tl.full([BLOCK], 1 << 42, tl.int64)
+    else:
+        b_bin = b_u // 4096
+        b_rest = 1.0 - tl.exp((b_u % 4096).to(tl.float32) * (-1.0 / 262144.0))
+        b_part = (b_rest * 67108864.0 + 0.5).to(tl.int64) + (1 << 42)
+    p_row = p_bins + (i_row * COPIES + i_b % COPIES) * BINS
+    tl.atomic_add(p_row + b_bin, b_part, mask=m_u, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["least_0", "least_1", "most_0", "most_1"])
+def _cut_kernel(
+    p_bins, p_context, p_tau, p_cuts, p_above, p_mass, least_0, least_1, most_0, most_1,
+    HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Finds the bin in which a row's set ends: as many tokens as reach tau, at least and at most so many."""
+    i_row = tl.program_id(0).to(tl.int64)
+    n = tl.load(p_context + i_row // (2 * HEADS)).to(tl.int64)
+    i_kind = (i_row // HEADS) % 2
+    tau = tl.load(p_tau + i_row % (2 * HEADS))
+    least = tl.where(i_kind == 0, least_0, least_1).to(tl.int64)
+    most = tl.minimum(tl.where(i_kind == 0, most_0, most_1).to(tl.int64), n)
+    o_b = tl.arange(0, BINS)
+    b_packed = tl.zeros([BINS], tl.int64)
+    for i_copy in range(COPIES):
+        # [BINS]
+        b_packed += tl.load(p_bins + (i_row * COPIES + i_copy) * BINS + o_b)
+    b_count = b_packed >> 42
+    b_lost = (b_packed & ((1 << 42) - 1)).to(tl.float64) * (1.0 / 67108864.0)
+    if FINE:
+        coarse = tl.load(p_cuts + i_row * 4)
+        edge = (coarse * 4096 + o_b).to(tl.float64) * (1.0 / 262144.0)
+        before, mass_before = tl.load(p_above + i_row), tl.load(p_mass + i_row * 2 + 1)
+    else:
+        coarse = 0
+        edge = o_b.to(tl.float64) * (1.0 / 64.0)
+        before, mass_before = tl.zeros([], tl.int64), tl.zeros([], tl.float64)
+    b_mass = (b_count.to(tl.float64) - b_lost) * tl.exp(-edge)
+    # Sums in a tree: their rounding, 1e-15, decides nothing but exact ties between a sum and the threshold.
+    b_sum = mass_before + tl.cumsum(b_mass, 0)
+    b_seen = before + tl.cumsum(b_count, 0)
+    if FINE:
+        total = tl.load(p_mass + i_row * 2)
+    else:
+        total = tl.sum(b_mass, 0)
+        tl.store(p_mass + i_row * 2, total)
+    goal = tau * total
+    # A bin is behind the end of the set where the tokens before it reach tau and the least number, or the most.
+    b_done = ((b_sum >= goal) & (b_seen >= least)) | (b_seen >= most)
+    # tau >= 1 takes everything, tau <= 0 the least number only.
+    b_done = tl.where(tau >= 1.0, b_seen >= most, tl.where(tau <= 0.0, b_seen >= tl.minimum(least, most), b_done))
+    found = tl.min(tl.where(b_done, o_b, BINS), 0)
+    seen = before + tl.sum(tl.where(o_b < found, b_count, 0), 0)
+    mass = mass_before + tl.sum(tl.where(o_b < found, b_mass, 0.0), 0)
+    if FINE:
+        # Tokens of one fine bin are equally likely: as many of them as the threshold still needs.
+        weight = tl.exp(-(coarse * 4096 + found).to(tl.float64) * (1.0 / 262144.0))
+        need = tl.ceil(tl.minimum((goal - mass) / weight, n.to(tl.float64))).to(tl.int64)
+        need = tl.where(tau >= 1.0, n, tl.where(tau <= 0.0, 0, need))
+        # No bin completes the set: nothing but unlikely tokens is left, for the least number or all of them.
+        u = tl.where(found == BINS, 16777215, coarse * 4096 + found)
+        need = tl.where(found == BINS, tl.where((mass >= goal) & (tau < 1.0), 0, n), tl.maximum(need, 1))
+        take = tl.minimum(tl.maximum(seen + need, least), most) - seen
+        # An empty set.
+        take = tl.where(most == 0, 0, tl.where((tau <= 0.0) & (least == 0), 0, take))
+        tl.store(p_cuts + i_row * 4 + 1, u)
+        tl.store(p_cuts + i_row * 4 + 2, take.to(tl.int32))
+    else:
+        tl.store(p_cuts + i_row * 4, found)
+        tl.store(p_above + i_row, seen)
+        tl.store(p_mass + i_row * 2 + 1, mass)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _tie_kernel(
+    p_logits, p_max, p_context, p_cuts, p_ties, width,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Counts the tokens of a block that are equal to the cut."""
+    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_context + i_row // (2 * HEADS))
+    if i_b * BLOCK >= n:
+        return
+    o_c = i_b * BLOCK + tl.arange(0, BLOCK)
+    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
+    m_tie = (o_c < n) & (b_u == tl.load(p_cuts + i_row * 4 + 1))
+    tl.store(p_ties + i_row * (width // BLOCK) + i_b, tl.sum(m_tie.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["width", "flag_width"])
+def _flag_kernel(
+    p_logits, p_max, p_context, p_cuts, p_ties, p_flags, width, flag_width,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Marks the members of the set: at their position (columns) or their distance from the end (distances)."""
+    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_context + i_row // (2 * HEADS))
+    if i_b * BLOCK >= n:
+        return
+    distances = (i_row // HEADS) % 2 == 1
+    o_c = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < n
+    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
+    cut, take = tl.load(p_cuts + i_row * 4 + 1), tl.load(p_cuts + i_row * 4 + 2)
+    m_tie = m_c & (b_u == cut)
+    o_b = tl.arange(0, BLOCKS)
+    # [BLOCKS]
+    b_ties = tl.load(p_ties + i_row * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=0)
+    # How many equal tokens are preferred to this one: lower positions; for distances those behind it.
+    b_upto = tl.sum(tl.where(o_b < i_b, b_ties, 0), 0) + tl.cumsum(m_tie.to(tl.int32), 0)
+    b_rank = tl.where(distances, tl.sum(b_ties, 0) - b_upto, b_upto - 1)
+    m_kept = (m_c & (b_u < cut)) | (m_tie & (b_rank < take))
+    m_kept = m_kept & (take > 0)
+    b_place = tl.where(distances, n - 1 - o_c, o_c)
+    tl.store(p_flags + i_row * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
+
+
+def _budget(kind: str, least: int, most: int | None) -> tuple[int, int]:
+    for name, value in ((f"min_{kind}", least), (f"max_{kind}", most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= NO_CAP):
+            raise ValueError(f"{name} must be an int from 0 to {NO_CAP}, got {value!r}")
+    if most is not None and least > most:
+        raise ValueError(f"min_{kind} is {least}, above max_{kind}, which is {most}")
+    return least, NO_CAP if most is None else most
+
+
+def _check(
+    kv: PagedKV, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, device: torch.device
+) -> None:
+    """Checks what both entries share."""
+    check_paged(kv, batch, device)
+    heads = kv.num_kv_heads
+    check_tensor("tau", tau, 2, (torch.float64,))
+    if tuple(tau.shape) != (2, heads) or not tau.is_contiguous() or tau.device != device:
+        raise ValueError(f"tau must be contiguous, [2, {heads}] on {device}, got {tuple(tau.shape)} on {tau.device}")
+    check_index(index, batch, heads, device)
+    room = workspace.logits
+    if room.device != device or room.shape[0] < batch.num_requests or room.shape[2] != heads:
+        raise ValueError(f"workspace is for {tuple(room.shape)} on {room.device}, too small for this batch")
+    if room.shape[3] < batch.max_context:
+        raise ValueError(f"workspace has no room for contexts of {batch.max_context} tokens")
+
+
+def select(
+    logits: Tensor,
+    kv: PagedKV,
+    batch: Batch,
+    tau: Tensor,
+    index: Index,
+    workspace: SelectWorkspace,
+    *,
+    min_columns: int = 0,
+    max_columns: int | None = None,
+    min_distances: int = 0,
+    max_distances: int | None = None,
+) -> None:
+    """Chooses columns and distances of every request and writes them into the flags of an index.
+
+    The sets are those that ``naive.select`` takes from ``naive.distributions`` of each request's logits, but for
+    differences of 4e-6 in the logits, which count as ties, and a sum within rounding of the threshold. A NaN logit
+    counts as the largest one.
+
+    Args:
+        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: vertical and slash of head 0, of head 1, ...
+        kv: its block table says in which slots a context lies.
+        batch: the requests; rows are not looked at.
+        tau: float64 ``[2, Hkv]``, thresholds of columns and of distances.
+        index: its flags are written. ``build_index`` makes the lists.
+        workspace: from ``allocate_select``.
+        min_columns: entries kept at least.
+        max_columns: entries kept at most.
+        min_distances: entries kept at least.
+        max_distances: entries kept at most.
+
+    Raises:
+        ValueError: wrong dtype, shape, stride or device, or a minimum above its maximum; names the argument.
+    """
+    check_tensor("logits", logits, 2, (torch.float32, torch.bfloat16))
+    _check(kv, batch, tau, index, workspace, logits.device)
+    heads = kv.num_kv_heads
+    if logits.shape[1] != 2 * heads:
+        raise ValueError(f"logits has {logits.shape[1]} values a slot, expected {2 * heads}")
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
+    _budget("columns", min_columns, max_columns)
+    _budget("distances", min_distances, max_distances)
+    check_device("logits", logits)
+    if batch.num_requests == 0:
+        return
+    room = workspace.logits
+    _gather_kernel[(triton.cdiv(batch.max_context, BLOCK), batch.num_requests)](
+        logits, kv.block_table, batch.context_len, room, workspace.block_max, logits.stride(0),
+        kv.block_table.stride(0), room.shape[3],
+        HEADS=heads, ROWS=triton.next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
+    )  # fmt: skip
+    select_gathered(
+        kv, batch, tau, index, workspace, min_columns=min_columns, max_columns=max_columns,
+        min_distances=min_distances, max_distances=max_distances,
+    )  # fmt: skip
+
+
+def select_gathered(
+    kv: PagedKV,
+    batch: Batch,
+    tau: Tensor,
+    index: Index,
+    workspace: SelectWorkspace,
+    *,
+    min_columns: int = 0,
+    max_columns: int | None = None,
+    min_distances: int = 0,
+    max_distances: int | None = None,
+) -> None:
+    """``select`` from logits that lie in the workspace already, with their block maxima, as ``sampled`` leaves them.
+
+    Raises:
+        ValueError: as for ``select``.
+    """
+    room = workspace.logits
+    _check(kv, batch, tau, index, workspace, room.device)
+    least_c, most_c = _budget("columns", min_columns, max_columns)
+    least_d, most_d = _budget("distances", min_distances, max_distances)
+    check_device("workspace", room)
+    if batch.num_requests == 0:
+        return
+    heads, width = kv.num_kv_heads, room.shape[3]
+    grid = (triton.cdiv(batch.max_context, BLOCK), batch.num_requests * 2 * heads)
+    blocks = triton.next_power_of_2(width // BLOCK)
+    context = batch.context_len
+    workspace.bins[:, : batch.num_requests].zero_()
+    for fine in (False, True):
+        bins = workspace.bins[int(fine)]
+        _histogram_kernel[grid](
+            room, workspace.block_max, context, bins, workspace.cuts, width,
+            HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES, BLOCK=BLOCK, BLOCKS=blocks,
+        )  # fmt: skip
+        _cut_kernel[(grid[1],)](
+            bins, context, tau, workspace.cuts, workspace.above, workspace.mass, least_c, least_d, most_c, most_d,
+            HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES, num_warps=8,
+        )  # fmt: skip
+    _tie_kernel[grid](
+        room, workspace.block_max, context, workspace.cuts, workspace.ties, width,
+        HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks,
+    )  # fmt: skip
+    _flag_kernel[grid](
+        room, workspace.block_max, context, workspace.cuts, workspace.ties, index.flags, width, index.flags.shape[3],
+        HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks,
+    )  # fmt: skip
+
+
+def select_reference(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[Selection]:
+    """What ``select`` chooses, by the plain reference, one selection per request."""
+    selections = []
+    for i, n in enumerate(batch.context_len.tolist()):
+        position = torch.arange(n, device=logits.device)
+        slots = kv.block_table[i].long()[position // kv.block_size] * kv.block_size + position % kv.block_size
+        columns, distances = naive.distributions(logits[slots].float().unflatten(1, (kv.num_kv_heads, 2)))
+        chosen = naive.select(
+            columns,
+            distances,
+            tau_columns=tau[0],
+            tau_distances=tau[1],
+            **budgets,  # type: ignore[arg-type]
+        )
+        selections.append(chosen)
+    return selections

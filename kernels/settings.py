@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Tile sizes and launch settings of the Triton kernels.
+
+A table, not autotuning: nothing is measured while serving, and a new sequence length never compiles anything. The key
+is what decides which setting is best, compute capability, operation and shape, never the name of the device.
+``python -m benchmarks.kernels --tune`` measures the candidates and prints the rows to put here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Launch settings of one kernel.
+
+    Attributes:
+        block_m: rows of a tile (query rows times heads of the group, or tokens).
+        block_n: keys (or hidden units) of a tile.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        lanes: query tiles of the pattern that share one program (``attend`` only).
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    lanes: int = 1
+
+
+# (capability, operation, padded head size) -> settings. The capability is the least one the row is for.
+TABLE: dict[tuple[int, str, int], Settings] = {
+    (80, "attend", 64): Settings(128, 64, 4, 3, lanes=2),
+    (80, "attend", 128): Settings(128, 64, 4, 2, lanes=2),
+    (80, "attend", 256): Settings(64, 32, 4, 2, lanes=1),
+    (80, "score", 64): Settings(128, 64, 4, 2),
+    (80, "score", 128): Settings(128, 64, 8, 2),
+    (80, "score", 256): Settings(64, 64, 8, 2),
+    (80, "sampled", 64): Settings(128, 64, 4, 2),
+    (80, "sampled", 128): Settings(128, 64, 4, 2),
+    (80, "sampled", 256): Settings(64, 32, 4, 2),
+    (80, "mass", 64): Settings(128, 64, 4, 2),
+    (80, "mass", 128): Settings(128, 64, 4, 2),
+    (80, "mass", 256): Settings(64, 64, 4, 2),
+    (90, "attend", 64): Settings(128, 64, 4, 3, lanes=2),
+    (90, "attend", 128): Settings(128, 64, 4, 2, lanes=2),
+    (90, "attend", 256): Settings(128, 32, 8, 2, lanes=1),
+    (90, "score", 64): Settings(128, 64, 4, 3),
+    (90, "score", 128): Settings(128, 64, 8, 2),
+    (90, "score", 256): Settings(128, 64, 8, 2),
+    (90, "sampled", 64): Settings(128, 128, 8, 2),
+    (90, "sampled", 128): Settings(128, 128, 8, 2),
+    (90, "sampled", 256): Settings(64, 64, 4, 2),
+    (90, "mass", 64): Settings(128, 128, 8, 3),
+    (90, "mass", 128): Settings(128, 128, 8, 2),
+    (90, "mass", 256): Settings(64, 64, 4, 2),
+}
+
+# Tiles of the interpreter's tests are small problems too: nothing is tuned for it.
+INTERPRETED = 80
+
+
+def padded(size: int) -> int:
+    """Smallest power of two that is at least ``size`` and 16, the least a matrix product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability of a device as one number, 90 for 9.0; that of the least row for the interpreter's CPU."""
+    if device.type != "cuda":
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def settings(operation: str, head_size: int, device: torch.device, element_size: int = 2) -> Settings:
+    """The row for an operation, of the highest capability that the device has.
+
+    Args:
+        operation: ``attend``, ``score``, ``sampled`` or ``mass``.
+        head_size: channels of a head.
+        device: device of the tensors.
+        element_size: bytes of an element; with float32 the tiles are halved, they would not fit.
+
+    Raises:
+        ValueError: no row for this operation, head size and device.
+    """
+    have, size = capability(device), max(64, padded(head_size))
+    rows = [key for key in TABLE if key[1] == operation and key[2] == size and key[0] <= have]
+    if not rows:
+        raise ValueError(f"no settings of {operation} for head size {head_size} and capability {have / 10}")
+    found = TABLE[max(rows)]
+    if element_size > 2:
+        found = replace(found, block_m=max(found.block_m // 2, 16), block_n=max(found.block_n // 2, 16), num_stages=1)
+    return found

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Loads the Triton kernels so that tests can run them: on the GPU, or under Triton's interpreter where there is none.
+
+The interpreter must be asked for before Triton's first import. Where something else (vLLM) has imported it already,
+the tests of this process are skipped and ``test_triton_process.py`` runs them in a process of their own.
+"""
+
+# ruff: noqa: F401 (modules are imported for what importing them does)
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    late = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    late = False
+try:
+    if not late:
+        # The first launch imports this, and it looks at the variable.
+        import triton.experimental.gluon
+
+        import vllm_vsprefill.kernels.attend.triton
+        import vllm_vsprefill.kernels.mass.triton
+        import vllm_vsprefill.kernels.merge.triton
+        import vllm_vsprefill.kernels.sampled.triton
+        import vllm_vsprefill.kernels.score.triton
+        import vllm_vsprefill.kernels.select.triton
+finally:
+    # Child processes of other tests must not inherit it.
+    if DEVICE == "cpu":
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+USABLE = not late
+REASON = "Triton was imported without its interpreter; test_triton_process.py runs these tests"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The paged estimator against the plain reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import DEVICE, REASON, USABLE
+from tests.kernels.paged_problems import make_paged
+from vllm_vsprefill.kernels.merge.triton import allocate_index
+from vllm_vsprefill.kernels.sampled import naive
+from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
+from vllm_vsprefill.kernels.select.triton import allocate_select, select_gathered
+from vllm_vsprefill.kernels.settings import Settings
+from vllm_vsprefill.kernels.types import SparsePattern
+
+pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+
+PATTERN = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_the_reference(seed: int) -> None:
+    rng = random.Random(seed)
+    contexts = [rng.randint(1, 250) for _ in range(rng.randint(1, 2))]
+    rows = [rng.choice([1, rng.randint(1, n), n]) for n in contexts]
+    problem = make_paged(
+        contexts=contexts,
+        rows=rows,
+        pattern=PATTERN,
+        heads=rng.randint(1, 2),
+        group=rng.choice([1, 2, 3, 4, 7, 8]),
+        size=rng.choice([16, 24, 64]),
+        dtype=rng.choice([torch.float32, torch.float16]),
+        layout=rng.choice(["NHD", "HND"]),
+        seed=seed,
+    )
+    heads, longest, count = problem.kv.num_kv_heads, problem.batch.max_context, rng.choice([1, 5, 16, 64])
+    workspace = allocate_sampled(len(rows), problem.q.shape[1], heads, longest, count, DEVICE)
+    into = allocate_select(len(rows), heads, longest, DEVICE)
+    workspace.partial.fill_(float("nan"))
+    into.logits.fill_(float("nan"))
+    config = Settings(rng.choice([16, 64]), rng.choice([16, 64]), 4, 1)
+    sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale, config=config)
+    for i, n in enumerate(contexts):
+        k, _ = problem.kv.gather(i, n)
+        start = int(problem.batch.row_start[i])
+        columns, distances = naive.sampled(problem.q[start : start + rows[i]], k, scale=problem.scale, num_rows=count)
+        found = into.logits[i, :, :, :n].softmax(-1)
+        torch.testing.assert_close(found[0], columns, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(found[1].flip(-1), distances, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(into.block_max[i, ..., 0], into.logits[i, :, :, :n].amax(-1))
+
+
+def test_feeds_the_selection() -> None:
+    problem = make_paged(contexts=[120], rows=[64], pattern=PATTERN, heads=2)
+    workspace = allocate_sampled(1, 8, 2, problem.batch.max_context, 16, DEVICE)
+    into = allocate_select(1, 2, problem.batch.max_context, DEVICE)
+    index = allocate_index(1, 2, problem.batch.max_context, PATTERN, DEVICE)
+    sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale)
+    tau = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
+    select_gathered(problem.kv, problem.batch, tau, index, into, min_columns=10, min_distances=7)
+    k, _ = problem.kv.gather(0, 120)
+    columns, distances = naive.sampled(problem.q[1:65], k, scale=problem.scale, num_rows=16)
+    for kind, (probs, count) in enumerate(((columns, 10), (distances, 7))):
+        for head in range(2):
+            best = set(probs[head].topk(count).indices.tolist())
+            assert set(index.flags[0, kind, head, :120].nonzero().flatten().tolist()) == best
+
+
+def test_bad_arguments_are_named() -> None:
+    problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
+    workspace = allocate_sampled(1, 8, 2, 60, 16, DEVICE)
+    into = allocate_select(1, 2, 60, DEVICE)
+    q, kv, batch = problem.q, problem.kv, problem.batch
+    with pytest.raises(ValueError, match=r"^cache has head size"):
+        sampled(q[..., :32], kv, batch, workspace, into, scale=1.0)
+    with pytest.raises(ValueError, match=r"^scale"):
+        sampled(q, kv, batch, workspace, into, scale=0.0)
+    with pytest.raises(ValueError, match=r"^num_rows"):
+        allocate_sampled(1, 8, 2, 60, 0, DEVICE)
+    with pytest.raises(ValueError, match=r"^into is for"):
+        sampled(q, kv, batch, workspace, allocate_select(1, 1, 60, DEVICE), scale=1.0)

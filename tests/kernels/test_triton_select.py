@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The histogram selection against the plain reference."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.interpreted import DEVICE, REASON, USABLE
+from tests.kernels.paged_problems import make_batch, paged_cache
+from vllm_vsprefill.kernels.merge.triton import allocate_index
+from vllm_vsprefill.kernels.paged import Batch, PagedKV
+from vllm_vsprefill.kernels.select.triton import allocate_select, select, select_reference
+from vllm_vsprefill.kernels.types import SparsePattern
+
+pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+
+PATTERN = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
+
+
+def make(contexts: list[int], heads: int, kind: str, seed: int) -> tuple[Tensor, PagedKV, Batch]:
+    """Logits in cache slots; those of nobody are NaN."""
+    rng = torch.Generator().manual_seed(seed)
+    batch, _ = make_batch([1] * len(contexts), contexts)
+    kv = paged_cache(contexts, heads, 16, 16, rng)
+    logits = torch.full((kv.cache.shape[0] * 16, 2 * heads), float("nan"))
+    for i, n in enumerate(contexts):
+        position = torch.arange(n)
+        values = torch.randn(n, 2 * heads, generator=rng)
+        values = {
+            "normal": values,
+            "wide": values * 8,
+            "equal": values * 0 + 3,
+            "few values": torch.round(values * 2) / 2,
+            "a peak": values + 40 * (position == n // 2).unsqueeze(1),
+        }[kind]
+        logits[kv.block_table[i].cpu().long()[position // 16] * 16 + position % 16] = values
+    return logits.to(DEVICE), kv, batch
+
+
+def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[list[set[int]]]:
+    """Sets of each request: columns of every head, then distances of every head."""
+    heads, requests = kv.num_kv_heads, batch.num_requests
+    index = allocate_index(requests, heads, batch.max_context, PATTERN, DEVICE)
+    workspace = allocate_select(requests, heads, batch.max_context, DEVICE)
+    index.flags.fill_(77)
+    for tensor in workspace:
+        tensor.fill_(-7)
+    select(logits, kv, batch, tau, index, workspace, **budgets)  # type: ignore[arg-type]
+    return [
+        [set(row[:n].nonzero().flatten().tolist()) for row in index.flags[i].flatten(0, 1)]
+        for i, n in enumerate(batch.context_len.tolist())
+    ]
+
+
+def expected(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[list[set[int]]]:
+    found = []
+    for one in select_reference(logits, kv, batch, tau, **budgets):
+        columns = [set(row[:count].tolist()) for row, count in zip(one.columns, one.num_columns, strict=True)]
+        distances = [set(row[:count].tolist()) for row, count in zip(one.distances, one.num_distances, strict=True)]
+        found.append(columns + distances)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["normal", "wide", "equal", "few values", "a peak"])
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_the_reference(kind: str, seed: int) -> None:
+    rng = random.Random(f"{kind}{seed}")
+    contexts = [rng.choice([rng.randint(1, 200), rng.randint(1000, 2500)]) for _ in range(rng.randint(1, 2))]
+    heads = rng.randint(1, 3)
+    # 0.873: no number of equal tokens adds up to it, so that rounding decides nothing.
+    tau = torch.tensor(
+        [[rng.choice([-1.0, 0.0, 0.3141, 0.8731, 0.9917, 1.0]) for _ in range(heads)] for _ in range(2)],
+        dtype=torch.float64,
+        device=DEVICE,
+    )
+    budgets: dict[str, int | None] = {}
+    for name in ("columns", "distances"):
+        most = rng.choice([None, None, 0, 1, 64, 5000])
+        least = rng.choice([0, 0, 1, 50, 3000])
+        budgets |= {f"min_{name}": least if most is None else min(least, most), f"max_{name}": most}
+    logits, kv, batch = make(contexts, heads, kind, seed)
+    assert chosen(logits, kv, batch, tau, **budgets) == expected(logits, kv, batch, tau, **budgets)
+
+
+def test_ties_go_to_lower_positions_and_smaller_distances() -> None:
+    logits, kv, batch = make([1500], 1, "equal", 0)
+    tau = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+    assert chosen(logits, kv, batch, tau, min_columns=1100, min_distances=1030) == [
+        [set(range(1100)), set(range(1030))]
+    ]
+
+
+def test_a_logit_that_is_not_a_number_is_kept_first() -> None:
+    logits, kv, batch = make([300], 1, "normal", 1)
+    slot = int(kv.block_table[0, 5]) * 16 + 3
+    logits[slot] = float("nan")
+    tau = torch.full((2, 1), 0.5, dtype=torch.float64, device=DEVICE)
+    assert chosen(logits, kv, batch, tau) == [[{83}, {300 - 1 - 83}]]
+
+
+def test_a_long_context() -> None:
+    logits, kv, batch = make([20000], 1, "normal", 2)
+    tau = torch.tensor([[0.6171], [0.2313]], dtype=torch.float64, device=DEVICE)
+    got, want = chosen(logits, kv, batch, tau)[0], expected(logits, kv, batch, tau)[0]
+    for one, other in zip(got, want, strict=True):
+        # Tokens as close as 4e-6 may change places.
+        assert len(one ^ other) <= 2
+        assert len(one) == pytest.approx(len(other), abs=1)
+
+
+def test_bad_arguments_are_named() -> None:
+    logits, kv, batch = make([30], 2, "normal", 0)
+    tau = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
+    for name, change, budgets in (
+        ("logits has 3 values", {"logits": logits[:, :3]}, {}),
+        ("logits must have dtype", {"logits": logits.double()}, {}),
+        ("tau must have dtype", {"tau": tau.float()}, {}),
+        ("tau must be contiguous", {"tau": tau[:1]}, {}),
+        ("max_columns must be", {}, {"max_columns": -1}),
+        ("min_distances is 4", {}, {"min_distances": 4, "max_distances": 3}),
+    ):
+        arguments = {"logits": logits, "kv": kv, "batch": batch, "tau": tau, **change}
+        with pytest.raises(ValueError, match="^" + re.escape(name)):
+            chosen(**arguments, **budgets)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^max_context"):
+        allocate_select(1, 1, 2**21, DEVICE)
