@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import environment
+from benchmarks import densities, environment
+from vllm_vsprefill.stats import LayerCounts
 
-MODEL = environment.ROOT / "examples" / "needle" / "model"
 STOCK, OURS = "CPU_ATTN", "VSPREFILL"
 
 
@@ -35,9 +35,8 @@ def measure(backend: str, model: str, lengths: list[int], runs: int, chunk: int,
     from vllm import LLM, SamplingParams
 
     from examples.needle import tasks
-    from vllm_vsprefill import stats
 
-    folder = Path(os.environ.setdefault(stats.STATS_DIR_VARIABLE, tempfile.mkdtemp()))
+    folder = densities.exchange_folder()
     engine = LLM(
         model,
         attention_backend=backend,
@@ -60,15 +59,12 @@ def measure(backend: str, model: str, lengths: list[int], runs: int, chunk: int,
     first_token(min(lengths))  # memory, thread pools and kernels that are set up on first use
     results: dict[str, Any] = {}
     for length in lengths:
-        before = _totals(stats.read_counts(folder))
+        before = densities.total(folder)
         seconds = [first_token(length) for _ in range(runs)]
-        computed, causal = (now - then for now, then in zip(_totals(stats.read_counts(folder)), before, strict=True))
-        results[str(length)] = {"seconds": seconds, "density": computed / causal if causal else 1.0}
+        after = densities.total(folder)
+        counted = LayerCounts(after.computed - before.computed, after.causal - before.causal)
+        results[str(length)] = {"seconds": seconds, "density": counted.density}
     return results
-
-
-def _totals(counts: Any) -> tuple[int, int]:
-    return sum(c.computed for c in counts.values()), sum(c.causal for c in counts.values())
 
 
 def main(
@@ -76,7 +72,7 @@ def main(
     runs: Annotated[int, typer.Option(help="Prompts of each length per process.", min=1)] = 3,
     rounds: Annotated[int, typer.Option(help="Processes per backend.", min=1)] = 2,
     chunk: Annotated[int, typer.Option(help="Prompt tokens vLLM computes at a time.")] = 8192,
-    model: Annotated[str, typer.Option(help="Model folder.")] = str(MODEL),
+    model: Annotated[str, typer.Option(help="Model folder.")] = str(environment.NEEDLE_MODEL),
     options: Annotated[str, typer.Option(help="VSPREFILL options, as JSON.")] = "{}",
     out: Annotated[Path | None, typer.Option(help="Write the raw figures to this file.")] = None,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,

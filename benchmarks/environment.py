@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDLE_MODEL = ROOT / "examples" / "needle" / "model"
 
 
 def describe() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment
+from benchmarks import densities, environment
 
-MODEL = environment.ROOT / "examples" / "needle" / "model"
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "accurate": {"preset": "accurate"},
@@ -41,10 +39,9 @@ def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[st
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from examples.needle import tasks
-    from vllm_vsprefill import stats
 
     options = SETTINGS[name]
-    folder = Path(os.environ.setdefault(stats.STATS_DIR_VARIABLE, tempfile.mkdtemp()))
+    folder = densities.exchange_folder()
     engine = LLM(
         model,
         attention_backend="CPU_ATTN" if options is None else "VSPREFILL",
@@ -70,11 +67,10 @@ def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[st
                 continue
             total += 1
             right += ranks[int(ids[position])].rank == 1
-    counts = stats.read_counts(folder).values()
-    computed, causal = sum(c.computed for c in counts), sum(c.causal for c in counts)
+    density = densities.total(folder).density
     del engine
     cleanup_dist_env_and_memory()
-    return {"setting": name, "right": right, "answers": total, "density": computed / causal if causal else 1.0}
+    return {"setting": name, "right": right, "answers": total, "density": density}
 
 
 def main(
@@ -82,7 +78,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts per setting.")] = 4,
     chunk: Annotated[int, typer.Option(help="Prompt tokens vLLM computes at a time.")] = 8192,
     only: Annotated[list[str] | None, typer.Option(help="Settings to run; all by default.")] = None,
-    model: Annotated[str, typer.Option(help="Model folder.")] = str(MODEL),
+    model: Annotated[str, typer.Option(help="Model folder.")] = str(environment.NEEDLE_MODEL),
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Print, per setting, the share of in-prompt answer tokens that the model ranks first, beside the density."""

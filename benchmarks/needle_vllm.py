@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import environment
-
-MODEL = environment.ROOT / "examples" / "needle" / "model"
+from benchmarks import densities, environment
 
 
 def main(
@@ -37,9 +34,9 @@ def main(
     from examples.needle import tasks
     from vllm_vsprefill import stats
 
-    folder = Path(os.environ.setdefault(stats.STATS_DIR_VARIABLE, tempfile.mkdtemp()))
+    folder = densities.exchange_folder()
     engine = LLM(
-        str(MODEL),
+        str(environment.NEEDLE_MODEL),
         attention_backend="VSPREFILL",
         max_model_len=length + 64,
         max_num_batched_tokens=chunk,
@@ -56,8 +53,8 @@ def main(
         answer = engine.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].text
         right[task] += problem.is_correct(answer)
     counts = stats.read_counts(folder)
-    computed, causal = sum(c.computed for c in counts.values()), sum(c.causal for c in counts.values())
-    table = Table(title=f"{length:,} tokens, chunks of {chunk:,}, density {computed / causal:.1%}")
+    density = densities.total(folder).density
+    table = Table(title=f"{length:,} tokens, chunks of {chunk:,}, density {density:.1%}")
     for column in ("task", "right", "problems"):
         table.add_column(column, justify="right")
     for task, number in right.items():
@@ -66,7 +63,7 @@ def main(
     if out is not None:
         record: dict[str, Any] = {**environment.describe(), "length": length, "chunk": chunk, "seed": seed}
         record |= {"options": json.loads(options), "problems_per_task": 2 * samples, "right": right}
-        record["density"] = computed / causal
+        record["density"] = density
         record["density_per_layer"] = {layer: c.density for layer, c in sorted(counts.items())}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
