@@ -38,6 +38,17 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
+    # what `vsprefill train` and `vsprefill calibrate` run besides torch
+    "train": [
+        "transformers>=4.56",  # AttentionInterface, set_attn_implementation, AutoModel with dtype=
+        "accelerate>=1.4",  # processes and the sums over them
+        "datasets>=3.0",  # --data with a dataset's id; streaming with column names
+        "tensorboard>=2.14",  # logs; works with numpy 2
+        "matplotlib>=3.8",  # the pictures of report.html
+        "typer>=0.12",  # the command line
+        "tqdm>=4.66",  # progress bars
+        "numpy>=1.26",  # token ids and random draws
+    ],
     # what `make demo` runs besides vLLM
     "demo": [
         "openai>=1.40",  # the client the demo talks to the server with
@@ -74,12 +85,15 @@ setup(
     package_dir=PACKAGE_DIRS,
     package_data={
         "vllm_vsprefill": ["py.typed"],
+        "vllm_vsprefill.kernels": ["settings.json"],
         "vllm_vsprefill.indexer_ckpts": ["*/config.json", "*/indexer.safetensors"],
     },
     include_package_data=False,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
+        # Commands need the extra "train"; `vsprefill status` and `vsprefill mode` need typer only.
+        "console_scripts": ["vsprefill = vllm_vsprefill.cli:main"],
         # vLLM calls this in every process it starts, so the module must import quickly (no torch, no vLLM platform).
         "vllm.general_plugins": ["vsprefill = vllm_vsprefill.registration:register"],
     },

@@ -7,7 +7,7 @@ Shape, unless a row says otherwise: 32 query heads, 8 KV heads, head size 128, b
 Rates count the (row, key) pairs that the kernel reports to have visited. Rows of ``attend`` are checked against plain
 float32 attention over the keys that ``merge`` lists, for some tiles of the same run.
 
-``--tune`` times candidates of the settings table instead and prints the best of each.
+``--tune`` times candidates of the settings table instead and writes the best of each into the table.
 """
 
 from __future__ import annotations
@@ -29,15 +29,22 @@ from torch import Tensor
 
 from benchmarks import environment
 from vllm_vsprefill.kernels.attend.triton import attend
+from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.mass import chunked
 from vllm_vsprefill.kernels.mass.triton import mass_sums
 from vllm_vsprefill.kernels.merge.naive import merge
 from vllm_vsprefill.kernels.merge.triton import Index, allocate_index, build_index, set_flags
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
-from vllm_vsprefill.kernels.score.triton import prepare_weights, score_missing, score_reference, score_slots
+from vllm_vsprefill.kernels.score.triton import (
+    allocate_missing,
+    prepare_weights,
+    score_missing,
+    score_reference,
+    score_slots,
+)
 from vllm_vsprefill.kernels.select.triton import allocate_select, select, select_gathered, select_reference
-from vllm_vsprefill.kernels.settings import Settings
+from vllm_vsprefill.kernels.settings import TABLE, TABLE_FILE, Settings, capability, padded, write_table
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection, SparsePattern
 
 QUERY_HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
@@ -215,17 +222,25 @@ def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
     weights, slots = indexer(), case.slots
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     expected = logits.clone()
+    missing = allocate_missing(1, case.context_len, "cuda")
     time = milliseconds(lambda: score_slots(case.kv, slots, weights, logits, config=config))
     some = slots[:: len(slots) // 64]
     score_reference(case.kv, some, weights, expected)
     error = float((logits[some] - expected[some]).norm() / expected[some].norm())
-    score_missing(case.kv, case.batch, weights, logits)
-    again = milliseconds(lambda: score_missing(case.kv, case.batch, weights, logits))
+    score_missing(case.kv, case.batch, weights, logits, missing)
+    again = milliseconds(lambda: score_missing(case.kv, case.batch, weights, logits, missing))
+
+    def new_tokens() -> None:
+        forget(logits, slots)
+        score_missing(case.kv, case.batch, weights, logits, missing)
+
+    chunk = milliseconds(new_tokens)
     work = 2.0 * len(slots) * KV_HEADS * (2 * SIZE + 2) * HIDDEN
     return {
         "ms": time,
         "tflops": work / time / 1e9,
         "nothing_missing_ms": again,
+        "forget_and_score_missing_ms": chunk,
         "relative_error": error,
         "correct": error < 1e-2,
     }
@@ -278,7 +293,7 @@ def graph_milliseconds(call: Callable[[], Any]) -> float | None:
         return None
 
 
-def sampled_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
+def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = None) -> dict[str, Any]:
     """The training-free estimate alone, and with selection."""
     workspace = allocate_sampled(1, QUERY_HEADS, KV_HEADS, case.context_len, 64, "cuda")
     into = allocate_select(1, KV_HEADS, case.context_len, "cuda")
@@ -286,7 +301,7 @@ def sampled_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     tau = torch.full((2, KV_HEADS), 0.5, dtype=torch.float64, device="cuda")
 
     def estimate() -> None:
-        sampled(case.q, case.kv, case.batch, workspace, into, scale=SCALE)
+        sampled(case.q, case.kv, case.batch, workspace, into, scale=SCALE, config=config)
 
     def both() -> None:
         estimate()
@@ -294,9 +309,8 @@ def sampled_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
 
     estimate()
     sums = into.logits[0, :, :, : case.context_len].exp().sum(-1)
-    # Columns add up to the number of (row, head) pairs, diagonals to 2**30.
-    error = float((sums[0] / (64 * GROUP) - 1).abs().max())
-    error = max(error, float((sums[1] / 2**30 - 1).abs().max()))
+    # Both add up to the number of (row, head) pairs.
+    error = float((sums / (64 * GROUP) - 1).abs().max())
     return {
         "ms": milliseconds(estimate),
         "with_select_ms": milliseconds(both),
@@ -306,22 +320,34 @@ def sampled_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
 
 
 def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
-    """Score, select, index, attend, as a backend calls them."""
+    """Score, select, index, attend, as a backend calls them: which tokens are new, the device finds out."""
     weights, slots = indexer(), case.slots
+    missing = allocate_missing(1, case.context_len, "cuda")
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
-    score_missing(case.kv, case.batch, weights, logits)
+    score_missing(case.kv, case.batch, weights, logits, missing)
     index = allocate_index(1, KV_HEADS, case.context_len, pattern, "cuda")
     workspace = allocate_select(1, KV_HEADS, case.context_len, "cuda")
+    visited = torch.zeros(1, dtype=torch.int64, device="cuda")
     tau = torch.zeros(2, KV_HEADS, dtype=torch.float64, device="cuda")
     out = torch.empty_like(case.q)
 
     def call() -> None:
-        score_slots(case.kv, slots, weights, logits)
+        forget(logits, slots)
+        score_missing(case.kv, case.batch, weights, logits, missing)
         select(logits, case.kv, case.batch, tau, index, workspace, min_columns=4096, max_columns=4096, max_distances=0)
         build_index(index, case.kv, case.batch)
-        attend(case.q, case.kv, index, case.batch, scale=SCALE, out=out)
+        attend(case.q, case.kv, index, case.batch, scale=SCALE, out=out, visited=visited)
 
-    return {"ms": milliseconds(call), "graph_ms": graph_milliseconds(call), "correct": bool(out.isfinite().all())}
+    def ten_layers() -> None:
+        for _ in range(10):
+            call()
+
+    return {
+        "ms": milliseconds(call),
+        "of_ten_in_a_row_ms": milliseconds(ten_layers) / 10,
+        "graph_ms": graph_milliseconds(call),
+        "correct": bool(out.isfinite().all()),
+    }
 
 
 def mass_row(n: int, config: Settings | None = None) -> dict[str, Any]:
@@ -350,7 +376,7 @@ def dense_row(case: Case) -> dict[str, Any]:
     return {"ms": time, "tflops": pairs * QUERY_HEADS * 4 * SIZE / time / 1e9}
 
 
-# 32 positions x 4 heads fill the rows of a tile; nothing but the window runs along diagonals.
+# Nothing but the window runs along diagonals.
 LOCAL = SparsePattern(block_q=32, block_k=1, window=2048, sinks=0, dense_last=0)
 # Scattered diagonals: tiles of 16 positions keep their union small.
 SCATTERED = SparsePattern(block_q=16, block_k=1, window=1024, sinks=0, dense_last=0)
@@ -372,6 +398,13 @@ MASS_CANDIDATES = [
 ]
 
 
+SAMPLED_CANDIDATES = [
+    Settings(m, n, warps, stages)
+    for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
+    if m * n <= 128 * 32 * warps
+]
+
+
 def tuning_row(operation: str, config: Settings, context_len: int = LONG, rows: int = CHUNK) -> dict[str, Any]:
     """One candidate."""
     if operation == "mass":
@@ -379,6 +412,8 @@ def tuning_row(operation: str, config: Settings, context_len: int = LONG, rows: 
     case = Case.make(context_len, rows)
     if operation == "score":
         return score_row(case, config)
+    if operation == "sampled":
+        return sampled_row(case, LOCAL, config)
     pattern, columns, distances = (LOCAL, 4096, 0) if operation == "attend local" else (SCATTERED, 1024, 64)
     return attend_row(case, min(columns, context_len // 2), distances, pattern, config)
 
@@ -391,10 +426,11 @@ def _compile(task: tuple[str, Settings]) -> None:
         return
 
 
-def tune(record: dict[str, Any], save: Callable[[], None], workers: int) -> None:
-    """Times every candidate; the best of each operation is what the settings table should hold."""
+def tune(record: dict[str, Any], save: Callable[[], None], workers: int, table_file: Path) -> None:
+    """Times every candidate and writes the best of each operation into the settings table."""
     tasks = [(op, c) for op in ("attend local", "attend scattered") for c in ATTEND_CANDIDATES]
     tasks += [("score", c) for c in SCORE_CANDIDATES] + [("mass", c) for c in MASS_CANDIDATES]
+    tasks += [("sampled", c) for c in SAMPLED_CANDIDATES]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(_compile, tasks, chunksize=1)
     best: dict[str, tuple[float, Settings]] = {}
@@ -403,8 +439,14 @@ def tune(record: dict[str, Any], save: Callable[[], None], workers: int) -> None
         found = attempt(record, name, lambda: tuning_row(operation, config), save)  # noqa: B023 (called at once)
         if found and found["correct"] and found["ms"] < best.get(operation, (float("inf"), config))[0]:
             best[operation] = (found["ms"], config)
+    table = dict(TABLE)
+    device = capability(torch.device("cuda", torch.cuda.current_device()))
     for operation, (time, config) in best.items():
         print(f"best {operation}: {config}, {time:.3f} ms")
+        if operation != "attend scattered":  # one row serves both; the other selection is the more frequent one
+            table[device, operation.split()[0], padded(SIZE)] = config
+    write_table(table, table_file)
+    print(f"wrote {table_file}")
 
 
 def attempt(
@@ -475,6 +517,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Write the figures to this file, row by row.")],
     longest: Annotated[int, typer.Option(help="Context of the last rows, in tokens.")] = 1048576,
     tune_settings: Annotated[bool, typer.Option("--tune", help="Time candidates for the settings table.")] = False,
+    table: Annotated[Path, typer.Option(help="Where --tune writes the table.")] = TABLE_FILE,
     workers: Annotated[int, typer.Option(help="Processes that compile candidates.", min=1)] = 8,
 ) -> None:
     """Measure the kernels on this machine's GPU."""
@@ -490,7 +533,7 @@ def main(
 
     with torch.inference_mode():
         if tune_settings:
-            tune(record, save, workers)
+            tune(record, save, workers, table)
         else:
             run(record, save, longest)
     failed = [name for name, row in record["rows"].items() if "error" in row or not row.get("correct", True)]

@@ -4,12 +4,16 @@
 
 A table, not autotuning: nothing is measured while serving, and a new sequence length never compiles anything. The key
 is what decides which setting is best, compute capability, operation and shape, never the name of the device.
-``python -m benchmarks.kernels --tune`` measures the candidates and prints the rows to put here.
+``python -m benchmarks.kernels --tune`` measures candidates on a device and writes the best into ``settings.json``. The
+attention kernel for capability 9.0 (``attend/hopper.py``) has one set of tiles, its shared memory holds no other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -34,32 +38,34 @@ class Settings:
 
 
 # (capability, operation, padded head size) -> settings. The capability is the least one the row is for.
-TABLE: dict[tuple[int, str, int], Settings] = {
-    (80, "attend", 64): Settings(128, 64, 4, 3, lanes=2),
-    (80, "attend", 128): Settings(128, 64, 4, 2, lanes=2),
-    (80, "attend", 256): Settings(64, 32, 4, 2, lanes=1),
-    (80, "score", 64): Settings(128, 64, 4, 2),
-    (80, "score", 128): Settings(128, 64, 8, 2),
-    (80, "score", 256): Settings(64, 64, 8, 2),
-    (80, "sampled", 64): Settings(128, 64, 4, 2),
-    (80, "sampled", 128): Settings(128, 64, 4, 2),
-    (80, "sampled", 256): Settings(64, 32, 4, 2),
-    (80, "mass", 64): Settings(128, 64, 4, 2),
-    (80, "mass", 128): Settings(128, 64, 4, 2),
-    (80, "mass", 256): Settings(64, 64, 4, 2),
-    (90, "attend", 64): Settings(128, 64, 4, 3, lanes=2),
-    (90, "attend", 128): Settings(128, 64, 4, 2, lanes=2),
-    (90, "attend", 256): Settings(128, 32, 8, 2, lanes=1),
-    (90, "score", 64): Settings(128, 64, 4, 3),
-    (90, "score", 128): Settings(128, 64, 8, 2),
-    (90, "score", 256): Settings(128, 64, 8, 2),
-    (90, "sampled", 64): Settings(128, 128, 8, 2),
-    (90, "sampled", 128): Settings(128, 128, 8, 2),
-    (90, "sampled", 256): Settings(64, 64, 4, 2),
-    (90, "mass", 64): Settings(128, 128, 8, 3),
-    (90, "mass", 128): Settings(128, 128, 8, 2),
-    (90, "mass", 256): Settings(64, 64, 4, 2),
-}
+Table = dict[tuple[int, str, int], Settings]
+TABLE_FILE = Path(__file__).with_name("settings.json")
+
+
+def read_table(file: Path = TABLE_FILE) -> Table:
+    """The rows of a table file."""
+    table: Table = {}
+    for row in json.loads(file.read_text()):
+        key = (row.pop("capability"), row.pop("operation"), row.pop("head_size"))
+        table[key] = Settings(**row)
+    return table
+
+
+def write_table(table: Table, file: Path = TABLE_FILE) -> None:
+    """Writes a table, a row a line, in order."""
+    rows = [
+        {
+            "capability": capability,
+            "operation": operation,
+            "head_size": size,
+            **asdict(table[capability, operation, size]),
+        }
+        for capability, operation, size in sorted(table)
+    ]
+    file.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
+
+
+TABLE = read_table()
 
 # Tiles of the interpreter's tests are small problems too: nothing is tuned for it.
 INTERPRETED = 80
@@ -70,12 +76,19 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+@functools.lru_cache
 def capability(device: torch.device) -> int:
     """Compute capability of a device as one number, 90 for 9.0; that of the least row for the interpreter's CPU."""
     if device.type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device; one for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def settings(operation: str, head_size: int, device: torch.device, element_size: int = 2) -> Settings:

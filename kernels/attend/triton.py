@@ -23,8 +23,9 @@ whole context, so with a long context it is better to leave those rows to a kern
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,9 +35,18 @@ from torch import Tensor
 from ..checks import check_like, check_scale, check_tensor
 from ..merge.triton import RANK, Index, check_index
 from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted, key_offsets
-from ..settings import Settings, padded, settings
+from ..settings import Settings, capability, padded, settings
 from ..types import Selection
 from . import naive
+
+logger = logging.getLogger("vllm.vsprefill")
+
+_hopper: Any = None
+if not is_interpreted():
+    try:
+        from . import hopper as _hopper
+    except ImportError:  # a Triton without Gluon
+        logger.debug("no Gluon", exc_info=True)
 
 
 @triton.jit
@@ -465,6 +475,25 @@ def check_attend(
         raise ValueError(f"visited must be contiguous with an entry per request, got shape {tuple(visited.shape)}")
 
 
+def _run_hopper(
+    q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor, lse: Tensor | None,
+    visited: Tensor | None, group: int,
+) -> bool:  # fmt: skip
+    """Runs the version for compute capability 9.0 where it can; its language is young, and not every Triton has it."""
+    global _hopper
+    if capability(q.device) != 90 or kv.cache.dtype != q.dtype or _hopper is None:
+        return False
+    if not _hopper.supports(group, index.pattern.block_q, kv.head_size, q.dtype):
+        return False
+    try:
+        _hopper.launch(q, kv, index, batch, scale, out, lse, visited)
+    except (TypeError, AttributeError, triton.TritonError) as error:
+        logger.warning("VSPREFILL: this Triton does not compile the kernel for Hopper; a slower one runs: %s", error)
+        _hopper = None
+        return False
+    return True
+
+
 def attend(
     q: Tensor,
     kv: PagedKV,
@@ -511,8 +540,10 @@ def attend(
     if batch.num_requests == 0 or batch.max_rows == 0:
         return out
     size, num_kv_heads = kv.head_size, kv.num_kv_heads
-    config = config or settings("attend", size, q.device, q.element_size())
     group = q.shape[1] // num_kv_heads
+    if config is None and not dense_last and _run_hopper(q, kv, index, batch, scale, out, lse, visited, group):
+        return out
+    config = config or settings("attend", size, q.device, q.element_size())
     pack, positions, lanes = packing(group, pattern.block_q, config)
     # Rows may start anywhere in a tile.
     num_tiles = triton.cdiv(batch.max_rows - 1, lanes * positions) + 1

@@ -186,6 +186,7 @@ def mass_sums(
     row_start: int = 0,
     row_end: int | None = None,
     lse: Tensor | None = None,
+    with_columns: bool = True,
     config: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as ``naive.mass_sums``.
@@ -198,10 +199,12 @@ def mass_sums(
         row_end: one past the last row; None for the end of the sequence.
         lse: float32 ``[n, Hq]``, log-sum-exp of the scaled causal logits (natural logarithm) as an attention forward
             returns it; computed if None. Only rows of the range are read.
+        with_columns: False computes distances only.
         config: tile sizes; None for those of the table.
 
     Returns:
-        ``(columns, distances)``, float32 ``[Hkv, n]`` each, every row sums to one.
+        ``(columns, distances)``, float32 ``[Hkv, n]`` each, every row sums to one; columns ``[Hkv, 0]`` if they are
+        not wanted.
 
     Raises:
         ValueError: dtype, shape, stride or device mismatch, or an empty or impossible range; names the argument.
@@ -227,8 +230,8 @@ def mass_sums(
     compute_lse = lse is None
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    columns = torch.empty(heads, n, dtype=torch.float32, device=q.device)
-    distances = torch.empty_like(columns)
+    distances = torch.empty(heads, n, dtype=torch.float32, device=q.device)
+    columns = torch.empty_like(distances) if with_columns else distances.new_empty(heads, 0)
     num_bands = triton.cdiv(n, block_n) + 1
     bands = torch.empty(heads, positions, num_bands * block_n, dtype=torch.float32, device=q.device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), lse.stride(1))
@@ -241,9 +244,10 @@ def mass_sums(
     if compute_lse:
         tiles = (end - 1) // positions - row_start // positions + 1
         _lse_kernel[(tiles, heads)](q, k, lse, log2_scale, n, row_start, end, *strides, **shape)
-    _column_kernel[(triton.cdiv(n, block_n), heads)](
-        q, k, lse, columns, log2_scale, norm, n, row_start, end, *strides, **shape
-    )
+    if with_columns:
+        _column_kernel[(triton.cdiv(n, block_n), heads)](
+            q, k, lse, columns, log2_scale, norm, n, row_start, end, *strides, **shape
+        )
     _band_kernel[(num_bands, heads)](q, k, lse, bands, log2_scale, n, row_start, end, *strides, **shape)
     _diagonal_kernel[(triton.cdiv(n, 1024), heads)](
         bands, distances, norm, n, bands.shape[2], POSITIONS=positions, BN=block_n, BLOCK=1024

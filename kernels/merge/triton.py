@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection, check_tensor
+from ..launch import launch
 from ..paged import Batch, PagedKV, check_device, check_paged
 from ..types import Selection, SparsePattern
 
@@ -278,15 +279,21 @@ def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
     # The last relative granule that the window reaches: the interval of r + 1 begins behind it.
     window_granules = (max(pattern.window, 1) - 1 + block_k - 1) // block_k
     grid = (triton.cdiv(batch.max_context, BLOCK) + 1, num_heads, batch.num_requests)
-    _count_kernel[grid](
-        index.flags, index.near, index.counts, batch.context_len, sinks, window_granules, width, granule_width,
+    launch(
+        _count_kernel, grid,
+        (
+            index.flags, index.near, index.counts, batch.context_len, sinks, window_granules, width, granule_width,
+        ),
         HEADS=num_heads, BLOCK_Q=pattern.block_q, BLOCK_K=block_k, BLOCK=BLOCK,
     )  # fmt: skip
-    _list_kernel[grid](
-        index.flags, index.near, index.counts, index.columns, index.slots, index.rank, index.granules,
-        index.granule_rank, batch.context_len, kv.block_table, kv.block_table.stride(0), sinks, window_granules,
-        width, granule_width,
-        HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, RANK=RANK,
-        BLOCKS=triton.next_power_of_2(width // BLOCK),
+    launch(
+        _list_kernel, grid,
+        (
+            index.flags, index.near, index.counts, index.columns, index.slots, index.rank, index.granules,
+            index.granule_rank, batch.context_len, kv.block_table, kv.block_table.stride(0), sinks, window_granules,
+            width, granule_width,
+        ),
+        HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(width // BLOCK),
+        RANK=RANK,
     )  # fmt: skip
     return index

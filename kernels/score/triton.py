@@ -10,96 +10,132 @@ activations never leave the registers and are never rounded.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
+from ..launch import launch
 from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted
-from ..settings import Settings, padded, settings
+from ..settings import Settings, multiprocessors, padded, settings
 from ..types import IndexerLayerWeights
 from . import naive
 
+BLOCK = 1024  # positions a program looks through for missing logits
 LIMIT = (
     1e30  # larger logits are cut off, so that a softmax stays finite; a NaN becomes this, as NaN marks a missing one
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_table"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _score_kernel(
-    p_cache, p_slot_mapping, p_table, p_context, p_w1, p_b1, p_w2, p_b2, p_logits, p_k_scale, p_v_scale,
-    num_tokens, stride_block, stride_head, stride_token, stride_table, stride_slot,
+    p_cache, p_slot_mapping, p_count, p_w1, p_b1, p_w2, p_b2, p_logits, p_k_scale, p_v_scale,
+    num_tokens, stride_block, stride_head, stride_token, stride_slot,
     stride_w1_head, stride_w1_in, stride_w2_head, stride_w2_in, stride_w2_out,
-    HIDDEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, MISSING: tl.constexpr,
+    HIDDEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FP8: tl.constexpr, UPCAST: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``BM`` tokens of one KV head: given by slot, or those of a context whose logits are missing."""
-    i_m, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BM + tl.arange(0, BM)
-    if MISSING:
-        i_r = tl.program_id(2)
-        n = tl.load(p_context + i_r)
-        if i_m * BM >= n:
-            return
-        m_m = o_m < n
-        p_table += i_r.to(tl.int64) * stride_table
-        b_slot = tl.load(p_table + o_m // BLOCK_SIZE, mask=m_m, other=0).to(tl.int64) * BLOCK_SIZE + o_m % BLOCK_SIZE
-        # [BM]
-        b_old = tl.load(p_logits + b_slot * stride_slot + 2 * i_h, mask=m_m, other=0.0)
-        m_m = m_m & (b_old != b_old)
-        if tl.sum(m_m.to(tl.int32), 0) == 0:
-            return
-    else:
+    """Tiles of ``BM`` tokens of one KV head, given by slot; how many, the device knows if ``p_count`` is given."""
+    i_h = tl.program_id(1).to(tl.int64)
+    if p_count is not None:
+        num_tokens = tl.load(p_count)
+    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
+    dtype = p_w1.dtype.element_ty
+    for i_m in range(tl.program_id(0) * BM, num_tokens, tl.num_programs(0) * BM):
+        o_m = i_m + tl.arange(0, BM)
         m_m = o_m < num_tokens
+        # [BM]
         b_slot = tl.load(p_slot_mapping + o_m, mask=m_m, other=-1)
         m_m = m_m & (b_slot >= 0)
         b_slot = tl.where(m_m, b_slot, 0)
-    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-    b_offset = (b_slot // BLOCK_SIZE) * stride_block + (b_slot % BLOCK_SIZE) * stride_token
-    p_k = p_cache + i_h * stride_head + b_offset[:, None] + o_d[None, :]
-    m_k = m_m[:, None] & (o_d < D)[None, :]
-    # [BM, BD]
-    b_k = tl.load(p_k, mask=m_k, other=0.0)
-    b_v = tl.load(p_k + D, mask=m_k, other=0.0)
-    dtype = p_w1.dtype.element_ty
-    if FP8:
-        b_k = (b_k.to(tl.float32) * tl.load(p_k_scale)).to(dtype)
-        b_v = (b_v.to(tl.float32) * tl.load(p_v_scale)).to(dtype)
-    if UPCAST:
-        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-    # [BD, BN]
-    p_wk = p_w1 + i_h * stride_w1_head + o_d[:, None] * stride_w1_in + o_n[None, :]
-    p_wv = p_wk + D * stride_w1_in
-    p_out = p_w2 + i_h * stride_w2_head + o_n * stride_w2_in
-    b_vertical = tl.zeros([BM, BN], tl.float32)
-    b_slash = tl.zeros([BM, BN], tl.float32)
-    for i_n in range(0, HIDDEN, BN):
-        if D != BD:
-            b_wk = tl.load(p_wk + i_n, mask=(o_d < D)[:, None], other=0.0)
-            b_wv = tl.load(p_wv + i_n, mask=(o_d < D)[:, None], other=0.0)
-        else:
-            b_wk = tl.load(p_wk + i_n)
-            b_wv = tl.load(p_wv + i_n)
+        b_offset = (b_slot // BLOCK_SIZE) * stride_block + (b_slot % BLOCK_SIZE) * stride_token
+        p_k = p_cache + i_h * stride_head + b_offset[:, None] + o_d[None, :]
+        m_k = m_m[:, None] & (o_d < D)[None, :]
+        # [BM, BD]
+        b_k = tl.load(p_k, mask=m_k, other=0.0)
+        b_v = tl.load(p_k + D, mask=m_k, other=0.0)
+        if FP8:
+            b_k = (b_k.to(tl.float32) * tl.load(p_k_scale)).to(dtype)
+            b_v = (b_v.to(tl.float32) * tl.load(p_v_scale)).to(dtype)
         if UPCAST:
-            b_wk, b_wv = b_wk.to(tl.float32), b_wv.to(tl.float32)
-        # [BM, BN]
-        b_h = tl.dot(b_k, b_wk, input_precision="ieee")
-        b_h = tl.dot(b_v, b_wv, b_h, input_precision="ieee")
-        # [BN]
-        b_b1 = tl.load(p_b1 + i_h * HIDDEN + i_n + o_n).to(tl.float32)
-        b_w2v = tl.load(p_out + i_n * stride_w2_in).to(tl.float32)
-        b_w2s = tl.load(p_out + i_n * stride_w2_in + stride_w2_out).to(tl.float32)
-        b_h = tl.maximum(b_h + b_b1[None, :], 0.0)
-        b_vertical += b_h * b_w2v[None, :]
-        b_slash += b_h * b_w2s[None, :]
-    b_one = tl.sum(b_vertical, 1) + tl.load(p_b2 + 2 * i_h).to(tl.float32)
-    b_two = tl.sum(b_slash, 1) + tl.load(p_b2 + 2 * i_h + 1).to(tl.float32)
-    b_one = tl.where(b_one != b_one, LIMIT, tl.minimum(tl.maximum(b_one, -LIMIT), LIMIT))
-    b_two = tl.where(b_two != b_two, LIMIT, tl.minimum(tl.maximum(b_two, -LIMIT), LIMIT))
-    p_logits += b_slot * stride_slot + 2 * i_h
-    tl.store(p_logits, b_one.to(p_logits.dtype.element_ty), mask=m_m)
-    tl.store(p_logits + 1, b_two.to(p_logits.dtype.element_ty), mask=m_m)
+            b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+        # [BD, BN]
+        p_wk = p_w1 + i_h * stride_w1_head + o_d[:, None] * stride_w1_in + o_n[None, :]
+        p_wv = p_wk + D * stride_w1_in
+        p_out = p_w2 + i_h * stride_w2_head + o_n * stride_w2_in
+        b_vertical = tl.zeros([BM, BN], tl.float32)
+        b_slash = tl.zeros([BM, BN], tl.float32)
+        for i_n in range(0, HIDDEN, BN):
+            if D != BD:
+                b_wk = tl.load(p_wk + i_n, mask=(o_d < D)[:, None], other=0.0)
+                b_wv = tl.load(p_wv + i_n, mask=(o_d < D)[:, None], other=0.0)
+            else:
+                b_wk = tl.load(p_wk + i_n)
+                b_wv = tl.load(p_wv + i_n)
+            if UPCAST:
+                b_wk, b_wv = b_wk.to(tl.float32), b_wv.to(tl.float32)
+            # [BM, BN]
+            b_h = tl.dot(b_k, b_wk, input_precision="ieee")
+            b_h = tl.dot(b_v, b_wv, b_h, input_precision="ieee")
+            # [BN]
+            b_b1 = tl.load(p_b1 + i_h * HIDDEN + i_n + o_n).to(tl.float32)
+            b_w2v = tl.load(p_out + i_n * stride_w2_in).to(tl.float32)
+            b_w2s = tl.load(p_out + i_n * stride_w2_in + stride_w2_out).to(tl.float32)
+            b_h = tl.maximum(b_h + b_b1[None, :], 0.0)
+            b_vertical += b_h * b_w2v[None, :]
+            b_slash += b_h * b_w2s[None, :]
+        b_one = tl.sum(b_vertical, 1) + tl.load(p_b2 + 2 * i_h).to(tl.float32)
+        b_two = tl.sum(b_slash, 1) + tl.load(p_b2 + 2 * i_h + 1).to(tl.float32)
+        b_one = tl.where(b_one != b_one, LIMIT, tl.minimum(tl.maximum(b_one, -LIMIT), LIMIT))
+        b_two = tl.where(b_two != b_two, LIMIT, tl.minimum(tl.maximum(b_two, -LIMIT), LIMIT))
+        p_logit = p_logits + b_slot * stride_slot + 2 * i_h
+        tl.store(p_logit, b_one.to(p_logits.dtype.element_ty), mask=m_m)
+        tl.store(p_logit + 1, b_two.to(p_logits.dtype.element_ty), mask=m_m)
+
+
+class MissingSlots(NamedTuple):
+    """Scratch of ``score_missing``, allocated once.
+
+    Attributes:
+        slots: int64 ``[requests * max_context]``, in no particular order.
+        held: int32 ``[1]``, how many of them hold.
+    """
+
+    slots: Tensor
+    held: Tensor
+
+
+def allocate_missing(num_requests: int, max_context: int, device: torch.device | str) -> MissingSlots:
+    """Room for every slot of ``num_requests`` contexts of up to ``max_context`` tokens."""
+    return MissingSlots(
+        torch.empty(num_requests * max_context, dtype=torch.int64, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit(do_not_specialize=["stride_table"])
+def _missing_kernel(
+    p_logits, p_table, p_context, p_slots, p_count, stride_table, stride_slot,
+    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Collects the slots of a block of positions whose first logit is NaN."""
+    i_b, i_r = tl.program_id(0), tl.program_id(1)
+    n = tl.load(p_context + i_r)
+    if i_b * BLOCK >= n:
+        return
+    o_c = i_b * BLOCK + tl.arange(0, BLOCK)
+    b_block = tl.load(p_table + i_r.to(tl.int64) * stride_table + o_c // BLOCK_SIZE, mask=o_c < n, other=0)
+    b_slot = b_block.to(tl.int64) * BLOCK_SIZE + o_c % BLOCK_SIZE
+    # [BLOCK]
+    b_logit = tl.load(p_logits + b_slot * stride_slot, mask=o_c < n, other=0.0)
+    b_one = (b_logit != b_logit).to(tl.int32)
+    total = tl.sum(b_one, 0)
+    if total > 0:
+        first = tl.atomic_add(p_count, total, sem="relaxed")
+        tl.store(p_slots + first + tl.cumsum(b_one, 0) - b_one, b_slot, mask=b_one > 0)
 
 
 def prepare_weights(weights: IndexerLayerWeights, dtype: torch.dtype) -> IndexerLayerWeights:
@@ -139,24 +175,31 @@ def _check(kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor) -> None:
 
 
 def _launch(
-    kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor, grid_m: int, grid_r: int, num_tokens: int,
-    slot_mapping: Tensor | None, context: Tensor | None, config: Settings,
+    kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor, slots: Tensor, most: int, count: Tensor | None,
+    config: Settings,
 ) -> None:  # fmt: skip
-    hidden, size = weights.w1.shape[2], kv.head_size
+    """Scores ``slots``, of which there are ``most`` or, if given, as many as the device finds in ``count``."""
+    hidden, size, device = weights.w1.shape[2], kv.head_size, kv.cache.device
     block_n = config.block_n
     while hidden % block_n:
         block_n //= 2
     fp8 = kv.cache.dtype in FP8_DTYPES
-    one = torch.ones(1, device=kv.cache.device) if fp8 and (kv.k_scale is None or kv.v_scale is None) else None
+    one = torch.ones(1, device=device) if fp8 and (kv.k_scale is None or kv.v_scale is None) else None
     strides = kv.cache.stride()
-    _score_kernel[(grid_m, kv.num_kv_heads, grid_r)](
-        kv.cache, slot_mapping, kv.block_table, context, weights.w1, weights.b1, weights.w2, weights.b2, logits,
-        one if kv.k_scale is None else kv.k_scale, one if kv.v_scale is None else kv.v_scale,
-        num_tokens, strides[0], strides[1], strides[2], kv.block_table.stride(0), logits.stride(0),
-        weights.w1.stride(0), weights.w1.stride(1), *weights.w2.stride(),
-        HIDDEN=hidden, D=size, BD=padded(size), BLOCK_SIZE=kv.block_size, MISSING=slot_mapping is None, FP8=fp8,
-        UPCAST=is_interpreted() and weights.w1.dtype == torch.bfloat16, LIMIT=LIMIT, BM=config.block_m, BN=block_n,
+    tiles = triton.cdiv(most, config.block_m)
+    if count is not None:
+        # Enough programs to fill the device; each takes tiles until there are no more.
+        tiles = min(tiles, max(1, 2 * multiprocessors(device) // kv.num_kv_heads))
+    launch(
+        _score_kernel, (tiles, kv.num_kv_heads),
+        (
+            kv.cache, slots, count, weights.w1, weights.b1, weights.w2, weights.b2, logits,
+            one if kv.k_scale is None else kv.k_scale, one if kv.v_scale is None else kv.v_scale,
+            most, *strides[:3], logits.stride(0), weights.w1.stride(0), weights.w1.stride(1), *weights.w2.stride(),
+        ),
         num_warps=config.num_warps, num_stages=config.num_stages,
+        HIDDEN=hidden, D=size, BD=padded(size), BLOCK_SIZE=kv.block_size, FP8=fp8,
+        UPCAST=is_interpreted() and weights.w1.dtype == torch.bfloat16, LIMIT=LIMIT, BM=config.block_m, BN=block_n,
     )  # fmt: skip
 
 
@@ -189,33 +232,59 @@ def score_slots(
     if num_tokens == 0:
         return
     config = config or settings("score", kv.head_size, kv.cache.device, weights.w1.element_size())
-    _launch(kv, weights, logits, triton.cdiv(num_tokens, config.block_m), 1, num_tokens, slot_mapping, None, config)
+    _launch(kv, weights, logits, slot_mapping, num_tokens, None, config)
 
 
 def score_missing(
-    kv: PagedKV, batch: Batch, weights: IndexerLayerWeights, logits: Tensor, *, config: Settings | None = None
+    kv: PagedKV,
+    batch: Batch,
+    weights: IndexerLayerWeights,
+    logits: Tensor,
+    missing: MissingSlots,
+    *,
+    config: Settings | None = None,
 ) -> None:
     """Scores the tokens of every request whose logits are missing (NaN); the others cost one read of their logit.
 
-    So prefix hits, decoded tokens and whatever else was never scored need no bookkeeping on the host.
+    So prefix hits, decoded tokens and whatever else was never scored need no bookkeeping on the host. A slot that two
+    requests share may be scored twice, with the same result.
 
     Args:
         kv: the cache.
         batch: the requests; rows are not looked at.
         weights: from ``prepare_weights``.
         logits: as for ``score_slots``.
+        missing: from ``allocate_missing``.
         config: tile sizes; None for those of the table.
 
     Raises:
         ValueError: wrong dtype, shape, stride or device; names the argument.
     """
     _check(kv, weights, logits)
-    check_paged(kv, batch, kv.cache.device)
+    device = kv.cache.device
+    check_paged(kv, batch, device)
+    check_tensor("missing.slots", missing.slots, 1, (torch.int64,))
+    check_tensor("missing.held", missing.held, 1, (torch.int32,))
+    if missing.slots.device != device or missing.held.device != device:
+        raise ValueError(f"missing is on {missing.slots.device}, expected {device}")
+    if missing.slots.shape[0] < batch.num_requests * batch.max_context:
+        raise ValueError(
+            f"missing has room for {missing.slots.shape[0]} slots, not for {batch.num_requests} contexts of "
+            f"{batch.max_context}"
+        )
     if batch.num_requests == 0 or batch.max_context == 0:
         return
-    config = config or settings("score", kv.head_size, kv.cache.device, weights.w1.element_size())
-    tiles = triton.cdiv(batch.max_context, config.block_m)
-    _launch(kv, weights, logits, tiles, batch.num_requests, 0, None, batch.context_len, config)
+    config = config or settings("score", kv.head_size, device, weights.w1.element_size())
+    missing.held.zero_()
+    launch(
+        _missing_kernel, (triton.cdiv(batch.max_context, BLOCK), batch.num_requests),
+        (
+            logits, kv.block_table, batch.context_len, missing.slots, missing.held, kv.block_table.stride(0),
+            logits.stride(0),
+        ),
+        BLOCK_SIZE=kv.block_size, BLOCK=BLOCK,
+    )  # fmt: skip
+    _launch(kv, weights, logits, missing.slots, batch.num_requests * batch.max_context, missing.held, config)
 
 
 def score_reference(kv: PagedKV, slot_mapping: Tensor, weights: IndexerLayerWeights, logits: Tensor) -> None:

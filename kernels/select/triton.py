@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
+from ..launch import launch
 from ..merge.triton import Index, check_index
 from ..paged import Batch, PagedKV, check_device, check_paged
 from ..types import Selection
@@ -45,7 +46,7 @@ class SelectWorkspace(NamedTuple):
     Attributes:
         logits: float32 ``[requests, 2, Hkv, C]``, gathered; vertical, slash.
         block_max: float32 ``[requests, 2, Hkv, C // 1024]``.
-        bins: int64 ``[2, requests, 2, Hkv, COPIES, BINS]``, one histogram per pass.
+        bins: int64 ``[requests, 2, Hkv, 2, COPIES, BINS]``, a histogram per pass; zero between calls.
         cuts: int32 ``[requests, 2, Hkv, 4]``: coarse bin, ``u`` of the cut, tokens to take that are equal to it,
             unused.
         above: int64 ``[requests, 2, Hkv]`` tokens before the coarse bin.
@@ -77,7 +78,7 @@ def allocate_select(
     return SelectWorkspace(
         torch.empty(*lead, width, dtype=torch.float32, device=device),
         torch.empty(*lead, width // BLOCK, dtype=torch.float32, device=device),
-        torch.empty(2, *lead, COPIES, BINS, dtype=torch.int64, device=device),
+        torch.zeros(*lead, 2, COPIES, BINS, dtype=torch.int64, device=device),
         torch.empty(*lead, 4, dtype=torch.int32, device=device),
         torch.empty(lead, dtype=torch.int64, device=device),
         torch.empty(*lead, 2, dtype=torch.float64, device=device),
@@ -149,7 +150,7 @@ def _histogram_kernel(
         b_bin = b_u // 4096
         b_rest = 1.0 - tl.exp((b_u % 4096).to(tl.float32) * (-1.0 / 262144.0))
         b_part = (b_rest * 67108864.0 + 0.5).to(tl.int64) + (1 << 42)
-    p_row = p_bins + (i_row * COPIES + i_b % COPIES) * BINS
+    p_row = p_bins + ((i_row * 2 + FINE) * COPIES + i_b % COPIES) * BINS
     tl.atomic_add(p_row + b_bin, b_part, mask=m_u, sem="relaxed")
 
 
@@ -169,7 +170,7 @@ def _cut_kernel(
     b_packed = tl.zeros([BINS], tl.int64)
     for i_copy in range(COPIES):
         # [BINS]
-        b_packed += tl.load(p_bins + (i_row * COPIES + i_copy) * BINS + o_b)
+        b_packed += tl.load(p_bins + ((i_row * 2 + FINE) * COPIES + i_copy) * BINS + o_b)
     b_count = b_packed >> 42
     b_lost = (b_packed & ((1 << 42) - 1)).to(tl.float64) * (1.0 / 67108864.0)
     if FINE:
@@ -234,11 +235,16 @@ def _tie_kernel(
 
 @triton.jit(do_not_specialize=["width", "flag_width"])
 def _flag_kernel(
-    p_logits, p_max, p_context, p_cuts, p_ties, p_flags, width, flag_width,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    p_logits, p_max, p_context, p_cuts, p_ties, p_flags, p_bins, width, flag_width,
+    HEADS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Marks the members of the set: at their position (columns) or their distance from the end (distances)."""
+    """Marks the members of the set: at their position (columns) or their distance from the end (distances).
+
+    Clears the row's ``ROOM`` bins for the next call, which saves that call a launch.
+    """
     i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    for i_bin in range(i_b * BLOCK, ROOM, tl.num_programs(0) * BLOCK):
+        tl.store(p_bins + i_row * ROOM + i_bin + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int64))
     n = tl.load(p_context + i_row // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
@@ -267,6 +273,15 @@ def _budget(kind: str, least: int, most: int | None) -> tuple[int, int]:
     if most is not None and least > most:
         raise ValueError(f"min_{kind} is {least}, above max_{kind}, which is {most}")
     return least, NO_CAP if most is None else most
+
+
+def _budgets(
+    min_columns: int, max_columns: int | None, min_distances: int, max_distances: int | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Least and most entries, of columns and distances each."""
+    columns = _budget("columns", min_columns, max_columns)
+    distances = _budget("distances", min_distances, max_distances)
+    return (columns[0], distances[0]), (columns[1], distances[1])
 
 
 def _check(
@@ -327,21 +342,20 @@ def select(
         raise ValueError(f"logits has {logits.shape[1]} values a slot, expected {2 * heads}")
     if logits.stride(1) != 1:
         raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
-    _budget("columns", min_columns, max_columns)
-    _budget("distances", min_distances, max_distances)
+    least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
     check_device("logits", logits)
     if batch.num_requests == 0:
         return
     room = workspace.logits
-    _gather_kernel[(triton.cdiv(batch.max_context, BLOCK), batch.num_requests)](
-        logits, kv.block_table, batch.context_len, room, workspace.block_max, logits.stride(0),
-        kv.block_table.stride(0), room.shape[3],
+    launch(
+        _gather_kernel, (triton.cdiv(batch.max_context, BLOCK), batch.num_requests),
+        (
+            logits, kv.block_table, batch.context_len, room, workspace.block_max, logits.stride(0),
+            kv.block_table.stride(0), room.shape[3],
+        ),
         HEADS=heads, ROWS=triton.next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
     )  # fmt: skip
-    select_gathered(
-        kv, batch, tau, index, workspace, min_columns=min_columns, max_columns=max_columns,
-        min_distances=min_distances, max_distances=max_distances,
-    )  # fmt: skip
+    _choose(heads, batch, tau, index, workspace, least, most)
 
 
 def select_gathered(
@@ -361,35 +375,38 @@ def select_gathered(
     Raises:
         ValueError: as for ``select``.
     """
+    _check(kv, batch, tau, index, workspace, workspace.logits.device)
+    least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
+    check_device("workspace", workspace.logits)
+    if batch.num_requests:
+        _choose(kv.num_kv_heads, batch, tau, index, workspace, least, most)
+
+
+def _choose(
+    heads: int, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, least: tuple[int, int],
+    most: tuple[int, int],
+) -> None:  # fmt: skip
+    """Flags from gathered logits; arguments have been checked."""
     room = workspace.logits
-    _check(kv, batch, tau, index, workspace, room.device)
-    least_c, most_c = _budget("columns", min_columns, max_columns)
-    least_d, most_d = _budget("distances", min_distances, max_distances)
-    check_device("workspace", room)
-    if batch.num_requests == 0:
-        return
-    heads, width = kv.num_kv_heads, room.shape[3]
+    width = room.shape[3]
     grid = (triton.cdiv(batch.max_context, BLOCK), batch.num_requests * 2 * heads)
     blocks = triton.next_power_of_2(width // BLOCK)
-    context = batch.context_len
-    workspace.bins[:, : batch.num_requests].zero_()
+    rows = (room, workspace.block_max, batch.context_len)
     for fine in (False, True):
-        bins = workspace.bins[int(fine)]
-        _histogram_kernel[grid](
-            room, workspace.block_max, context, bins, workspace.cuts, width,
+        launch(
+            _histogram_kernel, grid, (*rows, workspace.bins, workspace.cuts, width),
             HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES, BLOCK=BLOCK, BLOCKS=blocks,
         )  # fmt: skip
-        _cut_kernel[(grid[1],)](
-            bins, context, tau, workspace.cuts, workspace.above, workspace.mass, least_c, least_d, most_c, most_d,
-            HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES, num_warps=8,
+        launch(
+            _cut_kernel, (grid[1],),
+            (workspace.bins, batch.context_len, tau, workspace.cuts, workspace.above, workspace.mass, *least, *most),
+            num_warps=8, HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES,
         )  # fmt: skip
-    _tie_kernel[grid](
-        room, workspace.block_max, context, workspace.cuts, workspace.ties, width,
-        HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks,
-    )  # fmt: skip
-    _flag_kernel[grid](
-        room, workspace.block_max, context, workspace.cuts, workspace.ties, index.flags, width, index.flags.shape[3],
-        HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks,
+    launch(_tie_kernel, grid, (*rows, workspace.cuts, workspace.ties, width), HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks)
+    launch(
+        _flag_kernel, grid,
+        (*rows, workspace.cuts, workspace.ties, index.flags, workspace.bins, width, index.flags.shape[3]),
+        HEADS=heads, ROOM=2 * COPIES * BINS, BLOCK=BLOCK, BLOCKS=blocks,
     )  # fmt: skip
 
 

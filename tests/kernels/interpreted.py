@@ -28,8 +28,11 @@ try:
         import triton.experimental.gluon
 
         import vllm_vsprefill.kernels.attend.triton
+        import vllm_vsprefill.kernels.forget.triton
+        import vllm_vsprefill.kernels.guard.triton
         import vllm_vsprefill.kernels.mass.triton
         import vllm_vsprefill.kernels.merge.triton
+        import vllm_vsprefill.kernels.peak.triton
         import vllm_vsprefill.kernels.sampled.triton
         import vllm_vsprefill.kernels.score.triton
         import vllm_vsprefill.kernels.select.triton

@@ -12,7 +12,13 @@ import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_batch, paged_cache
-from vllm_vsprefill.kernels.score.triton import prepare_weights, score_missing, score_reference, score_slots
+from vllm_vsprefill.kernels.score.triton import (
+    allocate_missing,
+    prepare_weights,
+    score_missing,
+    score_reference,
+    score_slots,
+)
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
@@ -52,7 +58,7 @@ def test_slots_and_missing(seed: int) -> None:
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
     # What is missing, and nothing else.
     logits[every[0]] = 5.0
-    score_missing(kv, batch, weights, logits, config=config)
+    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_context, DEVICE), config=config)
     score_reference(kv, every, weights, expected)
     expected[every[0]] = 5.0
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
@@ -66,7 +72,7 @@ def test_a_broken_token_is_not_missing_afterwards() -> None:
     slot = int(kv.block_table[0, 0]) * 16 + 2
     kv.cache[slot // 16, :, slot % 16] = float("nan")
     batch, _ = make_batch([1], [20])
-    score_missing(kv, batch, weights, logits)
+    score_missing(kv, batch, weights, logits, allocate_missing(1, batch.max_context, DEVICE))
     # The interpreter's maximum, unlike the device's, lets NaN pass.
     assert not logits[slot].isnan().any()
 

@@ -49,9 +49,11 @@ def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: in
     index = allocate_index(requests, heads, batch.max_context, PATTERN, DEVICE)
     workspace = allocate_select(requests, heads, batch.max_context, DEVICE)
     index.flags.fill_(77)
-    for tensor in workspace:
-        tensor.fill_(-7)
+    for name, tensor in workspace._asdict().items():
+        if name != "bins":
+            tensor.fill_(-7)
     select(logits, kv, batch, tau, index, workspace, **budgets)  # type: ignore[arg-type]
+    assert not workspace.bins.any(), "bins must be left empty for the next call"
     return [
         [set(row[:n].nonzero().flatten().tolist()) for row in index.flags[i].flatten(0, 1)]
         for i, n in enumerate(batch.context_len.tolist())

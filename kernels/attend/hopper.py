@@ -1,0 +1,584 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""Sparse attention over a paged cache for compute capability 9.0, with warp specialisation.
+
+The same operation as ``triton.py`` beside it, in Gluon, where matrix products and copies into shared memory are issued
+by hand. A program has three warp groups. One, the producer, follows the index and copies rows of keys and values into a
+ring of stages in shared memory; two consumers own 64 rows each (16 positions x 4 heads, say) and run the online
+softmax, each issuing the logits of a key tile before it weighs the values of the tile before.
+
+Keys come in this order, each once:
+
+1. the tile that ends with the program's own positions, the only one that needs the causal mask;
+2. plain tiles, of which both consumers see every key: the rest of the window, then columns that no diagonal covers;
+3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the other columns;
+4. granules of diagonals, half a tile for each consumer, since each has diagonal keys of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..launch import launch as launch_kernel
+from ..merge.triton import RANK, Index
+from ..paged import Batch, PagedKV
+
+ROWS = 64  # of a consumer: the least that a warp group multiplies
+KEYS = 128  # of a tile
+MAX_GROUP = 64
+REGISTERS = (192, 120)
+
+
+@gluon.jit
+def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: gl.constexpr):
+    """Weights of a tile of raw logits, the new maximum and sum, and the factor on what was summed before."""
+    if BIAS:
+        b_s = b_s * scale + b_bias
+        b_next = gl.maximum(b_max, gl.max(b_s, 1))
+        b_p = gl.exp2(b_s - gl.expand_dims(b_next, 1))
+    else:
+        b_next = gl.maximum(b_max, gl.max(b_s, 1) * scale)
+        b_p = gl.exp2(b_s * scale - gl.expand_dims(b_next, 1))
+    b_alpha = gl.exp2(b_max - b_next)
+    return b_p, b_next, b_sum * b_alpha + gl.sum(b_p, 1), b_alpha
+
+
+@gluon.jit
+def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: gl.constexpr):
+    """Softmax of a tile of logits: weights for the product with the values, and the factor on the output so far."""
+    l_s: gl.constexpr = b_s.type.layout
+    l_o: gl.constexpr = b_acc.type.layout
+    if BIAS:
+        b_bias = gl.expand_dims(s_bias.load(gl.SliceLayout(0, l_s)).to(gl.float32), 0)
+        b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, True)
+    else:
+        b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, 0.0, scale, False)
+    b_p = gl.convert_layout(b_w.to(DTYPE), gl.DotOperandLayout(0, l_o, 2))
+    b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, l_o)), 1)
+    return b_p, b_factor, b_max, b_sum
+
+
+@gluon.jit
+def _tiles(
+    it, count, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
+    WHICH: gl.constexpr, BIAS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """``count`` tiles of a consumer: the logits of each beside the product of the weights and values before it."""
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty = bars
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    for _ in range(count):
+        stage = it % STAGES
+        before = (it - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
+        b_s = warpgroup_mma(
+            s_q, s_k.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
+        )
+        mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
+        b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        mbarrier.arrive(k_empty.index(stage))
+        place = (it - first_bias) % STAGES
+        if BIAS:
+            mbarrier.wait(bias_full.index(place), ((it - first_bias) // STAGES) & 1)
+        b_next, b_factor, b_max, b_sum = _weigh(
+            b_s, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH), scale, BIAS, DTYPE
+        )
+        if BIAS:
+            mbarrier.arrive(bias_empty.index(place))
+        b_acc = warpgroup_mma_wait(0, deps=[b_o])
+        mbarrier.arrive(v_empty.index(before))
+        b_acc = b_acc * b_factor
+        b_p = b_next
+        it += 1
+    return it, b_p, b_acc, b_max, b_sum
+
+
+@gluon.jit
+def _consumer(
+    s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p, start, seen, lo, hi, num_plain, num_bias, num_diagonal,
+    i_h, first, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """64 rows, positions from ``i_p`` up; ``start`` is where their window starts, ``seen`` a position all may see."""
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty = bars
+    DTYPE: gl.constexpr = s_q.dtype
+    HALF: gl.constexpr = KEYS // 2
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_q = s_q.index(WHICH)
+
+    # 1. The own tile
+    mbarrier.wait(k_full.index(0), 0)
+    b_s = warpgroup_mma(
+        s_q, s_k.index(0).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
+    )
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    mbarrier.arrive(k_empty.index(0))
+    # [1, KEYS], [64, 1]
+    b_pos = gl.expand_dims(base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
+    b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // PACK, 1)
+    m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, seen))
+    b_s = gl.where(m_s, b_s, float("-inf"))
+    b_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
+    b_p, _, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
+
+    # 2., 3. Tiles of both consumers. Biases have a ring of their own, which starts with the first tile that has one.
+    first_bias = 1 + num_plain
+    it, b_p, b_acc, b_max, b_sum = _tiles(
+        gl.to_tensor(1), num_plain, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH,
+        False, KEYS, STAGES, DTYPE,
+    )  # fmt: skip
+    it, b_p, b_acc, b_max, b_sum = _tiles(
+        it, num_bias, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, KEYS,
+        STAGES, DTYPE,
+    )  # fmt: skip
+    before = (it - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
+    b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
+    b_acc = warpgroup_mma_wait(0, deps=[b_o])
+    mbarrier.arrive(v_empty.index(before))
+
+    # 4. Half tiles of the own diagonals
+    s_kh = s_k._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    s_vh = s_v._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    for _ in range(num_diagonal):
+        stage, phase = it % STAGES, (it // STAGES) & 1
+        place = (it - first_bias) % STAGES
+        mbarrier.wait(k_full.index(stage), phase)
+        b_sh = warpgroup_mma(
+            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
+            is_async=True,
+        )  # fmt: skip
+        b_sh = warpgroup_mma_wait(0, deps=[b_sh])
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(bias_full.index(place), ((it - first_bias) // STAGES) & 1)
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
+        b_ph, b_factor, b_max, b_sum = _weigh(
+            b_sh, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
+        )
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
+        mbarrier.arrive(bias_empty.index(place))
+        mbarrier.wait(v_full.index(stage), phase)
+        b_o = warpgroup_mma(b_ph, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=[b_o])
+        mbarrier.arrive(v_empty.index(stage))
+        it += 1
+
+    # [64], [64, D]
+    l_m: gl.constexpr = gl.SliceLayout(1, l_o)
+    b_max, b_sum = gl.convert_layout(b_max, l_m), gl.convert_layout(b_sum, l_m)
+    o_m = gl.arange(0, 64, layout=l_m)
+    b_row = i_p + o_m // PACK
+    m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
+    b_head = (i_h * GROUP + o_m % PACK).to(gl.int64)
+    b_row = (first + b_row).to(gl.int64)
+    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_o)), 0)
+    b_out = b_acc * gl.expand_dims(1.0 / b_sum, 1)
+    p_row = gl.expand_dims(p_out + b_row * stride_out_row + b_head * stride_out_head, 1)
+    gl.store(p_row + o_d, b_out.to(DTYPE), mask=gl.expand_dims(m_row, 1))
+    if LSE:
+        b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
+        gl.store(p_lse + b_row * stride_lse_row + b_head * stride_lse_head, b_lse, mask=m_row)
+
+
+@gluon.jit
+def _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr, D: gl.constexpr):
+    """Pointers ``[keys, D]`` to the keys in cache slots ``b_slot``, of which each thread holds one."""
+    l_kv: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    b_slot = gl.convert_layout(b_slot, gl.SliceLayout(1, l_kv))
+    if LINEAR:
+        b_offset = b_slot.to(gl.int64) * stride_token
+    else:
+        b_offset = (b_slot // BLOCK_SIZE).to(gl.int64) * stride_block
+        b_offset += (b_slot % BLOCK_SIZE).to(gl.int64) * stride_token
+    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_kv)), 0)
+    return gl.expand_dims(p_kv + b_offset, 1) + o_d
+
+
+@gluon.jit
+def _copy(s_to, p_from, bar):
+    """Starts to copy rows into shared memory; ``bar`` counts every thread of the producer once its copies are done."""
+    async_copy.async_copy_global_to_shared(s_to, p_from)
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+
+
+@gluon.jit
+def _send(it, p_k, s_k, s_v, bars, D: gl.constexpr, STAGES: gl.constexpr):
+    """Keys and values of one tile of both consumers."""
+    k_full, k_empty, v_full, v_empty, _, _ = bars
+    stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
+    mbarrier.wait(k_empty.index(stage), phase)
+    _copy(s_k.index(stage), p_k, k_full.index(stage))
+    mbarrier.wait(v_empty.index(stage), phase)
+    _copy(s_v.index(stage), p_k + D, v_full.index(stage))
+
+
+@gluon.jit
+def _send_bias(i_bias, m_one, m_two, s_bias, bars, LENGTH: gl.constexpr, STAGES: gl.constexpr):
+    """0 for keys that a consumer sees, -inf for others."""
+    _, _, _, _, bias_full, bias_empty = bars
+    place = i_bias % STAGES
+    mbarrier.wait(bias_empty.index(place), ((i_bias // STAGES) & 1) ^ 1)
+    s_bias.index(2 * place).slice(0, LENGTH).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
+    s_bias.index(2 * place + 1).slice(0, LENGTH).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
+    mbarrier.arrive(bias_full.index(place))
+
+
+@gluon.jit
+def _slots(p_table, b_pos, BLOCK_SIZE: gl.constexpr):
+    """Cache slots of positions inside the context."""
+    return gl.load(p_table + b_pos // BLOCK_SIZE) * BLOCK_SIZE + b_pos % BLOCK_SIZE
+
+
+@gluon.jit
+def _near(p_near, b_pos, m_pos, tile, start, BLOCK_K: gl.constexpr):
+    """How far the nearest diagonal of a tile is from columns below its window; 0 for those it must not visit."""
+    m_pos = m_pos & (b_pos < start)
+    b_near = gl.load(p_near + (tile // BLOCK_K - b_pos // BLOCK_K), mask=m_pos, other=255)
+    return gl.where(m_pos, b_near.to(gl.int32), 0)
+
+
+@gluon.jit
+def _granule(p_granules, o_f, lanes, BLOCK_K: gl.constexpr):
+    """Relative granules of lanes ``o_f``, -1 for none."""
+    return gl.load(p_granules + o_f // BLOCK_K, mask=o_f < lanes, other=-1)
+
+
+@gluon.jit
+def _diagonal_keys(
+    p_near, p_table, b_granule, o_f, tile, length, i_p, BLOCK_K: gl.constexpr, BLOCK_SIZE: gl.constexpr
+):  # fmt: skip
+    """Slots of a tile's lanes along diagonals and which of them hold a key; the others read an own position."""
+    b_pos = tile - b_granule * BLOCK_K + o_f % BLOCK_K
+    m_pos = (b_granule >= 0) & (b_pos >= 0)
+    b_near = gl.load(p_near + b_granule, mask=m_pos, other=255)
+    b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
+    return b_slot, m_pos & (b_near.to(gl.int32) <= length + BLOCK_K - 2)
+
+
+@gluon.jit
+def _producer(
+    s_k, s_v, s_bias, bars, p_kv, p_table, p_columns, p_slots, p_granules, p_near, p_visited, base, n, i_p,
+    tile, length, start, lanes, tile2, length2, start2, lanes2, lo, hi,
+    num_window, num_plain, num_rest, num_columns, num_columns2, num_diagonal,
+    stride_block, stride_token,
+    POSITIONS: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr, COUNT: gl.constexpr,
+):  # fmt: skip
+    """Copies what the consumers need, in their order.
+
+    A thread looks up one key of a tile; the slots then change hands so that 16 threads copy a row. What a tile needs
+    from the index is asked for while the tile before it is copied: the loads depend on each other, and waiting for
+    them would take longer than the consumers need for a tile.
+    """
+    k_full, k_empty, v_full, v_empty, _, _ = bars
+    DTYPE: gl.constexpr = s_k.dtype
+    HALF: gl.constexpr = KEYS // 2
+    l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_n = gl.arange(0, KEYS, layout=l_n)
+
+    # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
+    b_pos = base + o_n
+    b_slot = _slots(p_table, gl.where((b_pos >= 0) & (b_pos < n), b_pos, i_p), BLOCK_SIZE)
+    it = gl.to_tensor(0)
+    b_next = _slots(p_table, gl.maximum(base - KEYS + o_n, 0), BLOCK_SIZE)
+    _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+    it += 1
+
+    # 2. The window, downwards, and plain columns
+    for i_w in range(num_window):
+        b_slot = b_next
+        b_next = _slots(p_table, gl.maximum(base - (i_w + 2) * KEYS + o_n, 0), BLOCK_SIZE)
+        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+        it += 1
+    b_next = gl.load(p_slots + o_n, mask=o_n < num_columns, other=0)
+    for i_c in range(num_plain):
+        b_slot = b_next
+        o_c = (i_c + 1) * KEYS + o_n
+        b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=0)
+        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+        it += 1
+
+    # 3. The ragged end of the window and the other columns. Lanes without a key read an own one.
+    first_bias = it
+    rest_end = base - num_window * KEYS
+    for i_n in range(num_rest):
+        b_pos = start + i_n * KEYS + o_n
+        m_pos = b_pos < rest_end
+        b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
+        _send_bias(it - first_bias, m_pos, m_pos & (b_pos >= start2), s_bias, bars, KEYS, STAGES)
+        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+        it += 1
+    own_slot = _slots(p_table, i_p, BLOCK_SIZE)
+    b_count = gl.zeros([KEYS], gl.int32, layout=l_n)
+    b_count2 = gl.zeros([KEYS], gl.int32, layout=l_n)
+    o_c = num_plain * KEYS + o_n
+    b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=own_slot)
+    b_next_pos = gl.load(p_columns + o_c, mask=o_c < num_columns, other=0)
+    for i_c in range(num_plain * KEYS, num_columns, KEYS):
+        b_slot, b_pos = b_next, b_next_pos
+        o_c = i_c + o_n
+        b_one = _near(p_near, b_pos, o_c < num_columns, tile, start, BLOCK_K)
+        b_two = _near(p_near, b_pos, o_c < num_columns2, tile2, start2, BLOCK_K)
+        o_c += KEYS
+        b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=own_slot)
+        b_next_pos = gl.load(p_columns + o_c, mask=o_c < num_columns, other=0)
+        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+        # Below the window and in no granule of the tile
+        m_one = b_one > gl.maximum(length + BLOCK_K - 2, 0)
+        m_two = b_two > gl.maximum(length2 + BLOCK_K - 2, 0)
+        _send_bias(it - first_bias, m_one, m_two, s_bias, bars, KEYS, STAGES)
+        it += 1
+        if COUNT:
+            b_count += m_one.to(gl.int32)
+            b_count2 += m_two.to(gl.int32)
+
+    # 4. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
+    o_h = gl.arange(0, HALF, layout=l_n)
+    b_count_h = gl.zeros([HALF], gl.int32, layout=l_n)
+    b_count2_h = gl.zeros([HALF], gl.int32, layout=l_n)
+    s_kh = s_k._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    s_vh = s_v._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
+    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
+    for i_g in range(num_diagonal):
+        o_f = (i_g + 1) * HALF + o_h
+        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
+        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
+        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
+        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        mbarrier.wait(k_empty.index(stage), phase)
+        async_copy.async_copy_global_to_shared(s_kh.index(2 * stage), p_k)
+        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        async_copy.async_copy_global_to_shared(s_vh.index(2 * stage), p_k + D)
+        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
+        _send_bias(it - first_bias, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
+        it += 1
+        if COUNT:
+            b_count_h += m_one_h.to(gl.int32)
+            b_count2_h += m_two_h.to(gl.int32)
+        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
+
+    if COUNT:
+        # Each stored position: its window and own keys, and what was counted above.
+        visited = gl.sum(b_count, 0) + gl.sum(b_count_h, 0) + num_plain * KEYS
+        visited2 = gl.sum(b_count2, 0) + gl.sum(b_count2_h, 0) + num_plain * KEYS
+        total = _pairs(lo, hi, i_p, start, visited, POSITIONS)
+        total += _pairs(lo, hi, i_p + POSITIONS, start2, visited2, POSITIONS)
+        gl.atomic_add(p_visited, total)
+
+
+@gluon.jit
+def _pairs(lo, hi, i_p, start, visited, POSITIONS: gl.constexpr):
+    """Pairs of the stored positions from ``i_p`` up, each with ``visited`` keys below its window."""
+    first, end = gl.maximum(lo, i_p), gl.minimum(hi, i_p + POSITIONS)
+    count = gl.maximum(end - first, 0).to(gl.int64)
+    return count * (visited - start + 1) + count * (first + end - 1) // 2
+
+
+@gluon.jit
+def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Start and length of the pattern's tile around position ``i_p``, and where its window starts."""
+    tile = i_p // BLOCK_Q * BLOCK_Q
+    length = gl.minimum(BLOCK_Q, n - tile)
+    start = gl.maximum(tile - window + 1, 0) // BLOCK_K * BLOCK_K
+    return tile, length, start
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_tiles", "window", "width", "rank_width", "granule_width", "granule_rank_width", "stride_table"
+    ]
+)  # fmt: skip
+def _attend_kernel(
+    p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_context,
+    p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, scale,
+    stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
+    stride_block, stride_head, stride_token, stride_table,
+    width, rank_width, granule_width, granule_rank_width, num_tiles, window,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    LINEAR: gl.constexpr, RANK: gl.constexpr, LSE: gl.constexpr, COUNT: gl.constexpr, REGS: gl.constexpr,
+):  # fmt: skip
+    """``2 * POSITIONS`` positions of one KV head of one request. ``PACK`` is ``GROUP`` as a power of two."""
+    i_h, i_r = gl.program_id(1), gl.program_id(2)
+    row_start, row_end = gl.load(p_row_start + i_r), gl.load(p_row_end + i_r)
+    hi = gl.load(p_context + i_r)  # rows of positions [lo, hi) are stored; hi is the context, too
+    lo = hi - (row_end - row_start)
+    # The latest tiles take longest where the context is short, so they come first.
+    i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - gl.program_id(0)) * (2 * POSITIONS)
+    if i_p < hi:
+        i_head = (i_r * HEADS + i_h).to(gl.int64)
+        p_kv = p_cache + i_h.to(gl.int64) * stride_head
+        p_table += i_r.to(gl.int64) * stride_table
+        p_columns += i_head * width
+        p_slots += i_head * width
+        p_rank += i_head * rank_width
+        p_granules += i_head * granule_width
+        p_near += i_head * granule_width
+        p_granule_rank += i_head * granule_rank_width
+        if COUNT:
+            p_visited += i_r
+        first = row_end - hi
+
+        tile, length, start = _tile_of(i_p, hi, window, BLOCK_Q, BLOCK_K)
+        # A second tile behind the end of the context sees the last position only and is not stored.
+        tile2, length2, start2 = _tile_of(i_p + POSITIONS, hi, window, BLOCK_Q, BLOCK_K)
+        two = tile2 < hi
+        base = i_p + 2 * POSITIONS - KEYS
+        num_window = gl.maximum(base - start2, 0) // KEYS
+        num_rest = gl.maximum(base - num_window * KEYS - start + KEYS - 1, 0) // KEYS
+        # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
+        lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
+        lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
+        num_plain = gl.where(lanes2 == 0, gl.load(p_rank + start // RANK) // KEYS, 0)
+        lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
+        num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
+        num_columns = gl.load(p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
+        num_columns2 = gl.where(two, num_columns, 0)
+        num_bias = num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS
+
+        DTYPE: gl.constexpr = p_q.dtype.element_ty
+        l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
+        l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
+        s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
+        s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+        s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+        s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        bias_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        bias_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(k_full.index(i), count=128)
+            mbarrier.init(v_full.index(i), count=128)
+            mbarrier.init(k_empty.index(i), count=2)
+            mbarrier.init(v_empty.index(i), count=2)
+            mbarrier.init(bias_full.index(i), count=1)
+            mbarrier.init(bias_empty.index(i), count=2)
+        bars = (k_full, k_empty, v_full, v_empty, bias_full, bias_empty)
+
+        l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
+        o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
+        for i in gl.static_range(2):
+            b_row = i_p + i * POSITIONS + o_m // PACK
+            m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
+            b_offset = (first + b_row).to(gl.int64) * stride_q_row
+            b_offset += (i_h * GROUP + o_m % PACK).to(gl.int64) * stride_q_head
+            b_q = gl.load(p_q + gl.expand_dims(b_offset, 1) + o_d, mask=gl.expand_dims(m_row, 1), other=0.0)
+            s_q.index(i).store(b_q)
+        fence_async_shared()
+
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (
+                        s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p, start, hi - 1, lo, hi,
+                        num_window + num_plain, num_bias, num_diagonal, i_h, first, stride_out_row, stride_out_head,
+                        stride_lse_row, stride_lse_head, 0, GROUP, PACK, D, KEYS, STAGES, LSE,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p + POSITIONS, start2, hi - 1, lo, hi,
+                        num_window + num_plain, num_bias, num_diagonal, i_h, first, stride_out_row, stride_out_head,
+                        stride_lse_row, stride_lse_head, 1, GROUP, PACK, D, KEYS, STAGES, LSE,
+                    ),
+                ),
+                (
+                    _producer,
+                    (
+                        s_k, s_v, s_bias, bars, p_kv, p_table, p_columns, p_slots, p_granules, p_near, p_visited,
+                        base, hi, i_p, tile, length, start, lanes, tile2, length2, start2, lanes2, lo, hi,
+                        num_window, num_plain, num_rest, num_columns, num_columns2, num_diagonal,
+                        stride_block, stride_token, POSITIONS, BLOCK_K, D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [REGS[0], REGS[1]],
+        )  # fmt: skip
+
+
+def supports(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether this version runs a shape: head size 64 or 128, and rows of a consumer within a tile of the pattern."""
+    return (
+        head_size in (64, 128)
+        and dtype in (torch.bfloat16, torch.float16)
+        and triton.next_power_of_2(group) <= MAX_GROUP
+        and ROWS // triton.next_power_of_2(group) <= block_q
+    )
+
+
+def launch(
+    q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor, lse: Tensor | None,
+    visited: Tensor | None, *, regs: tuple[int, int] = REGISTERS,
+) -> None:  # fmt: skip
+    """Runs the kernel on arguments that ``triton.attend`` has checked; there are no dense last rows.
+
+    Args:
+        q: as for ``attend``, like the following.
+        kv: of the dtype of ``q``.
+        index: as for ``attend``.
+        batch: as for ``attend``.
+        scale: as for ``attend``.
+        out: written.
+        lse: written if given.
+        visited: added to if given.
+        regs: registers of a thread, of the second consumer and of the producer; the first consumer gets as many as the
+            second.
+    """
+    size, num_kv_heads, pattern = kv.head_size, kv.num_kv_heads, index.pattern
+    group = q.shape[1] // num_kv_heads
+    pack = triton.next_power_of_2(group)
+    positions = ROWS // pack
+    num_tiles = triton.cdiv(batch.max_rows - 1, 2 * positions) + 1
+    strides = kv.cache.stride()
+    launch_kernel(
+        _attend_kernel, (num_tiles, num_kv_heads, batch.num_requests),
+        (
+            q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.context_len,
+            index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near,
+            scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),
+            index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
+            num_tiles, max(pattern.window, 1),
+        ),
+        HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, BLOCK_Q=pattern.block_q,
+        BLOCK_K=pattern.block_k, D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,
+        LINEAR=strides[0] == kv.block_size * strides[2], RANK=RANK, LSE=lse is not None, COUNT=visited is not None,
+        REGS=regs,
+    )  # fmt: skip

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Marks the logits of cache slots as missing."""
+
+from .naive import MISSING, forget
+
+__all__ = ["MISSING", "forget"]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The estimate of a selection's density: against what attention visits, and on the device against the reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import DEVICE, REASON, USABLE
+from vllm_vsprefill.kernels.attend.naive import attend
+from vllm_vsprefill.kernels.guard.naive import causal_pairs, expected_density, granules_of, upper_bound
+from vllm_vsprefill.kernels.types import Selection, SparsePattern
+
+if USABLE:
+    from vllm_vsprefill.kernels.guard.triton import guard
+    from vllm_vsprefill.kernels.merge.triton import allocate_index, build_index, set_flags
+    from vllm_vsprefill.kernels.paged import Batch, PagedKV
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+def random_selection(seed: int, n: int, heads: int, columns: int, distances: int) -> Selection:
+    rng = torch.Generator().manual_seed(seed)
+
+    def some(most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = torch.randint(0, most + 1, (heads,), generator=rng)
+        items = torch.full((heads, max(most, 1)), n, dtype=torch.int32)
+        for head, count in enumerate(counts.tolist()):
+            items[head, :count] = torch.randperm(n, generator=rng)[:count].sort().values.int()
+        return items, counts.int()
+
+    return Selection(*some(min(columns, n)), *some(min(distances, n)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_granules_are_those_that_hold_a_selected_distance(seed: int) -> None:
+    rng = random.Random(seed)
+    block_k = rng.choice([1, 2, 4, 8, 16])
+    pattern = SparsePattern(block_k * rng.choice([1, 2, 4]), block_k, rng.randrange(40), 0, 0)
+    n = rng.randrange(1, 200)
+    distances = torch.tensor(sorted(rng.sample(range(n), rng.randrange(min(n, 6) + 1))), dtype=torch.int32)
+    near = max(pattern.window, 1) - 1
+    count = 0
+    for granule in range(n + 2):
+        low, high = granule * block_k - block_k + 1, granule * block_k + pattern.block_q - 1
+        count += low > near and any(low <= d <= high for d in distances.tolist())
+    assert granules_of(distances, pattern, n) == count
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_estimate_is_near_what_attention_visits(seed: int) -> None:
+    """Columns and diagonals spread over a long context, as the estimate assumes; and the bound holds."""
+    n, rows, heads = 1024, 256, 2
+    pattern = SparsePattern(16, 4, 64, 16, 0)
+    selection = random_selection(seed, n, heads, 200, 6)
+    q = torch.zeros(rows, heads, 4)
+    k = torch.zeros(n, heads, 4)
+    _, visited = attend(q, k, k, selection, pattern, scale=1.0)
+    measured = visited / (heads * causal_pairs(rows, n))
+    expected = expected_density(selection, pattern, rows, n)
+    assert measured == pytest.approx(expected, rel=0.34)
+    assert expected <= upper_bound(pattern, rows, n, 200, 6) <= upper_bound(pattern, rows, n, None, 6)
+    assert expected <= upper_bound(pattern, rows, n, 200, None)
+
+
+def test_everything_selected_is_dense() -> None:
+    n = 100
+    full = torch.arange(n, dtype=torch.int32).unsqueeze(0)
+    count = torch.tensor([n], dtype=torch.int32)
+    assert expected_density(Selection(full, count, full, count), SparsePattern(16, 4, 8, 4, 0), 50, n) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("limit", [0.05, 0.3, 0.9])
+def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
+    if not USABLE:
+        pytest.skip(REASON)
+    rng = random.Random(seed)
+    heads, block_k = rng.choice([1, 2, 3]), rng.choice([1, 4, 16])
+    pattern = SparsePattern(max(16, block_k), block_k, rng.choice([0, 16, 70]), rng.choice([0, 5, 64]), 0)
+    contexts = [rng.choice([1, 63, 64, 65, 500, 1023, 1024, 1025, 3000]) for _ in range(3)]
+    rows = [rng.randrange(1, n + 1) for n in contexts]
+    rows[rng.randrange(3)] = 0
+    batch = Batch.from_lists(rows, contexts, DEVICE)
+    selections = [random_selection(seed + i, n, heads, n // 2, 5) for i, n in enumerate(contexts)]
+    index = allocate_index(4, heads, 3000, pattern, DEVICE)
+    blocks = -(-3000 // 16)
+    table = torch.arange(3 * blocks, dtype=torch.int32, device=DEVICE).view(3, blocks)
+    kv = PagedKV(torch.zeros(3 * blocks, heads, 16, 32, dtype=torch.float16, device=DEVICE), table)
+    set_flags(index, [Selection(*(part.to(DEVICE) for part in one)) for one in selections], batch)
+    build_index(index, kv, batch)
+    dense_context = torch.full((4,), -7, dtype=torch.int32, device=DEVICE)
+    sparse_end = torch.full((4,), -7, dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([5, 1], device=DEVICE)
+    guard(index, batch, limit, dense_context=dense_context, sparse_end=sparse_end, counts=counts)
+    pairs = chunks = 0
+    for i, (count, n) in enumerate(zip(rows, contexts, strict=True)):
+        dense = False
+        if count:
+            density = expected_density(selections[i].below(n), pattern, count, n)
+            if abs(density - limit) < 1e-5:
+                continue  # the device works in float32
+            dense = density > limit
+        start, end = int(batch.row_start[i]), int(batch.row_end[i])
+        assert int(dense_context[i]) == (n if dense else 0)
+        assert int(sparse_end[i]) == (start if dense else end)
+        pairs += dense * heads * causal_pairs(count, n)
+        chunks += dense
+    assert counts.tolist() == [5 + pairs, 1 + chunks]
+    assert int(dense_context[3]) == int(sparse_end[3]) == -7
+
+
+def test_wrong_arguments_are_named() -> None:
+    if not USABLE:
+        pytest.skip(REASON)
+    index = allocate_index(1, 1, 100, SparsePattern(16, 4, 8, 4, 0), DEVICE)
+    batch = Batch.from_lists([10], [100], DEVICE)
+    good = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for limit, context, named in ((0.0, good, "max_density"), (0.5, good.long(), "dense_context"), (1.5, good, "max")):
+        with pytest.raises(ValueError, match=named):
+            guard(index, batch, limit, dense_context=context, sparse_end=good)
+    with pytest.raises(ValueError, match="counts"):
+        guard(index, batch, 0.5, dense_context=good, sparse_end=good, counts=good.long())
