@@ -96,6 +96,33 @@ def refuse(folder: Path, expected: ModelFingerprint | None = None, *, headers_su
 # --- round trips
 
 
+def test_thresholds_per_head_go_to_the_ranks_that_hold_the_heads(tmp_path: Path) -> None:
+    by_head = ((0.1, 0.2, 0.3, 0.4), 0.5, (0.6, 0.7, 0.8, 0.9))
+    written = description(thresholds={"fast": Thresholds(tau_columns=by_head, tau_distances=(0.9, 0.8, 0.7))})
+    path = save_checkpoint(tmp_path / "a", indexer(), written)
+    assert load_checkpoint(path).thresholds("fast", LAYERS[0]) == (by_head[0], 0.9)
+    part = load_checkpoint(path, kv_head_range=(2, 3))
+    assert part.thresholds("fast", LAYERS[0]) == ((0.3,), 0.9)
+    assert part.thresholds("fast", LAYERS[1]) == (0.5, 0.8)
+
+
+def test_thresholds_per_head_must_be_one_for_each(folder: Path) -> None:
+    edit(folder, thresholds={"fast": {"tau_columns": [0.5, [0.5, 0.5], 0.5]}})
+    assert "one number per layer or one per KV head (4), found an entry of 2" in refuse(folder)
+    edit(folder, thresholds={"fast": {"tau_columns": [0.5, [0.5, 0.5, 0.5, 2], 0.5]}})
+    assert "thresholds.fast.tau_columns.1.3: " in refuse(folder)
+
+
+def test_an_indexer_with_other_inputs_is_not_served(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.zeros(tensor.shape[0], 8, *tensor.shape[2:]) if name.endswith("w1") else tensor
+        for name, tensor in indexer().state_dict().items()
+    }
+    path = save_checkpoint(tmp_path / "keys", tensors, description(inputs="k"))
+    assert "its indexer reads k of a token, but only k+v can be served" in refuse(path)
+    assert find_checkpoint(MODEL, [tmp_path]) is None
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip(tmp_path: Path, dtype: str) -> None:
     thresholds = {"balanced": Thresholds(tau_columns=(0.9, 0.8, 0.7))}

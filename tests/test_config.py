@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vsprefill.config import PRESETS, RESERVED_ENV, ConfigError, VSPrefillConfig, env_name
+from vllm_vsprefill.tuning import CPU, PlatformTuning, cuda_tuning
 
 OPTIONS = tuple(VSPrefillConfig.model_fields)
 
@@ -132,9 +133,9 @@ def test_empty_and_reserved_variables_are_not_options() -> None:
         ("window", -1, "an integer from 0 to 2147483647"),
         ("sinks", 65537, "an integer from 0 to 65536"),
         ("dense_last_rows", "x", "an integer from 0 to 65536"),
-        ("block_q", 17, "a multiple of 16 from 16 to 1024"),
-        ("block_q", 0, "a multiple of 16 from 16 to 1024"),
-        ("block_k", 2048, "a multiple of 16 from 16 to 1024"),
+        ("block_q", 17, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
+        ("block_q", 0, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
+        ("block_k", 2048, "an integer from 1 to 1024, or null for what suits the platform"),
         ("sampled_rows", 0, "an integer from 1 to 4096"),
     ],
 )
@@ -183,7 +184,7 @@ def test_contradictions_name_both_values_and_where_they_come_from() -> None:
 
 def test_all_problems_of_both_sources_in_one_message() -> None:
     message = refuse(
-        {"preset": "quick", "tau_colum": 1, "tau_columns": 7, "min_distances": 9, "max_distances": 3, "block_k": 1},
+        {"preset": "quick", "tau_colum": 1, "tau_columns": 7, "min_distances": 9, "max_distances": 3, "block_k": 0},
         {"VSPREFILL_WINDOW": "abc", "VSPREFILL_FOO": "1", "VSPREFILL_BLOCK_K": "5"},
     )
     assert "7 problems\n" in message
@@ -235,12 +236,31 @@ def test_dense_layers_are_checked_against_the_model() -> None:
 
 
 def test_describe_is_one_line_with_what_matters() -> None:
-    line = VSPrefillConfig.from_sources({"checkpoint": "here", "dense_layers": [1, 4], "preset": "fast"}).describe()
+    options = VSPrefillConfig.from_sources({"checkpoint": "here", "dense_layers": [1, 4], "preset": "fast"})
+    assert "blocks=autoxauto" in options.describe()
+    line = options.resolved(CPU).describe()
     assert "\n" not in line
     for part in ("preset=fast", "tau=0.8/0.8", "columns=64..4096", "checkpoint=here", "dense_layers=1,4", "128x64"):
         assert part in line
     assert "columns=128..all" in VSPrefillConfig.from_sources().describe()
     assert "disabled" in VSPrefillConfig.from_sources({"enabled": False}).describe()
+
+
+def test_a_platform_fills_in_what_is_not_given() -> None:
+    later = PlatformTuning(block_q=32, block_k=2, min_context=16384)
+    options = VSPrefillConfig.from_sources({"block_k": 8}).resolved(later)
+    assert (options.block_q, options.block_k, options.min_context) == (32, 8, 16384)
+    assert options.model_fields_set == {"block_k"}
+    assert VSPrefillConfig.from_sources({"min_context": 100}).resolved(later).min_context == 100
+    earlier = PlatformTuning(block_q=32, block_k=2, min_context=1)
+    assert VSPrefillConfig.from_sources().resolved(earlier).min_context == PRESETS["balanced"]["min_context"]
+    with pytest.raises(ValueError, match="resolved"):
+        VSPrefillConfig.from_sources().pattern()
+
+
+def test_tuning_goes_by_capability() -> None:
+    assert cuda_tuning((9, 0)) == cuda_tuning((9, 9)) == cuda_tuning((12, 0))
+    assert cuda_tuning(None) == cuda_tuning((7, 5)) == cuda_tuning((8, 9))
 
 
 def test_importable_without_torch_and_vllm() -> None:
@@ -274,8 +294,8 @@ def test_any_input_gives_options_in_range_or_a_refusal(additional: object, env: 
     assert 0 < config.tau_columns <= 1
     assert 0 < config.tau_distances <= 1
     assert config.max_columns is None or config.min_columns <= config.max_columns
-    assert config.block_q % 16 == 0
-    assert config.block_k % 16 == 0
+    assert config.block_q is None or config.block_q % 16 == 0
+    assert config.block_k is None or config.block_k >= 1
     assert list(config.dense_layers) == sorted(set(config.dense_layers))
     assert VSPrefillConfig.model_validate(config.model_dump()) == config
     assert config.describe()

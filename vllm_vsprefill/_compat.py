@@ -9,6 +9,7 @@ the user selected ``VSPREFILL``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,13 @@ def install_platform_hooks() -> None:
     _wrap_classmethod(platform, "check_and_update_config", _checking_our_options)
     if current_platform.is_cpu():
         _wrap_classmethod(platform, "get_attn_backend_cls", _offering_our_backend)
+
+
+def is_cuda() -> bool:
+    """Whether vLLM runs on its CUDA platform."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
 
 
 def vllm_version() -> str:
@@ -103,6 +111,29 @@ def layer_index(name: str) -> int | None:
         return int(extract_layer_index(name))
     except AssertionError:
         return None
+
+
+def cpu_seq_lens(common: Any) -> list[int] | None:
+    """Context lengths of a step's requests as the host knows them, without asking the device; None if it does not.
+
+    Exact for rows that prefill. A row that verifies drafts may be shorter in truth: nothing may rely on its length.
+    """
+    lengths = getattr(common, "seq_lens_cpu_upper_bound", None)
+    if lengths is None:
+        lengths = getattr(common, "_seq_lens_cpu", None)  # the field; the property of that name would wait
+    if lengths is None and common.seq_lens.device.type == "cpu":
+        lengths = common.seq_lens
+    return None if lengths is None else [int(length) for length in lengths.tolist()]
+
+
+def prefill_flags(common: Any) -> list[bool]:
+    """Whether each request of a step still computes its prompt. Padded requests behind the known ones do not."""
+    starts = common.query_start_loc_cpu.tolist()
+    prefilling = common.is_prefilling
+    if prefilling is None:  # callers other than the model runner; a decode has a single row
+        return [end - start > 1 for start, end in itertools.pairwise(starts)]
+    flags = [bool(flag) for flag in prefilling.tolist()]
+    return (flags + [False] * (len(starts) - 1 - len(flags)))[: len(starts) - 1]
 
 
 def attach_side_layer(vllm_config: Any, name: str, layer: Any) -> None:

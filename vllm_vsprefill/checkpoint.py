@@ -23,7 +23,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_vsprefill.fingerprint import ModelFingerprint
 
@@ -69,13 +78,25 @@ class CheckpointError(ValueError):
         super().__init__(f"indexer checkpoint {where} cannot be used:\n{lines}")
 
 
+_Share = Annotated[float, Field(gt=0.0, le=1.0)]
+# One threshold for all KV heads of a layer, or one for each.
+_LayerShare = Annotated[
+    Annotated[_Share, Tag("layer")] | Annotated[tuple[_Share, ...], Tag("heads")],
+    # Told apart by type, so that a wrong value is reported once and not for each alternative.
+    Discriminator(lambda value: "heads" if isinstance(value, (list, tuple)) else "layer"),
+]
+
+
 class Thresholds(BaseModel):
-    """Calibrated thresholds of one preset: one value per covered layer, in the order of ``layers``."""
+    """Calibrated thresholds of one preset: an entry per covered layer, in the order of ``layers``.
+
+    An entry is a number for the whole layer, or one number for each of the model's KV heads.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tau_columns: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
-    tau_distances: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
+    tau_columns: tuple[_LayerShare, ...] | None = None
+    tau_distances: tuple[_LayerShare, ...] | None = None
 
 
 def _known_version(value: Any) -> Any:
@@ -98,7 +119,11 @@ class CheckpointConfig(BaseModel):
     hidden_size: int = Field(ge=1, le=65536, description="Width between the indexer's two linear layers.")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="Covered layers, ascending.")
-    inputs: Literal["kv"] = Field("kv", description="What the indexer reads: key (with RoPE) and value of one token.")
+    inputs: Literal["kv", "k", "v", "q", "kq", "kvq"] = Field(
+        "kv",
+        description="What the indexer reads of one token: key (with RoPE) and value. Others exist to be compared with; "
+        "they cannot be served.",
+    )
     activation: Literal["relu"] = "relu"
     training: dict[str, str | bool | int | float] = Field(
         default_factory=dict, description="Summary of the training: data, steps, losses, recall."
@@ -122,6 +147,14 @@ class CheckpointConfig(BaseModel):
                         f"thresholds.{preset}.{name} must have one value per covered layer ({len(self.layers)}), "
                         f"found {len(values)}"
                     )
+                heads = self.fingerprint.num_kv_heads
+                sizes = [len(entry) for entry in values or () if isinstance(entry, tuple)]
+                wrong = [size for size in sizes if size != heads]
+                if wrong:
+                    problems.append(
+                        f"thresholds.{preset}.{name} must have one number per layer or one per KV head ({heads}), "
+                        f"found an entry of {wrong[0]}"
+                    )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -129,7 +162,12 @@ class CheckpointConfig(BaseModel):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and full shape of every tensor in ``indexer.safetensors``."""
         heads, size, hidden = self.fingerprint.num_kv_heads, self.fingerprint.head_size, self.hidden_size
-        shapes = {"w1": (heads, 2 * size, hidden), "b1": (heads, hidden), "w2": (heads, hidden, 2), "b2": (heads, 2)}
+        shapes = {
+            "w1": (heads, len(self.inputs) * size, hidden),
+            "b1": (heads, hidden),
+            "w2": (heads, hidden, 2),
+            "b2": (heads, 2),
+        }
         return {f"layers.{layer}.{part}": shapes[part] for layer in self.layers for part in PARTS}
 
 
@@ -158,14 +196,23 @@ class LoadedIndexer:
         """Weights of one layer; KeyError if it was not read or is not covered."""
         return self.layers[layer_index]
 
-    def thresholds(self, preset: str, layer_index: int) -> tuple[float | None, float | None]:
-        """Calibrated ``(tau_columns, tau_distances)`` of a layer; None for each that was not calibrated."""
+    def thresholds(
+        self, preset: str, layer_index: int
+    ) -> tuple[float | tuple[float, ...] | None, float | tuple[float, ...] | None]:
+        """Calibrated ``(tau_columns, tau_distances)`` of a layer; None for each that was not calibrated.
+
+        Each is a number for all KV heads, or a tuple with one for each of the heads in ``kv_heads``.
+        """
         calibrated = self.config.thresholds.get(preset)
         if calibrated is None:
             return None, None
         position = self.config.layers.index(layer_index)
-        columns, distances = calibrated.tau_columns, calibrated.tau_distances
-        return (None if columns is None else columns[position], None if distances is None else distances[position])
+
+        def own(entries: tuple[float | tuple[float, ...], ...] | None) -> float | tuple[float, ...] | None:
+            entry = None if entries is None else entries[position]
+            return entry[slice(*self.kv_heads)] if isinstance(entry, tuple) else entry
+
+        return own(calibrated.tau_columns), own(calibrated.tau_distances)
 
     def module(self, *, trainable: bool = False) -> VSIndexer:
         """The tensors as a module (not copied)."""
@@ -387,6 +434,11 @@ def _inspect(folder: Path, expected: ModelFingerprint | None) -> tuple[Checkpoin
                 f"trained for another model ({config.model}): {name} is {found!r} in the checkpoint, {wanted!r} in the "
                 "model served; use a checkpoint made for this model, or estimator 'sampled', which needs none"
             )
+    if config is not None and config.inputs != "kv":
+        problems.append(
+            f"its indexer reads {'+'.join(config.inputs)} of a token, but only k+v can be served: it was trained for "
+            "comparison; train one with --inputs k+v"
+        )
     header, header_problem = _read_header(folder / WEIGHTS_FILE)
     if header_problem is not None:
         problems.append(header_problem)
@@ -416,7 +468,8 @@ def _parse_config(folder: Path) -> CheckpointConfig:
     except ValidationError as error:
         problems = []
         for detail in error.errors(include_url=False):
-            field = ".".join(map(str, detail["loc"]))
+            # The tags of the union above are no part of the file.
+            field = ".".join(str(part) for part in detail["loc"] if part not in ("layer", "heads"))
             found = "" if detail["type"] == "missing" or not field else f", found {detail['input']!r}"
             text = detail["msg"].removeprefix("Value error, ")
             problems.append(f"{CONFIG_FILE}: {field + ': ' if field else ''}{text}{found}")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 if TYPE_CHECKING:
     from vllm_vsprefill.kernels.types import SparsePattern
+    from vllm_vsprefill.tuning import PlatformTuning
 
 ENV_PREFIX = "VSPREFILL_"
 """Prefix of the environment variables that set options: ``VSPREFILL_TAU_COLUMNS`` sets ``tau_columns``."""
@@ -138,11 +139,15 @@ _Cap = Annotated[
     _Allowed("an integer from 1 to 2147483647, or null for no cap"),
 ]
 _Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=65536), _Allowed("an integer from 0 to 65536")]
-_Block = Annotated[
-    int,
-    BeforeValidator(_no_bool),
-    Field(ge=16, le=1024, multiple_of=16),
-    _Allowed("a multiple of 16 from 16 to 1024"),
+_QueryTile = Annotated[
+    Annotated[int, Field(ge=16, le=1024, multiple_of=16)] | None,
+    BeforeValidator(_optional),
+    _Allowed("a multiple of 16 from 16 to 1024, or null for what suits the platform"),
+]
+_Granule = Annotated[
+    Annotated[int, Field(ge=1, le=1024)] | None,
+    BeforeValidator(_optional),
+    _Allowed("an integer from 1 to 1024, or null for what suits the platform"),
 ]
 _Flag = Annotated[bool, BeforeValidator(_lower), _Allowed("true or false")]
 _Layers = Annotated[
@@ -213,8 +218,13 @@ class _Options(BaseModel):
     )
     sinks: _Rows = Field(64, description="First positions of the context that are always kept.")
     dense_last_rows: _Rows = Field(64, description="Last rows of a chunk that attend to everything.")
-    block_q: _Block = Field(128, description="Query tile, in positions; its rows share one list of keys.")
-    block_k: _Block = Field(64, description="Key granule of diagonals, window and sinks, in positions.")
+    block_q: _QueryTile = Field(
+        None, description="Query tile, in positions; its rows share one list of keys. null: 128 on CPU, 16 on CUDA."
+    )
+    block_k: _Granule = Field(
+        None,
+        description="Key granule of diagonals, window and sinks, in positions. null: 64 on CPU, 4 on CUDA.",
+    )
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
     ] = Field(64, description="Query rows per chunk whose true attention the 'sampled' estimator computes.")
@@ -316,10 +326,30 @@ class VSPrefillConfig(_Options):
             raise ConfigError(f"VSPREFILL options: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
         return cls.model_validate(values)
 
+    def resolved(self, tuning: PlatformTuning) -> VSPrefillConfig:
+        """These options with a platform's tile sizes and crossover where none were given explicitly."""
+        update: dict[str, int] = {}
+        if self.block_q is None:
+            update["block_q"] = tuning.block_q
+        if self.block_k is None:
+            update["block_k"] = tuning.block_k
+        if "min_context" not in self.model_fields_set and tuning.min_context > self.min_context:
+            update["min_context"] = tuning.min_context
+        given = set(self.model_fields_set)
+        options = self.model_copy(update=update)
+        options.__pydantic_fields_set__.intersection_update(given)  # a platform's choice is not the user's
+        return options
+
     def pattern(self) -> SparsePattern:
-        """The part of the options that the kernels know (this imports torch)."""
+        """The part of the options that the kernels know (this imports torch).
+
+        Raises:
+            ValueError: tile sizes are still open; :meth:`resolved` fills them in.
+        """
         from vllm_vsprefill.kernels.types import SparsePattern
 
+        if self.block_q is None or self.block_k is None:
+            raise ValueError("block_q and block_k are open; call resolved() first")
         return SparsePattern(
             block_q=self.block_q,
             block_k=self.block_k,
@@ -351,7 +381,7 @@ class VSPrefillConfig(_Options):
             f"window={self.window}",
             f"sinks={self.sinks}",
             f"dense_last_rows={self.dense_last_rows}",
-            f"blocks={self.block_q}x{self.block_k}",
+            f"blocks={_or_auto(self.block_q)}x{_or_auto(self.block_k)}",
         ]
         if self.checkpoint is not None:
             shown.append(f"checkpoint={self.checkpoint}")
@@ -363,6 +393,10 @@ class VSPrefillConfig(_Options):
 def env_name(option: str) -> str:
     """Environment variable that sets an option."""
     return ENV_PREFIX + option.upper()
+
+
+def _or_auto(value: int | None) -> str:
+    return "auto" if value is None else str(value)
 
 
 def _interval(least: int, most: int | None) -> str:

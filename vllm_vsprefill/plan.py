@@ -66,11 +66,13 @@ class StepPlan:
         dense_runs: the other rows, among them the last ones of every sparse chunk, as maximal runs of rows that lie
             next to each other; the stock kernel wants one contiguous piece of the token list a call.
         dense_prefill_pairs: causal pairs, per head, of prefill rows among ``dense_runs`` (for the density figures).
+        starts_alone: the only request that prefills begins at position 0 (it is a new prompt).
     """
 
     sparse: tuple[RequestRows, ...]
     dense_runs: tuple[tuple[RequestRows, ...], ...]
     dense_prefill_pairs: int
+    starts_alone: bool = False
 
     @property
     def prefill_pairs(self) -> int:
@@ -95,10 +97,13 @@ def plan_step(
     runs: list[list[RequestRows]] = []
     dense_pairs = 0
     open_run = False
+    prefilling = fresh = 0
     for request, context_len in enumerate(seq_lens):
         rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], context_len)
         if rows.rows <= 0:
             continue
+        prefilling += is_prefilling[request]
+        fresh += is_prefilling[request] and rows.rows == context_len
         if gate.admits(rows.rows, context_len, is_prefilling[request]):
             tail = gate.dense_last_rows
             sparse.append(RequestRows(request, rows.row_start, rows.row_end - tail, context_len - tail))
@@ -112,4 +117,5 @@ def plan_step(
             runs.append([])
             open_run = True
         runs[-1].append(rows)
-    return StepPlan(tuple(sparse), tuple(tuple(run) for run in runs), dense_pairs)
+    starts_alone = prefilling == fresh == 1
+    return StepPlan(tuple(sparse), tuple(tuple(run) for run in runs), dense_pairs, starts_alone)

@@ -21,10 +21,13 @@ from vllm.logger import init_logger
 from vllm_vsprefill import startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
-from vllm_vsprefill.plan import Gate
+from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.stats import LayerCounts, Recorder
+from vllm_vsprefill.switch import Switch
 
 logger = init_logger("vllm.vsprefill")
+
+Threshold = float | tuple[float, ...]
 
 
 @dataclass
@@ -34,15 +37,19 @@ class LayerState:
     Attributes:
         index: layer index in the model.
         weights: this rank's indexer weights, or None for the training-free estimator.
-        tau_columns, tau_distances: thresholds of this layer.
+        tau_columns, tau_distances: thresholds of this layer, numbers or float64 ``[num_kv_heads]``.
         logits: per-slot cache of index logits, or None where they are computed anew for every chunk.
+        shape: query heads, KV heads and head size of this rank (set by the CUDA backend).
+        row: row of the layer in counters on a device.
     """
 
     index: int
     weights: IndexerLayerWeights | None
-    tau_columns: float
-    tau_distances: float
+    tau_columns: float | torch.Tensor
+    tau_distances: float | torch.Tensor
     logits: Any | None
+    shape: tuple[int, int, int] = (0, 0, 0)
+    row: int = 0
 
 
 class Runtime:
@@ -62,6 +69,11 @@ class Runtime:
         )
         self.indexer = self._load_indexer(vllm_config)
         self.recorder = Recorder(get_tensor_model_parallel_rank())
+        self.switch = Switch.from_environment()
+        self._prefilled = False
+        # What the backend of the platform keeps for all layers together (buffers on a device).
+        self.device: Any = None
+        self.counts_reader: Any = None
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
         self._last_layer = -1
         self._explained: set[str] = set()
@@ -69,6 +81,8 @@ class Runtime:
         self._context = vllm_config.compilation_config.static_forward_context
         if get_tensor_model_parallel_rank() == 0:
             logger.info("VSPREFILL: %s", self._summary())
+        self.recorder.mode = "sparse" if self.options.enabled else "off"
+        self.recorder.write()  # lets `vsprefill status` find the server before its first prompt
 
     @classmethod
     def of(cls, vllm_config: Any) -> Runtime:
@@ -79,6 +93,23 @@ class Runtime:
             runtime = cls(vllm_config)
             cls._instances[key] = runtime
         return runtime
+
+    def look_at_switch(self) -> None:
+        """Follow ``vsprefill mode``; called once a step, looks at the file a few times a second."""
+        if not self.options.enabled or not self.switch.look():
+            return
+        self.gate = dataclasses.replace(self.gate, enabled=self.switch.mode == "sparse")
+        self.recorder.mode = self.switch.mode
+        self.recorder.write()
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("VSPREFILL: switched to %s prefill.", self.switch.mode)
+
+    def note_step(self, plan: StepPlan) -> None:
+        """Tell prompts apart for the read-out: a new one begins after a step without prefill, or at position 0 with
+        nothing else being prefilled."""
+        if plan.prefill_pairs and (not self._prefilled or plan.starts_alone):
+            self.recorder.begin_prompt()
+        self._prefilled = bool(plan.prefill_pairs)
 
     def reason_for_stock(self, index: int) -> str | None:
         """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
@@ -93,16 +124,21 @@ class Runtime:
     def add_layer(self, layer_name: str, index: int, logits: Any | None) -> LayerState:
         """Register a layer that runs sparse."""
         weights = None if self.indexer is None else self.indexer.layer_weights(index)
-        state = LayerState(index, weights, *self.thresholds(index), logits)
+        columns, distances = (
+            torch.tensor(tau, dtype=torch.float64) if isinstance(tau, tuple) else tau for tau in self.thresholds(index)
+        )
+        state = LayerState(index, weights, columns, distances, logits)
         self.layers[layer_name] = state
         return state
 
-    def thresholds(self, index: int) -> tuple[float, float]:
+    def thresholds(self, index: int) -> tuple[Threshold, Threshold]:
         """``(tau_columns, tau_distances)`` of a layer: the user's, else the one the checkpoint was calibrated with for
-        the preset, else the preset's."""
-        calibrated = (None, None) if self.indexer is None else self.indexer.thresholds(self.options.preset, index)
+        the preset, else the preset's. Each is one number, or one for each KV head of this rank."""
+        calibrated: tuple[Threshold | None, Threshold | None] = (None, None)
+        if self.indexer is not None:
+            calibrated = self.indexer.thresholds(self.options.preset, index)
 
-        def choose(name: str, value: float | None) -> float:
+        def choose(name: str, value: Threshold | None) -> Threshold:
             if value is None or name in self.options.model_fields_set:
                 return float(getattr(self.options, name))
             return value
@@ -120,11 +156,26 @@ class Runtime:
         """Register a layer, sparse or not, whose counts are recorded; the last one publishes."""
         self._last_layer = max(self._last_layer, index)
 
+    @property
+    def budgets(self) -> dict[str, int | None]:
+        """Least and most columns and distances, as ``select`` takes them."""
+        options = self.options
+        return {
+            "min_columns": options.min_columns,
+            "max_columns": options.max_columns,
+            "min_distances": options.min_distances,
+            "max_distances": options.max_distances,
+        }
+
+    def is_last(self, index: int) -> bool:
+        """Whether a layer is the last one of this worker."""
+        return index == self._last_layer
+
     def record(self, index: int, counts: LayerCounts) -> None:
         """Add a step's counts of one layer and, after the model's last layer, publish."""
         if counts.causal:
             self.recorder.record(index, counts)
-        if index == self._last_layer:
+        if self.is_last(index):
             self.recorder.publish()
 
     def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
@@ -157,7 +208,7 @@ class Runtime:
             return "switched off; every layer runs the stock backend"
         if self.indexer is not None:
             taus = [self.thresholds(index) for index in self.indexer.layers]
-            columns, distances = (f"{min(values):g}..{max(values):g}" for values in zip(*taus, strict=True))
+            columns, distances = (_interval(values) for values in zip(*taus, strict=True))
             trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
             estimator = f"{trained}; thresholds by layer: columns {columns}, distances {distances}"
         elif self.options.estimator == "sampled":
@@ -165,6 +216,11 @@ class Runtime:
         else:
             estimator = "training-free estimator (sampled): no trained indexer for this model was found"
         return f"{estimator}; options: {self.options.describe()}"
+
+
+def _interval(thresholds: Iterable[Threshold]) -> str:
+    values = [value for tau in thresholds for value in (tau if isinstance(tau, tuple) else (tau,))]
+    return f"{min(values):g}..{max(values):g}"
 
 
 def _cache_kinds(layers: Iterable[Any]) -> Iterable[str]:

@@ -12,6 +12,7 @@ that changes hands, a decoded token, a request resumed after preemption all read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-MISSING = float("nan")
+from vllm_vsprefill.kernels.forget import naive
+
 SUFFIX = ".vsprefill_logits"
 """Appended to the attention layer's name. Without a digit: vLLM reads the layer index off the name."""
 
@@ -31,11 +33,18 @@ class LogitCache(nn.Module, AttentionLayerBase):
     Args:
         num_kv_heads: KV heads of this rank.
         backend: attention backend of the real layer; the cache asks for the same block sizes and layouts.
+        forget: marks slots of ``[num_slots, 2 * num_kv_heads]`` as missing, with the kernel of the platform.
     """
 
-    def __init__(self, num_kv_heads: int, backend: type[AttentionBackend]) -> None:
+    def __init__(
+        self,
+        num_kv_heads: int,
+        backend: type[AttentionBackend],
+        forget: Callable[[torch.Tensor, torch.Tensor], None] = naive.forget,
+    ) -> None:
         super().__init__()
         self.num_kv_heads = num_kv_heads
+        self._forget = forget
         self.kv_cache: torch.Tensor = torch.empty(0)
         self._backend = side_backend(backend)
 
@@ -63,7 +72,7 @@ class LogitCache(nn.Module, AttentionLayerBase):
         """Mark slots as missing. ``slot_mapping``: int64 ``[num_tokens]``; negative entries are padding."""
         if self.kv_cache is None or len(self.kv_cache) == 0:  # profiling runs before the cache exists
             return
-        self.slots.index_fill_(0, slot_mapping[slot_mapping >= 0], MISSING)
+        self._forget(self.slots, slot_mapping)
 
 
 _side_backends: dict[type[AttentionBackend], type[AttentionBackend]] = {}

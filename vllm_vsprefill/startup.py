@@ -16,6 +16,7 @@ from vllm_vsprefill import _compat
 from vllm_vsprefill.checkpoint import find_checkpoint, read_config, resolve_checkpoint
 from vllm_vsprefill.config import ConfigError, VSPrefillConfig
 from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.tuning import platform_tuning
 
 ADDITIONAL_CONFIG_KEY = "vsprefill"
 
@@ -28,8 +29,9 @@ class StartupError(RuntimeError):
 
 
 def read_options(vllm_config: Any) -> VSPrefillConfig:
-    """The user's options from ``--additional-config`` and the environment; raises ``ConfigError``."""
-    return VSPrefillConfig.from_sources(_given(vllm_config), os.environ)
+    """The user's options from ``--additional-config`` and the environment, with the tile sizes and the crossover of
+    the platform where none are given; raises ``ConfigError``."""
+    return VSPrefillConfig.from_sources(_given(vllm_config), os.environ).resolved(platform_tuning())
 
 
 def _given(vllm_config: Any) -> Any:
@@ -90,6 +92,7 @@ def check(vllm_config: Any) -> None:
         problems.append(str(error))
         # The other checks go on with the part of the options that they need.
         options = _checkpoint_option(vllm_config)
+    problems += _platform_problems(vllm_config, options)
     if options.enabled:
         try:
             if model is not None:
@@ -104,11 +107,20 @@ def check(vllm_config: Any) -> None:
         raise StartupError("VSPREFILL cannot start:\n" + "\n".join(problems))
 
 
+def _platform_problems(vllm_config: Any, options: VSPrefillConfig) -> list[str]:
+    """What the platform's backend cannot do, each with its remedy."""
+    if not _compat.is_cuda():
+        return []
+    from vllm_vsprefill.backends import cuda_limits
+
+    return cuda_limits.problems(vllm_config, options)
+
+
 def _checkpoint_option(vllm_config: Any) -> VSPrefillConfig:
     """The options with nothing but the checkpoint taken over, for use when the rest is wrong."""
     try:
         given = _given(vllm_config)
         path = given.get("checkpoint") if isinstance(given, dict) else None
-        return VSPrefillConfig.from_sources({"checkpoint": path})
+        return VSPrefillConfig.from_sources({"checkpoint": path}).resolved(platform_tuning())
     except ConfigError:
-        return VSPrefillConfig.from_sources()
+        return VSPrefillConfig.from_sources().resolved(platform_tuning())

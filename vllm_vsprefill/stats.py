@@ -36,7 +36,7 @@ STATS_DIR_VARIABLE = "VSPREFILL_STATS_DIR"
 """Folder through which workers hand their counts to the API process. Set by the plugin; children inherit it."""
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
-_AUTOMATIC = re.compile(r"vsprefill-(\d+)-[0-9a-f]+")  # a name chosen here, with the process that chose it
+AUTOMATIC_NAME = re.compile(r"vsprefill-(\d+)-[0-9a-f]+")  # a name chosen here, with the process that chose it
 
 logger = logging.getLogger("vllm.vsprefill")
 
@@ -61,6 +61,16 @@ class LayerCounts:
         """Share of the causal pairs that was computed; 1 where nothing ran yet."""
         return self.computed / self.causal if self.causal else 1.0
 
+    def __add__(self, other: LayerCounts) -> LayerCounts:
+        return LayerCounts(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+
+    def __sub__(self, other: LayerCounts) -> LayerCounts:
+        return LayerCounts(*(a - b for a, b in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> tuple[int, int, int, int]:
+        """The four numbers, in the order of the fields."""
+        return self.computed, self.causal, self.sparse_chunks, self.dense_chunks
+
     def __iadd__(self, other: LayerCounts) -> LayerCounts:
         self.computed += other.computed
         self.causal += other.causal
@@ -70,43 +80,73 @@ class LayerCounts:
 
 
 class Recorder:
-    """Counts of one worker. ``record`` adds to memory; ``publish`` makes the totals visible to ``/metrics``."""
+    """Counts of one worker. ``record`` adds to memory; ``publish`` makes the totals visible to ``/metrics``.
+
+    Where a device counts, too, its numbers arrive later: a step's totals are then put together elsewhere and handed in
+    with ``advance``, step by step, and ``write`` makes the last ones visible.
+    """
 
     def __init__(self, rank: int = 0) -> None:
         self.layers: dict[int, LayerCounts] = {}
+        self.mode = "sparse"
+        self.prompt = 0
+        self._totals: dict[int, LayerCounts] = {}
+        self._before_prompt: dict[int, LayerCounts] = {}
+        self._prompt_of_totals = 0
         self._published: dict[int, LayerCounts] = {}
         self._file: Path | None = None
         self._counters: dict[str, Any] | None = None
         if _PROMETHEUS_MULTIPROCESS in os.environ:
             self._counters = _multiprocess_counters()
-        elif folder := os.environ.get(STATS_DIR_VARIABLE):
+        if folder := os.environ.get(STATS_DIR_VARIABLE):
             self._file = Path(folder) / f"{os.getpid()}-{rank}-{secrets.token_hex(4)}.json"
 
     def record(self, layer: int, counts: LayerCounts) -> None:
         """Add counts to a layer's totals."""
         self.layers.setdefault(layer, LayerCounts()).__iadd__(counts)
 
+    def begin_prompt(self) -> None:
+        """What is recorded from now on belongs to another prompt (or other prompts computed side by side)."""
+        self.prompt += 1
+
+    def snapshot(self) -> dict[int, LayerCounts]:
+        """A copy of the totals recorded in memory."""
+        return {layer: LayerCounts(*counts.values()) for layer, counts in self.layers.items()}
+
     def publish(self) -> None:
         """Hand the totals on."""
+        self.advance(self.snapshot(), self.prompt)
+        self.write()
+
+    def advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
+        """Take over the totals after some step, which belonged to the ``prompt``-th prompt."""
+        if prompt != self._prompt_of_totals:
+            self._before_prompt, self._prompt_of_totals = self._totals, prompt
+        self._totals = totals
+
+    def write(self) -> None:
+        """Make the totals visible that were taken over last."""
         if self._counters is not None:
             self._publish_counters(self._counters)
-        elif self._file is not None:
+        if self._file is not None:
             self._publish_file(self._file)
 
     def _publish_counters(self, counters: dict[str, Any]) -> None:
-        for layer, now in self.layers.items():
-            before = self._published.setdefault(layer, LayerCounts())
+        for layer, now in self._totals.items():
+            new = now - self._published.get(layer, LayerCounts())
             label = str(layer)
-            counters["vsprefill_pairs_computed"].labels(label).inc(now.computed - before.computed)
-            counters["vsprefill_pairs_causal"].labels(label).inc(now.causal - before.causal)
-            counters["vsprefill_chunks"].labels(label, "sparse").inc(now.sparse_chunks - before.sparse_chunks)
-            counters["vsprefill_chunks"].labels(label, "dense").inc(now.dense_chunks - before.dense_chunks)
-            self._published[layer] = LayerCounts(now.computed, now.causal, now.sparse_chunks, now.dense_chunks)
+            counters["vsprefill_pairs_computed"].labels(label).inc(new.computed)
+            counters["vsprefill_pairs_causal"].labels(label).inc(new.causal)
+            counters["vsprefill_chunks"].labels(label, "sparse").inc(new.sparse_chunks)
+            counters["vsprefill_chunks"].labels(label, "dense").inc(new.dense_chunks)
+            self._published[layer] = now
 
     def _publish_file(self, file: Path) -> None:
-        payload = {
-            layer: [counts.computed, counts.causal, counts.sparse_chunks, counts.dense_chunks]
-            for layer, counts in self.layers.items()
+        payload: dict[str, Any] = {str(layer): list(counts.values()) for layer, counts in self._totals.items()}
+        payload["mode"] = self.mode
+        payload["last_prompt"] = {
+            layer: list((counts - self._before_prompt.get(layer, LayerCounts())).values())
+            for layer, counts in self._totals.items()
         }
         try:
             file.parent.mkdir(mode=0o700, exist_ok=True)
@@ -119,17 +159,39 @@ class Recorder:
             self._file = None
 
 
-def read_counts(folder: Path) -> dict[int, LayerCounts]:
-    """Sum of the totals that all workers have written to ``folder``."""
-    totals: dict[int, LayerCounts] = {}
+def _payloads(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the workers have written; files that cannot be read are left out."""
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         try:
             payload = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError):
             continue
-        for layer, values in payload.items():
-            totals.setdefault(int(layer), LayerCounts()).__iadd__(LayerCounts(*values))
+        if isinstance(payload, dict):
+            yield payload
+
+
+def _sum(parts: Iterable[dict[str, Any]]) -> dict[int, LayerCounts]:
+    totals: dict[int, LayerCounts] = {}
+    for part in parts:
+        for layer, values in part.items():
+            if layer.isdecimal():
+                totals.setdefault(int(layer), LayerCounts()).__iadd__(LayerCounts(*values))
     return totals
+
+
+def read_counts(folder: Path) -> dict[int, LayerCounts]:
+    """Sum of the totals that all workers have written to ``folder``."""
+    return _sum(_payloads(folder))
+
+
+def read_last_prompt(folder: Path) -> dict[int, LayerCounts]:
+    """Sum over all workers of the counts of the last prompt, or of the last ones that were computed side by side."""
+    return _sum(payload.get("last_prompt", {}) for payload in _payloads(folder))
+
+
+def read_modes(folder: Path) -> list[str]:
+    """Mode of each worker: ``sparse``, ``dense`` (by the switch) or ``off`` (by the options)."""
+    return [str(payload["mode"]) for payload in _payloads(folder) if "mode" in payload]
 
 
 class FolderCollector:
@@ -182,16 +244,14 @@ def install_collector() -> None:
 
 
 def open_exchange() -> None:
-    """Choose the folder through which this server's processes exchange counts. Creates nothing.
+    """Choose the folder through which this server's processes exchange counts, and read the switch. Creates nothing.
 
     Called where a configuration with VSPREFILL is checked. The top-level process picks a name, which its children
     inherit, and removes the folder when it exits; a name that another top-level process picked is that server's.
     """
-    if _PROMETHEUS_MULTIPROCESS in os.environ:
-        return
     inherited = os.environ.get(STATS_DIR_VARIABLE)
     if inherited is not None:
-        owner = _AUTOMATIC.fullmatch(Path(inherited).name)
+        owner = AUTOMATIC_NAME.fullmatch(Path(inherited).name)
         if owner is None or int(owner[1]) == os.getpid() or multiprocessing.parent_process() is not None:
             return
     folder = str(Path(tempfile.gettempdir()) / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}")

@@ -27,8 +27,9 @@ from vllm_vsprefill.kernels.types import Selection, SparsePattern
 class SparseSettings:
     """What decides how much is computed; the names are those of the plugin's options."""
 
-    tau_columns: float | tuple[float, ...] = 0.9  # one for all layers, or one per layer
-    tau_distances: float | tuple[float, ...] = 0.9
+    # One for all layers, or one per layer; that of a layer is a number, or one number per KV head.
+    tau_columns: float | tuple[float | tuple[float, ...], ...] = 0.9
+    tau_distances: float | tuple[float | tuple[float, ...], ...] = 0.9
     min_columns: int = 64
     max_columns: int | None = 1024
     min_distances: int = 0
@@ -145,10 +146,16 @@ class SparseAttention:
         """Mean of ``columns`` or ``distances`` per layer, over KV heads, chunks and prompts."""
         return [round(sum(counts[i]) / max(1, len(counts[i])), 1) for i in sorted(counts)]
 
+    def score(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Index logits ``[T, Hkv, 2]`` of new tokens: q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``."""
+        del q
+        return score(k, v, self.indexer.layer_weights(layer))
+
     def select(self, layer: int, logits: Tensor) -> Selection:
         s = self.settings
         tau_columns, tau_distances = (
-            tau[layer] if isinstance(tau, tuple) else tau for tau in (s.tau_columns, s.tau_distances)
+            torch.tensor(tau[layer] if isinstance(tau, tuple) else tau, dtype=torch.float64)
+            for tau in (s.tau_columns, s.tau_distances)
         )
         return select(
             *distributions(logits),
@@ -167,7 +174,7 @@ class SparseAttention:
             raise ValueError(f"one prompt at a time, got a batch of {b}")
         first = n - t
         # A token's logits depend on its own key and value only: score what is new, keep the rest.
-        new = score(k[0, :, first:].transpose(0, 1), v[0, :, first:].transpose(0, 1), self.indexer.layer_weights(layer))
+        new = self.score(layer, *(x.transpose(0, 1) for x in (q[0], k[0, :, first:], v[0, :, first:])))
         self._logits[layer] = new if first == 0 else torch.cat((self._logits[layer], new))
         total = hkv * (t * first + t * (t + 1) // 2)
         self.total[layer] += total

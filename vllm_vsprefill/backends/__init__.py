@@ -16,8 +16,12 @@ def __getattr__(name: str) -> Any:
         from vllm_vsprefill.backends.cpu import VSPrefillCPUBackend
 
         return VSPrefillCPUBackend
+    if current_platform.is_cuda():
+        from vllm_vsprefill.backends.cuda import VSPrefillFlashBackend
+
+        return VSPrefillFlashBackend
     # vLLM turns an ImportError into a refusal that shows this text.
     raise ImportError(
-        f"VSPREFILL has no kernels for {current_platform.device_name} yet; it runs on vLLM's CPU platform. "
+        f"VSPREFILL has no kernels for {current_platform.device_name}; it runs on vLLM's CUDA and CPU platforms. "
         "Remove --attention-backend VSPREFILL to serve with the stock backend."
     )

@@ -5,12 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -19,19 +16,20 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.backends import cpu_layout
+from vllm_vsprefill.backends.layer import DecoderBackendMixin, SparseLayerMixin
 from vllm_vsprefill.kernels.attend import attend
+from vllm_vsprefill.kernels.forget import forget
+from vllm_vsprefill.kernels.guard import expected_density
 from vllm_vsprefill.kernels.sampled import sampled
 from vllm_vsprefill.kernels.score import score
 from vllm_vsprefill.kernels.select import distributions, select
-from vllm_vsprefill.kernels.types import Selection, SparsePattern
 from vllm_vsprefill.plan import RequestRows, StepPlan, plan_step
 from vllm_vsprefill.registration import BACKEND_NAME
-from vllm_vsprefill.runtime import LayerState, Runtime, Workspace, find_layer_name
-from vllm_vsprefill.side_cache import SUFFIX, LogitCache
+from vllm_vsprefill.runtime import LayerState, Runtime, Workspace
 from vllm_vsprefill.stats import LayerCounts
 
 
-class VSPrefillCPUBackend(CPUAttentionBackend):
+class VSPrefillCPUBackend(DecoderBackendMixin, CPUAttentionBackend):
     """Stock CPU attention with sparse prefill of long contexts."""
 
     @staticmethod
@@ -45,18 +43,6 @@ class VSPrefillCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[VSPrefillCPUMetadataBuilder]:
         return VSPrefillCPUMetadataBuilder
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return bool(attn_type == AttentionType.DECODER)
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +81,7 @@ class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gate = Runtime.of(self.vllm_config).gate
+        self._runtime = Runtime.of(self.vllm_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata with the attribute ``vsprefill``: a :class:`SparseStep`, or None without a prefill."""
@@ -106,12 +92,9 @@ class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _plan(self, common: Any) -> SparseStep | None:
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()
-        prefilling = common.is_prefilling
-        if prefilling is None:  # callers other than the model runner; a decode has a single row
-            flags = [end - start > 1 for start, end in itertools.pairwise(starts)]
-        else:
-            flags = prefilling.tolist()
-        plan = plan_step(starts, lengths, flags, self._gate)
+        self._runtime.look_at_switch()
+        plan = plan_step(starts, lengths, _compat.prefill_flags(common), self._runtime.gate)
+        self._runtime.note_step(plan)
         if not plan.prefill_pairs:
             return None
         if not plan.sparse:
@@ -146,74 +129,21 @@ class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return DenseRun(row_start, row_end, super().build(0, part))
 
 
-class VSPrefillCPUImpl(CPUAttentionBackendImpl):
+class VSPrefillCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
     """Attention of one layer."""
+
+    _backend = VSPrefillCPUBackend
+    _forget = staticmethod(forget)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._vllm_config: Any = get_current_vllm_config()
-        self._runtime: Runtime | None = None
-        self._state: LayerState | None = None
-        self._layer_index = -1
         self._reader: cpu_layout.CacheReader | None = None
 
-    def unsupported_reasons(self) -> list[str]:
-        """Why this kind of layer cannot run sparse; empty if it can."""
-        reasons = {
-            "it is not a decoder layer": self.attn_type != AttentionType.DECODER,
-            "it has a sliding window": self.sliding_window != -1,
-            "it has ALiBi slopes": self.alibi_slopes is not None,
-            "it caps its logits": bool(self.logits_soft_cap),
-            "it has attention sinks": self.sinks is not None,
+    def platform_reasons(self) -> dict[str, bool]:
+        return {
             "its KV cache is quantised": self.is_fp8_kv_cache,
-            "its KV cache holds another type than the model computes in": self._cache_differs(),
-            "it shares the KV cache of another layer": self.kv_sharing_target_layer_name is not None,
+            "its KV cache holds another type than the model computes in": self.cache_differs(),
         }
-        return [reason for reason, holds in reasons.items() if holds]
-
-    def _cache_differs(self) -> bool:
-        stored = getattr(torch, self.kv_cache_dtype, None)  # "auto" and None follow the model
-        return isinstance(stored, torch.dtype) and stored != self._vllm_config.model_config.dtype
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Find out which layer this is, decide whether it runs sparse and set it up. vLLM calls it before it sizes
-        the KV cache, which the logit cache must be part of."""
-        super().process_weights_after_loading(act_dtype)
-        if self._runtime is not None:
-            return
-        name = find_layer_name(self._vllm_config, self)
-        if name is None:
-            return
-        layer = self._vllm_config.compilation_config.static_forward_context[name]
-        if _compat.is_draft_layer(self._vllm_config, name, layer):
-            return  # stock throughout, and no part of the served model's density
-        self._runtime = runtime = Runtime.of(self._vllm_config)
-        reasons = self.unsupported_reasons()
-        index = _compat.layer_index(name)
-        if index is None:
-            reasons.append("its name carries no layer index")
-        elif not reasons and (choice := runtime.reason_for_stock(index)):
-            reasons.append(choice)
-        if index is not None:
-            self._layer_index = index
-            runtime.note_layer(index)
-        if reasons:
-            runtime.explain_stock(reasons)
-            return
-        cache = None
-        if runtime.keeps_logits:
-            cache = LogitCache(self.num_kv_heads, VSPrefillCPUBackend)
-            _compat.attach_side_layer(self._vllm_config, name + SUFFIX, cache)
-        assert index is not None
-        self._state = runtime.add_layer(name, index, cache)
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write keys and values; whatever was known about those slots no longer holds."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._state is not None and self._state.logits is not None:
-            self._state.logits.invalidate(slot_mapping)
 
     def forward(
         self,
@@ -299,7 +229,7 @@ class VSPrefillCPUImpl(CPUAttentionBackendImpl):
         )
         rows, n = slice(request.row_start, request.row_end), request.context_len
         selection = selection.below(n)
-        if _expected_density(selection, runtime.pattern, request) > options.max_density:
+        if expected_density(selection, runtime.pattern, request.rows, n) > options.max_density:
             return None
         _, visited = attend(
             query[rows],
@@ -346,22 +276,6 @@ class VSPrefillCPUImpl(CPUAttentionBackendImpl):
 
 
 _WORKSPACE = Workspace()
-
-
-def _expected_density(selection: Selection, pattern: SparsePattern, rows: RequestRows) -> float:
-    """Share of the rows' causal pairs that a selection costs: columns are taken to lie evenly over the context."""
-    reach = pattern.block_q + pattern.block_k  # keys of a tile along one distance, rounded to granules
-    share = rows.causal_pairs / (rows.rows * rows.context_len)  # of the context, what a row sees on average
-    keys = 0.0
-    heads = len(selection.num_columns)
-    for head in range(heads):
-        distances = selection.distances[head, : int(selection.num_distances[head])]
-        far = distances[distances >= pattern.window]
-        # Neighbours overlap: each adds the gap to the next one, at most its whole reach.
-        keys += float(far.diff().clamp(max=reach).sum()) + (reach if len(far) else 0)
-        keys += share * int(selection.num_columns[head])
-    keys = keys / heads + pattern.window + pattern.sinks + reach
-    return min(1.0, keys * rows.rows / rows.causal_pairs)
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

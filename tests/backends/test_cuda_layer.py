@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The CUDA backend, driven with batches over random block tables, against the reference over the same selection."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends import flash
+from tests.backends.simulator import LayerUnderTest, Request
+from tests.kernels.interpreted import DEVICE
+from vllm_vsprefill.kernels.attend.naive import attend
+from vllm_vsprefill.kernels.guard import expected_density
+from vllm_vsprefill.kernels.sampled.naive import sampled
+from vllm_vsprefill.kernels.score.naive import score
+from vllm_vsprefill.kernels.select.naive import distributions, select
+from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
+
+pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
+
+OPTIONS: dict[str, Any] = {
+    "min_context": 128,
+    "window": 24,
+    "sinks": 8,
+    "dense_last_rows": 16,
+    "block_q": 32,
+    "block_k": 8,
+    "tau_columns": 0.5,
+    "tau_distances": 0.02,
+    "min_columns": 8,
+    "min_distances": 1,
+    "max_distances": 4,
+    "max_density": 1.0,
+    "sampled_rows": 16,
+}
+DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
+TOLERANCE = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def make_layer(
+    single_process: Path, random_model: Path, random_indexer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    flash.install(monkeypatch)
+
+    def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
+        chosen = {**OPTIONS, "estimator": estimator, **(options or {})}
+        if estimator == "vsindexer":
+            chosen["checkpoint"] = str(random_indexer)
+        settings = {"dtype": DTYPE, "device": DEVICE, **settings}
+        return LayerUnderTest(random_model, tmp_path / "rendezvous", chosen, **settings)
+
+    return make
+
+
+def dense(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
+    """Plain causal attention of the last computed rows, float64."""
+    n = request.computed
+    group = layer.num_heads // layer.num_kv_heads
+    query = request.query[n - rows : n].double()
+    key = request.key[:n].double().repeat_interleave(group, 1)
+    value = request.value[:n].double().repeat_interleave(group, 1)
+    weights = torch.einsum("thd,nhd->htn", query, key) * layer.impl.scale
+    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
+    return torch.einsum("htn,nhd->thd", weights.masked_fill(hidden, float("-inf")).softmax(-1), value)
+
+
+def chosen(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Any, SparsePattern]:
+    """The selection that follows from the logits beside the cache (or from sampled queries), and the pattern."""
+    n = request.computed
+    options = layer.impl._runtime.options
+    query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
+    if layer.impl._state.weights is None:
+        columns, distances = sampled(query.float(), key.float(), scale=layer.impl.scale, num_rows=options.sampled_rows)
+    else:
+        weights = IndexerLayerWeights(*(part.cpu() for part in layer.impl._state.weights))
+        expected = score(key, value, weights)
+        logits = expected
+        if layer.side is not None:
+            # The very numbers the backend used, so that rounding cannot tip a threshold; they must be right too.
+            logits = layer.cached_logits(request)
+            close = 1e-4 if layer.dtype == torch.float32 else 0.1
+            torch.testing.assert_close(logits, expected, atol=close, rtol=close)
+        columns, distances = distributions(logits)
+    selection = select(
+        columns,
+        distances,
+        tau_columns=layer.layer.vsprefill_tau[0].cpu(),
+        tau_distances=layer.layer.vsprefill_tau[1].cpu(),
+        **layer.impl._runtime.budgets,
+    )
+    pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
+    return selection, pattern
+
+
+def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
+    """Rows over the selection; dense ones where it exceeds ``max_density``."""
+    selection, pattern = chosen(layer, request, rows)
+    tail, n = layer.impl._runtime.options.dense_last_rows, request.computed
+    query, key, value = (getattr(request, name).double() for name in ("query", "key", "value"))
+    below = selection.below(n - tail)
+    if expected_density(below, pattern, rows - tail, n - tail) > layer.impl._runtime.options.max_density:
+        return dense(layer, request, rows)
+    sparse, _ = attend(
+        query[n - rows : n - tail], key[: n - tail], value[: n - tail], below, pattern, scale=layer.impl.scale
+    )
+    return torch.cat((sparse, dense(layer, request, tail))) if tail else sparse
+
+
+def check(
+    layer: LayerUnderTest,
+    work: list[tuple[Request, int]],
+    prefilling: list[bool] | None = None,
+    rejected: int = 0,
+    tolerance: float | None = None,
+) -> tuple[int, int]:
+    """Run a step and compare every row; how many requests ran sparse and dense."""
+    gate = layer.impl._runtime.gate
+    flags = prefilling or [request.computed < request.prompt for request, _ in work]
+    sparse = [
+        gate.admits(rows, request.computed + rows, flag) for (request, rows), flag in zip(work, flags, strict=True)
+    ]
+    outputs = layer.step(work, prefilling, rejected)
+    tolerance = tolerance or TOLERANCE[str(layer.dtype).removeprefix("torch.")]
+    for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
+        expected = reference(layer, request, rows) if is_sparse else dense(layer, request, rows)
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{rows} rows at {request.computed}, sparse={is_sparse}: {error:.2e}"
+    return sum(sparse), len(sparse) - sum(sparse)
+
+
+def totals(layer: LayerUnderTest) -> Any:
+    """Counts of the layer as they are published."""
+    runtime = layer.impl._runtime
+    if runtime.device is not None:
+        runtime.counts_reader.enqueue(runtime.device.counts)
+        runtime.counts_reader.drain()
+        import time
+
+        time.sleep(0.3)  # the reader's own thread may have been faster
+    return runtime.recorder._totals[1]
+
+
+def test_sparse_is_not_dense(make_layer: Any) -> None:
+    """The options of these tests do leave attention out; otherwise they would show nothing."""
+    layer = make_layer()
+    request = layer.request(400)
+    (output,) = layer.step([(request, 400)])
+    difference = (output.double() - dense(layer, request, 400)).norm() / output.double().norm()
+    assert difference > 0.05
+    counts = totals(layer)
+    assert counts.sparse_chunks == 1
+    assert 0.05 < counts.density < 0.9
+
+
+@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+def test_chunks(make_layer: Any, estimator: str) -> None:
+    layer = make_layer(estimator)
+    request = layer.request(500)
+    ran = [check(layer, [(request, rows)]) for rows in (100, 90, 1, 160, 65, 84)]
+    # under min_context; sparse; one row; sparse; sparse; sparse
+    assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_mixed_batch(make_layer: Any, order: int) -> None:
+    layer = make_layer()
+    running = [layer.request(30, 5), layer.request(200, 5)]
+    for request in running:
+        check(layer, [(request, request.prompt)])
+    work = [
+        (running[0], 1),
+        (running[1], 1),
+        (layer.request(300), 210),
+        (layer.request(60), 60),
+        (layer.request(150), 150),
+    ]
+    random.Random(order).shuffle(work)
+    assert check(layer, work) == (2, 3)
+    # The second chunk of one, the decode of others, in another order.
+    work = [
+        (request, 1 if request.computed >= request.prompt else request.prompt - request.computed)
+        for request, _ in work
+        if request.computed < len(request.query)
+    ]
+    random.Random(order + 3).shuffle(work)
+    check(layer, work)
+
+
+@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
+    from vllm_vsprefill.backends import cuda_buffers
+
+    monkeypatch.setattr(cuda_buffers, "MOST_REQUESTS", 2)
+    layer = make_layer(estimator)
+    work = [(layer.request(length), length) for length in (150, 200, 70, 180)]
+    assert check(layer, work) == (3, 1)
+    assert layer.impl._runtime.device.requests == 2
+    assert len(layer.metadata.vsprefill.rounds) == 2
+    assert totals(layer).sparse_chunks == 3
+
+
+def test_prefix_hit_and_reused_blocks(make_layer: Any) -> None:
+    layer = make_layer(num_blocks=24)
+    first = layer.request(300)
+    check(layer, [(first, 300)])
+    second = layer.request(320, like=first, shared=256)
+    before = layer.cached_logits(second).clone()
+    assert not before.isnan().any()
+    assert check(layer, [(second, 64)]) == (1, 0)
+    torch.testing.assert_close(layer.cached_logits(second)[:256], before)  # scored once
+    layer.release(second, keep=8)
+    layer.release(first)
+    layer.free = sorted(set(layer.free))
+    third = layer.request(500)
+    assert check(layer, [(third, 250)]) == (1, 0)
+    assert check(layer, [(third, 250)]) == (1, 0)
+
+
+def test_preempted_and_resumed(make_layer: Any) -> None:
+    """A resumed request computes its generated tokens again as if they were prompt."""
+    layer = make_layer()
+    request = layer.request(200, 100)
+    check(layer, [(request, 200)])
+    for _ in range(3):
+        check(layer, [(request, 1)])
+    layer.release(request)
+    assert check(layer, [(request, 203)], prefilling=[True]) == (1, 0)
+
+
+@pytest.mark.parametrize("rejected", [0, 3])
+def test_speculative_verification_is_dense(make_layer: Any, rejected: int) -> None:
+    """Rows that verify drafts go to the stock kernel, with the device's lengths where the host's are too long."""
+    layer = make_layer()
+    running = [layer.request(150, 90), layer.request(260, 90)]
+    for request in running:
+        check(layer, [(request, request.prompt)])
+    assert check(layer, [(running[0], 5), (running[1], 5), (layer.request(220), 220)], None, rejected) == (1, 2)
+    assert check(layer, [(running[0], 80), (running[1], 5)], None, rejected) == (0, 2)
+
+
+def test_only_decodes_have_no_plan(make_layer: Any) -> None:
+    layer = make_layer()
+    request = layer.request(200, 3)
+    check(layer, [(request, 200)])
+    assert layer.metadata.vsprefill is not None
+    check(layer, [(request, 1)])
+    assert layer.metadata.vsprefill is None
+
+
+def test_dense_runs_do_not_see_the_batches_schedule(make_layer: Any) -> None:
+    layer = make_layer()
+    layer.step([(layer.request(300), 300), (layer.request(40), 40)])
+    step = layer.metadata.vsprefill
+    (run,) = step.dense_runs  # the last rows of the long prompt and the short prompt
+    assert (run.row_start, run.row_end) == (300 - 16, 340)
+    assert run.metadata.scheduler_metadata is None
+    assert run.metadata.max_num_splits == 0
+    assert run.metadata.max_query_len == 40
+    assert run.metadata.max_seq_len == 300
+    assert run.metadata.query_start_loc.tolist() == [0, 16, 56]
+    assert run.metadata.seq_lens.tolist() == [300, 40]
+    assert layer.metadata.num_actual_tokens == 340
+
+
+def test_uploads_are_aligned(make_layer: Any) -> None:
+    """Triton compiles a kernel anew for a pointer that is not a multiple of 16 bytes."""
+    layer = make_layer()
+    layer.step([(layer.request(length), length) for length in (140, 150, 160)])
+    (part,) = layer.metadata.vsprefill.rounds
+    for batch in (part.whole, part.rows):
+        for tensor in (batch.row_start, batch.row_end, batch.context_len):
+            assert tensor.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "lengths", "expected"),
+    [(0.95, (500, 700), [False, False]), (0.95, (140, 700), [True, False]), (0.01, (140, 700), [True, True])],
+)
+def test_guard_sends_wide_selections_to_the_stock_kernel(
+    make_layer: Any, limit: float, lengths: tuple[int, int], expected: list[bool]
+) -> None:
+    """Request by request; the two paths in one round, and the counts of both."""
+    options = {"max_density": limit, "tau_columns": 0.4, "max_distances": 2, "tau_distances": 0.9}
+    layer = make_layer(options=options)
+    work = [(layer.request(length), length) for length in lengths]
+    check(layer, work)
+    (part,) = layer.metadata.vsprefill.rounds
+    assert part.guarded is not None
+    for (request, _), flag in zip(work, expected, strict=True):
+        selection, pattern = chosen(layer, request, request.computed)
+        n = request.computed - 16
+        assert (expected_density(selection.below(n), pattern, n, n) > limit) == flag
+    contexts = layer.impl._runtime.device.dense_context[:2].tolist()
+    assert contexts == [length - 16 if flag else 0 for length, flag in zip(lengths, expected, strict=True)]
+    counts = totals(layer)
+    assert (counts.sparse_chunks, counts.dense_chunks) == (2 - sum(expected), sum(expected))
+    assert (counts.density == 1.0) == all(expected)
+
+
+def test_no_guard_where_budgets_make_it_needless(make_layer: Any) -> None:
+    options = {"max_density": 0.9, "max_columns": 16, "max_distances": 1}
+    layer = make_layer(options=options)
+    request = layer.request(600)
+    check(layer, [(request, 600)])
+    (part,) = layer.metadata.vsprefill.rounds
+    assert part.guarded is None
+    assert part.fallbacks == ()
+
+
+def test_counts_are_those_of_the_kernel(make_layer: Any) -> None:
+    """Visited pairs as the reference counts them, over two steps with dense rows between."""
+    layer = make_layer()
+    request, other = layer.request(400), layer.request(50)
+    expected = causal = 0
+    for work in ([(request, 200)], [(other, 50)], [(request, 200)]):
+        layer.step(work)
+        for one, rows in work:
+            n, heads = one.computed, layer.num_kv_heads
+            pairs = rows * (2 * n - rows + 1) // 2 * heads
+            causal += pairs
+            if one is other:
+                expected += pairs
+                continue
+            selection, pattern = chosen(layer, one, rows)
+            query, key, value = (getattr(one, name).double() for name in ("query", "key", "value"))
+            _, visited = attend(
+                query[n - rows : n - 16], key[: n - 16], value[: n - 16], selection.below(n - 16), pattern, scale=1.0
+            )
+            expected += visited + heads * sum(range(n - 15, n + 1))
+    counts = totals(layer)
+    assert (counts.computed, counts.causal) == (expected, causal)
+    assert (counts.sparse_chunks, counts.dense_chunks) == (2, 1)
+
+
+def test_switch(make_layer: Any, single_process: Path) -> None:
+    """``vsprefill mode`` while the layer runs, and what it says about the last prompt."""
+    from vllm_vsprefill import stats
+    from vllm_vsprefill.switch import write_mode
+
+    layer = make_layer()
+    runtime = layer.impl._runtime
+
+    def run(mode: str) -> float:
+        write_mode(single_process, mode)
+        runtime.switch._next = 0.0
+        runtime.look_at_switch()
+        check(layer, [(layer.request(300), 300)])
+        totals(layer)
+        assert stats.read_modes(single_process) == [mode]
+        return stats.read_last_prompt(single_process)[1].density
+
+    assert stats.read_modes(single_process) == ["sparse"]  # before the first prompt
+    assert run("sparse") < 0.95
+    assert run("dense") == 1.0
+    assert layer.metadata.vsprefill.rounds == ()
+    assert run("sparse") < 0.95
+
+
+def test_logits_can_be_computed_for_every_chunk(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache may be filled by others, nothing is kept between chunks."""
+    from vllm_vsprefill.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "_can_keep_logits", lambda self, config: False)
+    layer = make_layer()
+    assert layer.side is None
+    request = layer.request(400)
+    assert [check(layer, [(request, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("num_heads", [2, 6, 16])
+def test_shapes(make_layer: Any, head_size: int, num_heads: int) -> None:
+    layer = make_layer("sampled", head_size=head_size, num_heads=num_heads)
+    request = layer.request(260)
+    assert check(layer, [(request, 260)]) == (1, 0)
+
+
+REASONS = [
+    ({"per_layer_sliding_window": 64}, "it has a sliding window"),
+    ({"logits_soft_cap": 30.0}, "it caps its logits"),
+]
+
+
+@pytest.mark.parametrize(("attention", "reason"), REASONS, ids=[reason for _, reason in REASONS])
+def test_stock_layers_say_why(make_layer: Any, plugin_log: list[str], attention: dict[str, Any], reason: str) -> None:
+    layer = make_layer(**attention)
+    assert layer.impl._state is None
+    assert any(reason in message for message in plugin_log)
+
+
+def test_all_reasons_at_once(make_layer: Any, plugin_log: list[str]) -> None:
+    make_layer(per_layer_sliding_window=64, logits_soft_cap=30.0, head_size=256, num_heads=256, num_kv_heads=2)
+    (message,) = [text for text in plugin_log if "stock backend" in text]
+    for reason in ("sliding window", "caps its logits", "more than 64 query heads"):
+        assert reason in message
+
+
+@pytest.mark.parametrize("quantised_queries", [True] if DEVICE == "cuda" else [False, True])
+@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+def test_fp8_cache(make_layer: Any, estimator: str, quantised_queries: bool) -> None:
+    """Keys, values and, as FlashAttention 3 wants them, queries in fp8 with scales."""
+    layer = make_layer(estimator, engine={"kv_cache_dtype": "fp8"}, quantised_queries=quantised_queries)
+    request = layer.request(300)
+    tolerance = 8e-2 if DEVICE == "cuda" else None  # FlashAttention rounds its weights to fp8, too
+    assert check(layer, [(request, 150)], tolerance=tolerance) == (1, 0)
+    assert check(layer, [(request, 150)], tolerance=tolerance) == (1, 0)

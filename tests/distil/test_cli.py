@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The command as its users meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.distil.conftest import ROOT
+from vllm_vsprefill import cli
+from vllm_vsprefill.checkpoint import load_checkpoint, read_config
+from vllm_vsprefill.config import VSPrefillConfig
+
+for _name in ("accelerate", "matplotlib", "tensorboard"):
+    pytest.importorskip(_name)
+SMALL = [
+    "--max-length", "128", "--min-length", "64", "--steps", "4", "--validate-every", "2", "--save-every", "2",
+    "--validation-sequences", "2", "--hidden-size", "8", "--chunk-lengths", "32,0",
+]  # fmt: skip
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, re.sub(r"\s+", " ", done.output)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+
+    from vllm_vsprefill.distil.synthetic import document
+
+    file = tmp_path_factory.mktemp("text") / "book.jsonl"
+    rng = np.random.default_rng(0)
+    file.write_text("".join(json.dumps({"text": document(rng, 400)}) + "\n" for _ in range(8)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "out"
+    code, output = run("train", "--model", model_folder, "--data", text, "--out", out, *SMALL)
+    assert code == 0, output
+    return out
+
+
+def test_help_names_every_command_and_option() -> None:
+    code, output = run("--help")
+    assert code == 0
+    assert "train" in output
+    assert "calibrate" in output
+    for command, flags in (("train", ("--resume", "--dry-run", "--target")), ("calibrate", ("--recall", "--per-head"))):
+        code, output = run(command, "--help")
+        assert code == 0
+        assert all(flag in output for flag in flags), output
+
+
+def test_train_writes_what_the_server_reads(trained: Path, model_folder: Path) -> None:
+    config = read_config(trained)
+    assert config.model == model_folder.name
+    assert config.hidden_size == 8
+    assert set(config.thresholds) == {"accurate", "balanced", "fast"}
+    loaded = load_checkpoint(trained)
+    assert all(None not in loaded.thresholds("fast", layer) for layer in (0, 1))
+    assert (trained / "report.html").is_file()
+
+
+def test_resume_of_a_finished_run_changes_nothing(trained: Path, model_folder: Path, text: Path) -> None:
+    before = (trained / "indexer.safetensors").read_bytes()
+    code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL, "--resume")
+    assert code == 0, output
+    assert (trained / "indexer.safetensors").read_bytes() == before
+    code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL)
+    assert code == 1
+    assert "holds the state of another run; go on with it by --resume" in output
+
+
+def test_calibrate_sets_thresholds_per_head(trained: Path, model_folder: Path) -> None:
+    before = load_checkpoint(trained)
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--density", 0.6,
+        "--preset", "fast", "--per-head", "--length", 512, "--sequences", 2, "--chunk-lengths", 256,
+    )  # fmt: skip
+    assert code == 0, output
+    assert "fast (wanted: density 0.6)" in output
+    after = load_checkpoint(trained)
+    entries = after.config.thresholds["fast"].tau_columns
+    assert entries is not None
+    assert all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+    assert after.config.thresholds["balanced"] == before.config.thresholds["balanced"]
+    for layer in (0, 1):
+        assert all((a == b).all() for a, b in zip(before.layers[layer], after.layers[layer], strict=True))
+    part = load_checkpoint(trained, kv_head_range=(1, 2))
+    assert part.thresholds("fast", 0)[0] == entries[0][1:]  # type: ignore[index]
+    assert VSPrefillConfig.from_sources({"preset": "fast", "checkpoint": str(trained)}).preset == "fast"
+
+
+def test_calibrate_for_a_recall(trained: Path, model_folder: Path) -> None:
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 0.9,
+        "--preset", "balanced", "--length", 700, "--sequences", 2, "--chunk-lengths", 0, "--platform", "cuda",
+    )  # fmt: skip
+    assert code == 0, output
+    found = re.search(r"balanced \(wanted: recall 0.9\): recall ([\d.]+)%", output)
+    assert found is not None
+    assert float(found[1]) >= 89.9
+
+
+def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, output = run("train", "--model", model_folder, "--data", "missing.txt", "--out", out, "--dry-run", *SMALL)
+    assert code == 0, output
+    for part in ("parameters", "memory at 128 tokens", "TFLOP/s in matrix products", "time: about", "2 layers get"):
+        assert part in output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"--model": "/nowhere/model"}, ["--model /nowhere/model: no such folder"]),
+        ({"--model": "EMPTY"}, ["the folder holds no config.json"]),
+        ({"--model": "FILE"}, ["expected the folder of a Hugging Face model or an id, found a file"]),
+        ({"--data": "missing.jsonl"}, ["--data missing.jsonl: no such file or folder"]),
+        ({"--text-field": "body"}, ["column 'body' is missing; found columns 'text'", "--text-field"]),
+        ({"--loss": "l1", "--target": "best"}, ["--loss", "'l1'", "--target", "'best'"]),
+        ({"--inputs": "k+x"}, ["--inputs", "'kx'"]),
+        ({"--chunk-lengths": "2k"}, ["--chunk-lengths: expected whole numbers"]),
+        ({"--max-length": "100000"}, ["the model has 4096 positions"]),
+        ({"--out": "FILE"}, ["expected a folder, found a file"]),
+        ({"--out": "/proc/none"}, ["cannot be written to"]),
+        ({"--device": "warp"}, ["--device warp"]),
+        ({"--dtype": "int4"}, ["--dtype: expected auto"]),
+        ({"--validation-share": "2"}, ["--validation-share: expected a number between 0 and 1"]),
+    ],
+)
+def test_what_is_wrong_is_said(
+    model_folder: Path, text: Path, tmp_path: Path, changes: dict[str, str], messages: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    known = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    given = {"--model": str(model_folder), "--data": str(text), "--out": str(tmp_path / "out")}
+    given |= {flag: known.get(value, value) for flag, value in changes.items()}
+    small = [part for i, part in enumerate(SMALL) if not {SMALL[i], SMALL[i - 1]} & set(changes)]
+    code, output = run("train", *small, *(part for pair in given.items() for part in pair))
+    assert code == 1
+    for message in messages:
+        assert message in output, output
+
+
+def test_wrong_flags_of_calibrate_are_reported_together(model_folder: Path, trained: Path) -> None:
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 2,
+        "--density", 0.1, "--preset", "slow", "--metric", "best", "--rows", 0,
+    )  # fmt: skip
+    assert code == 1
+    for part in ("not both", "--recall: expected", "--preset: expected one of", "--metric", "--rows"):
+        assert part in output
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 0.5
+    )
+    assert code == 1
+    assert "say which preset" in output
+
+
+def test_a_checkpoint_of_another_model_is_not_calibrated(trained: Path) -> None:
+    code, output = run(
+        "calibrate", "--model", ROOT / "examples/needle/model", "--checkpoint", trained, "--data", "x.txt"
+    )
+    assert code == 1
+    assert "trained for another model" in output
+    code, output = run("calibrate", "--model", ROOT / "examples/needle/model", "--checkpoint", "nowhere", "--data", "x")
+    assert code == 1
+    assert "nowhere" in output
+
+
+def test_no_traceback_for_unknown_flags() -> None:
+    done = CliRunner().invoke(cli.app, ["train", "--modle", "x"])
+    assert done.exit_code == 2
+    assert "No such option" in done.output
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_resume_from_a_shell(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    long = [*SMALL]
+    long[long.index("--steps") + 1] = "400"
+    command = [sys.executable, "-m", "vllm_vsprefill.cli", "train", "--model", str(model_folder), "--data", str(text)]
+    command += ["--out", str(out), *long]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    )
+    log = out / "training.jsonl"
+    deadline = time.monotonic() + 90
+    while not (log.is_file() and log.read_text().count("\n") > 8):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "go on with --resume" in output
+    assert "Traceback" not in output
+    assert read_config(out).hidden_size == 8
+    code, again = run("train", "--model", model_folder, "--data", text, "--out", out, *long, "--resume")
+    assert code == 0, again
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss": ' in line and "kl_" in line]
+    assert list(dict.fromkeys(steps)) == list(range(1, 401))

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Reading text, packing it, generating it; what is wrong with it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_vsprefill.distil.data import DataOptions, Documents, PackedTokens, open_sources
+from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.synthetic import Synthetic, document
+
+
+class Letters:
+    """A tokenizer for tests: one token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: Any, **options: Any) -> dict[str, Any]:
+        del options
+        if isinstance(text, str):
+            return {"input_ids": [ord(c) % 128 for c in text]}
+        return {"input_ids": [[ord(c) % 128 for c in one] for one in text]}
+
+
+def sources(data: Path | str, **changes: Any) -> tuple[Any, Any]:
+    sizes = {"min_length": 8, "max_length": 32, "vocabulary": 128, "most": 10**6}
+    own = {key: changes.pop(key) for key in list(changes) if key in sizes}
+    return open_sources(DataOptions(str(data), **changes), Letters, **{**sizes, **own})
+
+
+def jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_text_is_packed_and_split(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("abcdefghij" * 100)
+    train, held_out = sources(file, validation_share=0.1)
+    assert len(held_out.tokens) == 100
+    assert len(train.tokens) == 901  # and the end-of-text token
+    assert train.sequence(0, 20).tolist() == [ord(c) for c in "abcdefghij" * 2]
+    assert train.after(0, 20) == 20
+    # Goes round at the end.
+    assert train.sequence(895, 12).tolist() == [*(ord(c) for c in "fghij"), 0, *(ord(c) for c in "abcdef")]
+
+
+def test_json_lines_and_folders(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"text": "x" * 200}, {"text": "y" * 200, "more": 1}])
+    jsonl(tmp_path / "b.jsonl", [{"input_ids": [5] * 200}])
+    (tmp_path / "notes.md").write_text("z" * 200)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    train, held_out = sources(tmp_path)
+    tokens = np.concatenate((train.tokens, held_out.tokens))
+    assert {value: int((tokens == value).sum()) for value in (5, ord("x"), ord("y"), ord("z"))} == dict.fromkeys(
+        (5, ord("x"), ord("y"), ord("z")), 200
+    )
+
+
+def test_documents_are_kept_apart_without_packing(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": chr(97 + i) * (5 + 10 * i)} for i in range(6)])
+    train, held_out = sources(file, packing=False)
+    assert isinstance(train, Documents)
+    documents = [*train.documents, *held_out.documents]
+    assert sorted(map(len, documents)) == [15, 25, 35, 45, 55]
+    assert len(set(train.sequence(0, 20).tolist())) == 1
+    assert len(train.sequence(0, 20)) <= 20
+    assert train.after(3, 20) == 4
+
+
+def test_the_order_is_the_seeds_and_the_identity_tells_contents_apart(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": chr(97 + i) * 100} for i in range(8)])
+    first, again, other = (sources(file, seed=seed)[0] for seed in (1, 1, 2))
+    assert first.identity() == again.identity() != other.identity()
+    assert not np.array_equal(first.tokens, other.tokens)
+
+
+def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"input_ids": [1] * 100}] * 50)
+    train, held_out = sources(file, most=500)
+    assert len(train.tokens) + len(held_out.tokens) <= 510
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "no text in it"),
+        ("blank.txt", " \n\n ", "no text in it"),
+        ("empty.jsonl", "", "no text in it"),
+        ("short.txt", "a few", "too little text: 6 tokens"),
+        ("broken.jsonl", '{"text": "x"}\n{"text": \n', "line 2: not valid JSON"),
+        ("list.jsonl", "[1, 2]\n", "line 1: expected a JSON object, found list"),
+        ("column.jsonl", '{"body": "x", "title": "y"}\n', "column 'text' is missing; found columns 'body', 'title'"),
+        ("type.jsonl", '{"text": 5}\n', "column 'text' holds int, not text"),
+        ("ids.jsonl", '{"input_ids": [' + "200, " * 60 + "1]}\n", "token id 200 is beyond the model's 128 embeddings"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DistilError) as error:
+        sources(tmp_path / name)
+    assert message in str(error.value)
+    assert name in str(error.value)
+
+
+def test_other_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 50)
+    with pytest.raises(DistilError, match=r"not UTF-8 text \(byte 3\)"):
+        sources(tmp_path / "latin.txt")
+    with pytest.raises(DistilError, match="no such file or folder"):
+        sources(tmp_path / "missing.txt")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DistilError, match="the folder holds no text"):
+        sources(tmp_path / "nothing")
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "abc"}] * 3)
+    with pytest.raises(DistilError, match=r"at least 2 documents of 8 tokens are needed, found 0 \(longest: 3\)"):
+        sources(file, packing=False)
+
+
+def test_a_dataset_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({"story": ["abc" * 50, "def" * 50]}).to_iterable_dataset()
+    asked: list[Any] = []
+
+    def load(name: str, subset: str | None, *, split: str, streaming: bool) -> Any:
+        asked.append((name, subset, split, streaming))
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    train, held_out = sources("owner/stories", field="story", split="test", subset="small")
+    assert asked == [("owner/stories", "small", "test", True)]
+    assert len(train.tokens) + len(held_out.tokens) == 302
+    with pytest.raises(DistilError, match=r"column 'text'.*found columns 'story'.*--text-field"):
+        sources("owner/stories")
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DistilError, match=r"cannot be read as a dataset .no route to host"):
+        sources("owner/stories")
+
+
+def test_generated_documents_hold_facts_that_are_asked_for_later() -> None:
+    text = document(np.random.default_rng(3), 3000)
+    questions = [line for line in text.splitlines() if line.startswith("Question:")]
+    assert len(questions) >= 4
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("Question:"):
+            code = lines[i + 1].removeprefix("Answer: ").split(".")[0]
+            before = "\n".join(lines[:i])
+            assert f"is {code}." in before
+    assert 3000 <= text.count(" ") + text.count("\n") <= 3600
+
+
+def test_generated_sequences_have_their_length_and_are_repeatable() -> None:
+    one, again, other = Synthetic(Letters(), 128, 1), Synthetic(Letters(), 128, 1), Synthetic(Letters(), 128, 2)
+    for position, length in ((0, 100), (3, 5000)):
+        ids = one.sequence(position, length)
+        assert len(ids) == length
+        assert np.array_equal(ids, again.sequence(position, length))
+        assert not np.array_equal(ids, other.sequence(position, length))
+    held_out = Synthetic(Letters(), 128, 1, held_out=True)
+    assert not np.array_equal(one.sequence(0, 100), held_out.sequence(0, 100))
+    assert one.after(5, 100) == 6
+
+
+def test_a_tokenizer_of_another_model_is_found_out() -> None:
+    with pytest.raises(DistilError, match=r"does not belong to the model.*64 embeddings"):
+        Synthetic(Letters(), 64, 0)
+
+
+def test_packed_tokens_shorter_than_asked_for() -> None:
+    tokens = PackedTokens(np.arange(10, dtype=np.uint32), "ten")
+    assert len(tokens.sequence(4, 99)) == 10
+    assert tokens.after(4, 99) == 14

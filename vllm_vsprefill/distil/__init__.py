@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Training and calibration of VSIndexers: distillation from a frozen model's own attention."""

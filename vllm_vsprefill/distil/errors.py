@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What can go wrong in a training run and is for its user to mend."""
+
+from __future__ import annotations
+
+
+class DistilError(RuntimeError):
+    """A run that cannot start or go on. The message says what was found, what was expected and what to do."""

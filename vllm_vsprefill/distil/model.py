@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The frozen model: which of its layers can have an indexer, loading it, running its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_vsprefill.distil import capture
+from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.fingerprint import ModelFingerprint
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Attention layers by what can be done with them: covered ones, and the reason for each that is left out."""
+
+    covered: tuple[int, ...]
+    skipped: dict[int, str]
+
+    def describe(self) -> str:
+        """One line per reason."""
+        lines = [f"{len(self.covered)} layers get an indexer"]
+        for reason in dict.fromkeys(self.skipped.values()):
+            which = [str(i) for i, why in self.skipped.items() if why == reason]
+            lines.append(f"left out, {reason}: layers {', '.join(which)}")
+        return "\n".join(lines)
+
+
+def attention_layers(config: Any) -> Layers:
+    """Which layers of a transformers configuration can have an indexer: full causal attention without soft-capping."""
+    text = config.get_text_config(decoder=True)
+    count = int(text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    cap = getattr(text, "attn_logit_softcapping", None)
+    skipped: dict[int, str] = {}
+    for i in range(count):
+        kind = kinds[i] if kinds else ("full_attention" if window is None else "sliding_attention")
+        if kind == "sliding_attention":
+            skipped[i] = f"sliding window of {window} tokens"
+        elif kind != "full_attention":
+            skipped[i] = f"{kind.replace('_', ' ')}"
+        elif cap is not None:
+            skipped[i] = f"attention logits are soft-capped (at {cap:g})"
+    return Layers(tuple(i for i in range(count) if i not in skipped), skipped)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, ready to be listened to.
+
+    Attributes:
+        name: for people to read.
+        decoder: the decoder stack, without the head over the vocabulary.
+        fingerprint: what an indexer for it must match.
+        layers: which of its layers get an indexer.
+        vocabulary: rows of the embedding.
+        device: where it runs.
+    """
+
+    name: str
+    decoder: torch.nn.Module
+    fingerprint: ModelFingerprint
+    layers: Layers
+    vocabulary: int
+    device: torch.device
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, call: Callable[[capture.LayerCall], None] | None = None) -> Tensor:
+        """One prefill of a whole sequence; ``ids`` int64 ``[n]``. Returns the last hidden states ``[n, C]``.
+
+        Nothing outlives its layer: there is no KV cache, and no logits over the vocabulary.
+        """
+        covered = frozenset(self.layers.covered if call is not None else ())
+        with capture.listening(covered, call or _ignore):
+            out = self.decoder(input_ids=ids[None].to(self.device), use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def _ignore(call: capture.LayerCall) -> None:
+    del call
+
+
+def display_name(model: str) -> str:
+    """The model's id, or the name of its folder: paths of one machine do not belong in a checkpoint."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def read_config(model: str) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        DistilError: no such folder or id, or no configuration that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise DistilError(f"--model {model}: expected the folder of a Hugging Face model or an id, found a file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise DistilError(f"--model {model}: the folder holds no config.json; expected that of a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(path if path.is_dir() else model)
+    except (OSError, ValueError, KeyError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise DistilError(
+            f"--model {model}: no such folder, and transformers cannot load it as an id ({what})"
+        ) from None
+
+
+def check(config: Any) -> tuple[ModelFingerprint, Layers]:
+    """Fingerprint and layers of a model that an indexer can be trained for.
+
+    Raises:
+        DistilError: it is no transformer, or none of its layers can run sparse; says why for each.
+    """
+    try:
+        fingerprint = ModelFingerprint.from_hf_config(config)
+    except ValueError as error:
+        raise DistilError(str(error)) from None
+    layers = attention_layers(config)
+    if not layers.covered:
+        raise DistilError(f"no attention layer of this model can run sparse, nothing to train:\n{layers.describe()}")
+    return fingerprint, layers
+
+
+def wrap(model: Any, name: str) -> Teacher:
+    """A teacher around a transformers model that is in memory; it is frozen and put in evaluation mode.
+
+    Raises:
+        DistilError: none of its layers can have an indexer.
+    """
+    config: Any = model.config
+    fingerprint, layers = check(config)
+    capture.register()
+    model.set_attn_implementation(capture.IMPLEMENTATION)
+    decoder = model.get_decoder()
+    model.eval().requires_grad_(False)
+    embedding = decoder.get_input_embeddings()
+    return Teacher(name, decoder, fingerprint, layers, embedding.num_embeddings, embedding.weight.device)
+
+
+def load(model: str, device: torch.device, dtype: str = "auto") -> Teacher:
+    """Load a model from a folder or by its id.
+
+    Args:
+        model: folder or Hugging Face id.
+        device: where to run it.
+        dtype: of the weights; ``auto`` takes the stored one.
+
+    Raises:
+        DistilError: it cannot be found or loaded, or has no layer for an indexer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check(read_config(model))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            Path(model).expanduser() if Path(model).expanduser().is_dir() else model, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise DistilError(f"--model {model}: its weights cannot be loaded ({error})") from None
+    try:
+        loaded = loaded.to(device)
+    except torch.OutOfMemoryError:
+        raise DistilError(f"--model {model}: its weights do not fit on {device}; use a larger device") from None
+    return wrap(loaded, display_name(model))
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        DistilError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(model).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise DistilError(f"no tokenizer can be loaded from {model} ({what}); name one with --tokenizer") from None
