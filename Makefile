@@ -29,14 +29,15 @@ setup:  ## make .venv with vLLM (CPU build, or CUDA where there is a GPU) and th
 demo: setup  ## serve the needle model, ask a question about a long text (PROMPT=file MODEL=path-or-id)
 	@$(PY) -m examples.demo $${PROMPT:+--prompt "$$PROMPT"} $${MODEL:+--model "$$MODEL"} $(DEMO_ARGS)
 
-test: setup  ## run the whole test suite (PYTEST_ARGS="-k select -x")
+test:  ## run the whole test suite (PYTEST_ARGS="-k select -x")
+	@$(SETUP) --extras demo,test,train
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)
 
 lint:  ## format and lint checks, types, licence headers
-	@$(SETUP) --extras dev,demo,test
+	@$(SETUP) --extras dev,demo,test,train
 	@status=0; \
 	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py scripts/typecheck.py; do \
 		$(PY) $$check || status=1; \
@@ -44,7 +45,7 @@ lint:  ## format and lint checks, types, licence headers
 	exit $$status
 
 format:  ## rewrite sources in the project's format
-	@$(SETUP) --extras dev,demo,test
+	@$(SETUP) --extras dev,demo,test,train
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 

@@ -281,6 +281,8 @@ TARGETS = {
     "mass": BASE.model_copy(update={"exclude_window": 256}),
     "peak, all distances": BASE.model_copy(update={"target": "peak"}),
     "peak": BASE.model_copy(update={"target": "peak", "exclude_window": 256}),
+    "peak squared": BASE.model_copy(update={"target": "peak", "exclude_window": 256, "peak_power": 2.0}),
+    "peak to the 4th": BASE.model_copy(update={"target": "peak", "exclude_window": 256, "peak_power": 4.0}),
     "mixed": BASE.model_copy(update={"target": "mixed", "exclude_window": 256}),
 }
 INPUTS = {f"inputs {'+'.join(x)}": BASE.model_copy(update={"inputs": x}) for x in ("k", "v", "q", "kq", "kvq")}
@@ -455,7 +457,7 @@ def quality(
         kept = table.shares().cpu()
         recalls[name] = {
             kind: {
-                f"{d:g}": [round(float(x), 4) for x in best_recall(kept, d, place).mean(1)]
+                f"{d:g}": [round(float(x), 4) for x in best_recall(kept, d, place)[0].mean(1)]
                 for d in (0.02, 0.03, 0.05, 0.1, 0.2)
             }
             for kind, place in (("mass", 1), ("strong", 2))

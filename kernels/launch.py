@@ -19,15 +19,6 @@ _LARGEST_INT32 = 2**31 - 1
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _property(value: Any) -> Any:
-    """What a compiled kernel depends on: at least as fine as what Triton distinguishes."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, value > _LARGEST_INT32
-    return type(value)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3,
            **constants: Any) -> None:  # fmt: skip
     """Runs a kernel on the current stream of the current device.
@@ -35,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
     Args:
         kernel: a ``triton.jit`` function whose ``constexpr`` parameters come last.
         grid: programs along up to three axes.
-        args: arguments before the constants: tensors, numbers, None.
+        args: arguments before the constants: tensors on the device, numbers, None. The first is a tensor.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         constants: values of the ``constexpr`` parameters, by name.
@@ -43,11 +34,22 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
     if is_interpreted():
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
         return
-    key = (kernel, args[0].device, num_warps, num_stages, *constants.values(), *map(_property, args))
-    found = _compiled.get(key)
+    # The key is at least as fine as what Triton distinguishes.
+    key: list[Any] = [kernel, args[0].device, num_warps, num_stages, *constants.values()]
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            # Given as a number, a pointer costs the launch no call back into PyTorch and none to the driver.
+            pointer = arg.data_ptr()
+            values.append(pointer)
+            key += (arg.dtype, pointer % 16 == 0)
+            continue
+        values.append(arg)
+        key += (arg == 1, arg % 16 == 0, arg > _LARGEST_INT32) if isinstance(arg, int) else (type(arg),)
+    found = _compiled.get(tuple(key))
     if found is None:
         compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
         return
-    compiled, values = found
-    compiled[(*grid, 1, 1)[:3]](*args, *values)
+    compiled, settled = found
+    compiled[(*grid, 1, 1)[:3]](*values, *settled)

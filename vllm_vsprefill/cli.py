@@ -143,6 +143,9 @@ def train(
     target: Annotated[
         str, typer.Option(help="Worth of a column: mass (its total), peak (its largest probability) or mixed.")
     ] = _STUDENT.target,
+    peak_power: Annotated[
+        float, typer.Option(help="Power that peaks are raised to, with --target peak or mixed.")
+    ] = _STUDENT.peak_power,
     exclude_window: Annotated[
         int, typer.Option(help="Distances below this do not count in the targets.")
     ] = _STUDENT.exclude_window,
@@ -205,6 +208,7 @@ def train(
             "hidden_size": hidden_size,
             "loss": loss,
             "target": target,
+            "peak_power": peak_power,
             "exclude_window": exclude_window,
         }
         options = train_options(student, **settings)

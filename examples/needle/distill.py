@@ -72,6 +72,7 @@ def main(
     learning_rate: Annotated[float, typer.Option()] = 2e-3,
     hidden_size: Annotated[int, typer.Option()] = 256,
     target: Annotated[str, typer.Option(help="mass, peak or mixed.")] = "peak",
+    peak_power: Annotated[float, typer.Option(help="Power that peaks are raised to.")] = 2.0,
     exclude_window: Annotated[int, typer.Option(help="Distances below this do not count.")] = 256,
     max_length: Annotated[int, typer.Option()] = 32768,
     min_length: Annotated[int, typer.Option()] = 2048,
@@ -93,7 +94,7 @@ def main(
     folder = work or out.with_name(out.name + ".run")
     try:
         _run(
-            out, folder, steps, learning_rate, hidden_size, target, exclude_window, max_length, min_length,
+            out, folder, steps, learning_rate, hidden_size, target, peak_power, exclude_window, max_length, min_length,
             validate_every, calibration_length, calibration_prompts, per_head, seed, resume,
         )  # fmt: skip
     except DistilError as error:
@@ -108,6 +109,7 @@ def _run(
     learning_rate: float,
     hidden_size: int,
     target: str,
+    peak_power: float,
     exclude_window: int,
     max_length: int,
     min_length: int,
@@ -129,7 +131,12 @@ def _run(
     from vllm_vsprefill.tuning import CPU
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    student: dict[str, Any] = {"hidden_size": hidden_size, "target": target, "exclude_window": exclude_window}
+    student: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "target": target,
+        "peak_power": peak_power,
+        "exclude_window": exclude_window,
+    }
     options = train_options(
         student,
         max_length=max_length,

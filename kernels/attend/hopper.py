@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -37,10 +38,20 @@ from ..launch import launch as launch_kernel
 from ..merge.triton import RANK, Index
 from ..paged import Batch, PagedKV
 
+# Its name from Triton 3.6 on, and a later one
+load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 ROWS = 64  # of a consumer: the least that a warp group multiplies
 KEYS = 128  # of a tile
 MAX_GROUP = 64
-REGISTERS = (192, 120)
+REGISTERS = (200, 104)
+
+
+@builtin
+def _view(s_any, shape, layout, _semantic=None):
+    """Shared memory seen in another shape; the method has lost its underscore between Triton 3.6 and 3.9."""
+    method = getattr(s_any, "reinterpret", None) or s_any._reinterpret
+    return method(s_any.dtype, shape, layout, _semantic=_semantic)
 
 
 @gluon.jit
@@ -157,8 +168,9 @@ def _consumer(
     mbarrier.arrive(v_empty.index(before))
 
     # 4. Half tiles of the own diagonals
-    s_kh = s_k._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
-    s_vh = s_v._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
     for _ in range(num_diagonal):
         stage, phase = it % STAGES, (it // STAGES) & 1
         place = (it - first_bias) % STAGES
@@ -218,7 +230,7 @@ def _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE: gl.constexpr, LI
 @gluon.jit
 def _copy(s_to, p_from, bar):
     """Starts to copy rows into shared memory; ``bar`` counts every thread of the producer once its copies are done."""
-    async_copy.async_copy_global_to_shared(s_to, p_from)
+    load_rows(s_to, p_from)
     async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
@@ -357,8 +369,9 @@ def _producer(
     o_h = gl.arange(0, HALF, layout=l_n)
     b_count_h = gl.zeros([HALF], gl.int32, layout=l_n)
     b_count2_h = gl.zeros([HALF], gl.int32, layout=l_n)
-    s_kh = s_k._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
-    s_vh = s_v._reinterpret(DTYPE, [2 * STAGES, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE))
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
     b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
     b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
     b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
@@ -375,10 +388,10 @@ def _producer(
         p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
         p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
         mbarrier.wait(k_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(s_kh.index(2 * stage), p_k)
+        load_rows(s_kh.index(2 * stage), p_k)
         _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
         mbarrier.wait(v_empty.index(stage), phase)
-        async_copy.async_copy_global_to_shared(s_vh.index(2 * stage), p_k + D)
+        load_rows(s_vh.index(2 * stage), p_k + D)
         _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
         _send_bias(it - first_bias, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
         it += 1
@@ -402,6 +415,20 @@ def _pairs(lo, hi, i_p, start, visited, POSITIONS: gl.constexpr):
     first, end = gl.maximum(lo, i_p), gl.minimum(hi, i_p + POSITIONS)
     count = gl.maximum(end - first, 0).to(gl.int64)
     return count * (visited - start + 1) + count * (first + end - 1) // 2
+
+
+@gluon.jit
+def _load_q(
+    p_q, i_p, lo, hi, first, i_h, stride_row, stride_head, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Queries ``[64, D]`` of positions from ``i_p`` up, zero where no row is stored."""
+    l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
+    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
+    b_row = i_p + o_m // PACK
+    m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
+    b_offset = (first + b_row).to(gl.int64) * stride_row + (i_h * GROUP + o_m % PACK).to(gl.int64) * stride_head
+    return gl.load(p_q + gl.expand_dims(b_offset, 1) + o_d, mask=gl.expand_dims(m_row, 1), other=0.0)
 
 
 @gluon.jit
@@ -449,6 +476,9 @@ def _attend_kernel(
             p_visited += i_r
         first = row_end - hi
 
+        # The loads of the queries come first: they do not wait for the index.
+        b_q = _load_q(p_q, i_p, lo, hi, first, i_h, stride_q_row, stride_q_head, GROUP, PACK, D)
+        b_q2 = _load_q(p_q, i_p + POSITIONS, lo, hi, first, i_h, stride_q_row, stride_q_head, GROUP, PACK, D)
         tile, length, start = _tile_of(i_p, hi, window, BLOCK_Q, BLOCK_K)
         # A second tile behind the end of the context sees the last position only and is not stored.
         tile2, length2, start2 = _tile_of(i_p + POSITIONS, hi, window, BLOCK_Q, BLOCK_K)
@@ -488,16 +518,8 @@ def _attend_kernel(
             mbarrier.init(bias_empty.index(i), count=2)
         bars = (k_full, k_empty, v_full, v_empty, bias_full, bias_empty)
 
-        l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
-        o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
-        for i in gl.static_range(2):
-            b_row = i_p + i * POSITIONS + o_m // PACK
-            m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
-            b_offset = (first + b_row).to(gl.int64) * stride_q_row
-            b_offset += (i_h * GROUP + o_m % PACK).to(gl.int64) * stride_q_head
-            b_q = gl.load(p_q + gl.expand_dims(b_offset, 1) + o_d, mask=gl.expand_dims(m_row, 1), other=0.0)
-            s_q.index(i).store(b_q)
+        s_q.index(0).store(b_q)
+        s_q.index(1).store(b_q2)
         fence_async_shared()
 
         gl.warp_specialize(

@@ -4,11 +4,10 @@
 """Training-free estimate of columns and diagonals over a paged cache, for CUDA devices.
 
 Two passes over the context with a few of the chunk's own rows: the first gives their log-sum-exp, parts of the context
-in parallel; in the second a program owns a block of keys and takes a tile of rows. Column sums are its own. Its
+in parallel; in the second a program owns a few blocks of keys and takes a tile of rows. Column sums are its own. Its
 probabilities along diagonals belong to distances that other programs share: they are written out, a tile of rows and a
-few heads at a time, and added along distances by a third kernel, which reads them in one order (67 million atomic
-additions instead took four fifths of the time). The logarithms of the sums go where the gathered logits of the
-VSIndexer would lie, in the same form: a softmax over them gives the sums back.
+few heads at a time, and added along distances by a third kernel, which reads them in one order. The logarithms of the
+sums go where the gathered logits of the VSIndexer would lie, in the same form: a softmax over them gives the sums back.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from ..settings import Settings, padded, settings
 from . import naive
 
 SPLITS = 32  # parts of the context in the first pass
+SPAN = 8  # blocks of keys of a program in the second pass, so that its rows are loaded once for all of them
 MOST_ROWS = 128  # of a tile: positions times heads of the group
 BAND_BYTES = 72 * 2**20  # room for probabilities of a tile of rows; more heads than fit take turns
 UNIT = 1024.0  # factor on stored probabilities, which keeps those above 6e-8 normal numbers of float16
@@ -157,28 +157,24 @@ def _sum_kernel(
     width, i_r, i_m, first_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr,
-    UPCAST: tl.constexpr, UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of tile ``i_m`` of the rows on one block of keys, and the keys' column sums over tiles so far."""
+    """Probabilities of tile ``i_m`` of the rows on ``SPAN`` blocks of keys, and the keys' column sums so far."""
     i_band = tl.program_id(1)
     i_h = first_head + i_band
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     n = tl.load(p_context + i_r)
-    o_n = tl.arange(0, BN)
-    b_j = tl.program_id(0) * BN + o_n
+    first = tl.program_id(0) * SPAN * BN
     if row_end <= row_start:
         return
-    if tl.program_id(0) * BN >= n:
+    if first >= n:
         return
-    o_d, o_s = tl.arange(0, BD), tl.arange(0, SPLITS)
+    o_d, o_s, o_n = tl.arange(0, BD), tl.arange(0, SPLITS), tl.arange(0, BN)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     p_k = p_cache + i_h.to(tl.int64) * stride_head
     p_table += i_r.to(tl.int64) * stride_table
     if FP8:
         scale *= tl.load(p_k_scale)
-    b_k = _paged_keys(
-        p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
-    )
     b_q, b_i = _sampled_rows(
         p_q, row_start, row_end, n, i_h, i_m, num_rows, stride_q_row, stride_q_head, o_d, GROUP, PACK, BM, D, UPCAST
     )
@@ -188,19 +184,23 @@ def _sum_kernel(
     b_sum = tl.load(p_part + stride_partial)
     b_top = tl.max(b_max, 0)
     b_lse = b_top + tl.math.log2(tl.sum(b_sum * tl.math.exp2(b_max - b_top[None, :]), 0))
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-    m_s = (b_j[None, :] <= b_i[:, None]) & (b_j < n)[None, :]
-    b_p = tl.where(m_s, tl.math.exp2(b_s - b_lse[:, None]), 0.0)
-    # [BM // PACK, BN], the group's heads added
-    b_row = tl.sum(tl.reshape(b_p, [BM // PACK, PACK, BN]), 1)
-    o_p = tl.arange(0, BM // PACK)
-    p_band = p_bands + (i_band * (BM // PACK) + o_p).to(tl.int64)[:, None] * width + b_j[None, :]
-    tl.store(p_band, (b_row * UNIT).to(tl.float16), mask=(b_j < n)[None, :])
-    p_column = p_logits + (i_r * 2 * HEADS + i_h).to(tl.int64) * width + b_j
-    b_column = tl.sum(b_row, 0)
-    if i_m > 0:
-        b_column += tl.load(p_column, mask=b_j < n, other=0.0)
-    tl.store(p_column, tl.where(i_m == TILES - 1, tl.log(b_column), b_column), mask=b_j < n)
+    p_band = p_bands + (i_band * (BM // PACK) + tl.arange(0, BM // PACK)).to(tl.int64)[:, None] * width
+    p_column = p_logits + (i_r * 2 * HEADS + i_h).to(tl.int64) * width
+    for i_n in range(first, tl.minimum(first + SPAN * BN, n), BN):
+        b_j = i_n + o_n
+        b_k = _paged_keys(
+            p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
+        )
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        m_s = (b_j[None, :] <= b_i[:, None]) & (b_j < n)[None, :]
+        b_p = tl.where(m_s, tl.math.exp2(b_s - b_lse[:, None]), 0.0)
+        # [BM // PACK, BN], the group's heads added
+        b_row = tl.sum(tl.reshape(b_p, [BM // PACK, PACK, BN]), 1)
+        tl.store(p_band + b_j[None, :], (b_row * UNIT).to(tl.float16), mask=(b_j < n)[None, :])
+        b_column = tl.sum(b_row, 0)
+        if i_m > 0:
+            b_column += tl.load(p_column + b_j, mask=b_j < n, other=0.0)
+        tl.store(p_column + b_j, tl.where(i_m == TILES - 1, tl.log(b_column), b_column), mask=b_j < n)
 
 
 @triton.jit(do_not_specialize=["num_rows", "width", "i_r", "i_m", "first_head"])
@@ -328,9 +328,9 @@ def sampled(
     for i_r, i_m, head in itertools.product(range(batch.num_requests), range(tiles), range(0, heads, turn)):
         grid_h, which = min(turn, heads - head), (width, i_r, i_m, head)
         launch(
-            _sum_kernel, (triton.cdiv(batch.max_context, config.block_n), grid_h),
+            _sum_kernel, (triton.cdiv(batch.max_context, SPAN * config.block_n), grid_h),
             (*places, room, workspace.bands, k_scale, log2_scale, *common, *which),
-            **depth, **shape, UNIT=UNIT,
+            **depth, **shape, UNIT=UNIT, SPAN=SPAN,
         )  # fmt: skip
         launch(
             _diagonal_kernel, (triton.cdiv(batch.max_context, BLOCK), grid_h),

@@ -81,9 +81,15 @@ def table_of(seeds: list[int]) -> Coverage:
 
 def test_recall_grows_with_density_up_to_all() -> None:
     shares = table_of([0]).shares()
-    found = [float(best_recall(shares, d).mean()) for d in (0.05, 0.3, 0.6, 1.0)]
+    found = [float(best_recall(shares, d)[0].mean()) for d in (0.05, 0.3, 0.6, 1.0)]
     assert found == sorted(found)
     assert found[-1] == pytest.approx(1)
+    assert float(best_recall(shares, 0.6)[1].max()) <= 0.6
+    # The window alone takes more than this: what it reaches is said with what it takes.
+    lowest = shares[..., 0, 0]
+    recall, density = best_recall(shares, 1e-3)
+    assert torch.equal(recall, lowest[:, :, 1])
+    assert torch.equal(density, lowest[:, :, 0])
 
 
 @pytest.mark.parametrize("per_head", [False, True])

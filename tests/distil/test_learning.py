@@ -38,6 +38,7 @@ def random_call(n: int = 60, heads: int = 2, group: int = 2, size: int = 8, seed
 def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     call, part = random_call(), Range(20, 45)
     kinds = [TargetKind("mass", 0), TargetKind("mass", 6), TargetKind("peak", 6), TargetKind("mixed", 6)]
+    kinds.append(TargetKind("peak", 6, 2.0))
     found = compute(call, part, kinds)
     options = {"scale": 0.4, "row_start": 20}
     q, k = call.q[:45], call.k[:45]
@@ -50,6 +51,8 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     torch.testing.assert_close(found[kinds[1]].columns, far, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[kinds[2]].columns, most, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[kinds[3]].columns, (far + most) / 2, rtol=1e-4, atol=1e-7)
+    squared = most.square() / most.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(found[kinds[4]].columns, squared, rtol=1e-4, atol=1e-7)
     for kind in kinds[1:]:
         assert not found[kind].distances[:, :6].any()
         torch.testing.assert_close(found[kind].distances.sum(-1), torch.ones(2))

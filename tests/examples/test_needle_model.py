@@ -215,7 +215,11 @@ def test_the_trainer_sees_the_models_queries_keys_and_values(
 def test_the_indexer_finds_what_it_was_trained_to_find(captured: dict[int, LayerCall]) -> None:
     loaded = load_checkpoint(CHECKPOINT, dtype=torch.float32)
     training = loaded.config.training
-    kind = TargetKind(str(training.get("target", "mass")), int(training.get("exclude_window", 0)))
+    kind = TargetKind(
+        str(training.get("target", "mass")),
+        int(training.get("exclude_window", 0)),
+        float(training.get("peak_power", 1)),
+    )
     indexer, n = loaded.module(), 1500
     shares = []
     for layer, call in captured.items():

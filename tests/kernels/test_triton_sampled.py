@@ -13,7 +13,7 @@ from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_paged
 from vllm_vsprefill.kernels.merge.triton import allocate_index
 from vllm_vsprefill.kernels.sampled import naive
-from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
+from vllm_vsprefill.kernels.sampled.triton import BAND_BYTES, allocate_sampled, sampled
 from vllm_vsprefill.kernels.select.triton import allocate_select, select_gathered
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.types import SparsePattern
@@ -54,6 +54,20 @@ def test_equals_the_reference(seed: int) -> None:
         torch.testing.assert_close(found[0], columns, rtol=2e-3, atol=1e-6)
         torch.testing.assert_close(found[1].flip(-1), distances, rtol=2e-3, atol=1e-6)
         torch.testing.assert_close(into.block_max[i, ..., 0], into.logits[i, :, :, :n].amax(-1))
+
+
+def test_heads_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_paged(contexts=[150, 90], rows=[64, 90], pattern=PATTERN, heads=3)
+    found = []
+    for room in (BAND_BYTES, 1):
+        monkeypatch.setattr("vllm_vsprefill.kernels.sampled.triton.BAND_BYTES", room)
+        workspace = allocate_sampled(2, problem.q.shape[1], 3, problem.batch.max_context, 40, DEVICE)
+        into = allocate_select(2, 3, problem.batch.max_context, DEVICE)
+        sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale)
+        found.append((workspace.bands.shape[0], [into.logits[i, :, :, :n].clone() for i, n in enumerate((150, 90))]))
+    assert [heads for heads, _ in found] == [3, 1]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_feeds_the_selection() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What VSPREFILL on CUDA cannot do, checked before any engine process starts. Imports neither Triton nor the kernels."""
+"""What VSPREFILL on CUDA cannot do, checked before an engine process starts. Imports neither Triton nor kernels."""
 
 from __future__ import annotations
 

@@ -134,11 +134,20 @@ def true_rows(call: LayerCall, rows: Tensor, end: int) -> tuple[Tensor, Tensor]:
     return torch.stack(first), torch.stack(second)
 
 
-def best_recall(shares: Tensor, density: float, kind: int = 1) -> Tensor:
-    """Largest share of a kind within a density, ``[...]`` from ``[..., 3, columns, distances]``.
+def best_recall(shares: Tensor, density: float, kind: int = 1) -> tuple[Tensor, Tensor]:
+    """Largest share of a kind within a density, and the density that it takes.
 
-    Where even the lowest thresholds exceed the density, the share that they reach.
+    Where even the lowest thresholds exceed the density, for the local window alone does, their share and density.
+
+    Args:
+        shares: ``[..., 3, C, D]``, from ``Coverage.shares``.
+        density: largest share of the causal entries.
+        kind: 1 for recall, 2 for that of squares.
+
+    Returns:
+        Two tensors ``[...]``.
     """
-    found, dense = shares[..., kind, :, :], shares[..., 0, :, :]
-    within = found.masked_fill(dense > density, -1.0).flatten(-2).amax(-1)
-    return torch.where(within < 0, found[..., 0, 0], within)
+    found, dense = shares[..., kind, :, :].flatten(-2), shares[..., 0, :, :].flatten(-2)
+    place = found.masked_fill(dense > density, -1.0).argmax(-1, keepdim=True)
+    # All out of reach: argmax gives the first pair, which is the lowest of both.
+    return found.gather(-1, place).squeeze(-1), dense.gather(-1, place).squeeze(-1)

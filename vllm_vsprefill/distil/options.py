@@ -27,6 +27,10 @@ class StudentOptions(BaseModel):
     hidden_size: Annotated[int, Field(ge=1, le=65536)] = Field(1024, description="Width between the two linear layers.")
     loss: Loss = Field("kl", description="Distance between the true and the predicted distribution.")
     target: Target = Field("mass", description="What a column is worth: its total, its largest probability, or both.")
+    peak_power: Annotated[float, Field(gt=0, le=16)] = Field(
+        1.0,
+        description="Power that peaks are raised to: above 1, few columns with high peaks outweigh many with low ones.",
+    )
     exclude_window: Annotated[int, Field(ge=0)] = Field(
         0, description="Distances below this do not count in the targets: the local window keeps them in any case."
     )

@@ -120,7 +120,8 @@ def write_report(folder: Path) -> Path | None:
         _picture(_loss_figure(log)),
         "<h2>Recall against density, held-out text</h2>",
         "<p>Share of the true attention of sampled rows that the chosen keys cover, at the best pair of thresholds for "
-        "each density; one thin line per KV head, the black one is their mean. Local window 256, sinks 64.</p>",
+        "each density; one thin line per KV head, the black one is their mean. Local window 256, sinks 64; below the "
+        "density that these take in short sequences the curves are flat.</p>",
         _picture(_recall_figure(record)),
         "<h2>Thresholds</h2>",
         _table(_threshold_rows(record)) if record["thresholds"] else "<p>Not calibrated: run vsprefill calibrate.</p>",

@@ -45,7 +45,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.options = name, options
-        self.kind = TargetKind(options.target, options.exclude_window)
+        self.kind = TargetKind(options.target, options.exclude_window, options.peak_power)
         self.layer_indices = tuple(layers)
         rng = torch.Generator().manual_seed(seed)
         width, hidden = len(options.inputs) * size, options.hidden_size

@@ -21,10 +21,11 @@ class Range(NamedTuple):
 
 
 class TargetKind(NamedTuple):
-    """A way to weigh columns, and the distances that do not count."""
+    """A way to weigh columns, the distances that do not count, and the power that peaks are raised to."""
 
     name: str
     exclude_window: int
+    peak_power: float = 1.0
 
 
 class Targets(NamedTuple):
@@ -67,8 +68,8 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
     """Targets of several kinds for one layer and range, sharing what they can.
 
     ``mass`` is the mean attention of the range's rows (VSPrefill, arXiv 2603.04460); ``peak`` weighs a column by the
-    largest probability that any row and query head of the group gives it; ``mixed`` is the mean of the two. Distances
-    are weighed by mass in all of them.
+    largest probability that any row and query head of the group gives it, to a power; ``mixed`` is the mean of the two.
+    Distances are weighed by mass in all of them.
     """
     if call.q.is_cuda:
         from vllm_vsprefill.kernels.mass import triton as mass
@@ -89,17 +90,17 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
     all_columns, all_distances = mass.mass_sums(q, k, **rows, **only)
     made: dict[tuple[str, int], Tensor] = {("sum", 0): all_columns} if all_columns.shape[1] else {}
 
-    def columns(reduce: Any, near: int) -> Tensor:
+    def columns(reduce: Any, near: int, power: float = 1.0) -> Tensor:
         if (reduce, near) not in made:
             made[reduce, near] = peak.column_weights(q, k, reduce=reduce, min_distance=near, **rows)
-        return _normalised(made[reduce, near])
+        return _normalised(made[reduce, near] if power == 1 else made[reduce, near] ** power)
 
     out = {}
     for kind in kinds:
         # In a context that lies within the window everything is kept; it teaches the plain distributions.
         near = kind.exclude_window if kind.exclude_window < part.end else 0
         by_mass = columns("sum", near) if kind.name != "peak" else None
-        by_peak = columns("max", near) if kind.name != "mass" else None
+        by_peak = columns("max", near, kind.peak_power) if kind.name != "mass" else None
         if by_mass is None or by_peak is None:
             chosen = by_peak if by_mass is None else by_mass
         else:

@@ -277,7 +277,7 @@ class Trainer:
         worst = int(recall.mean(1).argmin())
         self.log(
             f"step {p.step}/{self.options.steps}: validation loss {found.total:.4f}{' (best)' if better else ''}, "
-            f"recall {recall.mean():.1%} at density {self.options.density:.0%} (lowest: layer "
+            f"recall {recall.mean():.1%} at density {found.reached(self.options.density):.0%} (lowest: layer "
             f"{self.teacher.layers.covered[worst]}, {recall[worst].mean():.1%})"
         )
 
@@ -294,6 +294,7 @@ class Trainer:
             "data": self.train_source.description,
             "loss": o.student.loss,
             "target": o.student.target,
+            "peak_power": o.student.peak_power,
             "exclude_window": o.student.exclude_window,
             "steps": p.step,
             "tokens": p.tokens,
@@ -307,7 +308,7 @@ class Trainer:
                 "validation_kl_columns": round(float(found.kl[:, 0].mean()), 5),
                 "validation_kl_distances": round(float(found.kl[:, 1].mean()), 5),
                 "validation_recall": round(float(recall.mean()), 5),
-                "validation_density": o.density,
+                "validation_density": round(found.reached(o.density), 5),
             }
         config = CheckpointConfig(
             model=self.teacher.name,

@@ -45,7 +45,11 @@ class Validation:
 
     def recall(self, density: float, kind: int = 1) -> Tensor:
         """Share of the true attention within a density, per layer and head ``[layers, H]``; kind 2: of its squares."""
-        return best_recall(shares(self.table), density, kind)
+        return best_recall(shares(self.table), density, kind)[0]
+
+    def reached(self, density: float) -> float:
+        """Mean density of that choice; above the wanted one where the local window alone exceeds it."""
+        return float(best_recall(shares(self.table), density)[1].mean())
 
     def to_json(self, density: float) -> dict[str, Any]:
         recall, strong = self.recall(density), self.recall(density, 2)
@@ -54,6 +58,7 @@ class Validation:
             "kl_columns": self.kl[:, 0].tolist(),
             "kl_distances": self.kl[:, 1].tolist(),
             "density": density,
+            "reached_density": self.reached(density),
             "recall": recall.tolist(),
             "recall_strong": strong.tolist(),
         }

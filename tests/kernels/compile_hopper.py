@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Compiles the Hopper kernel for capability 9.0 with the Triton at hand and prints what came out as JSON; no GPU.
+
+A program of its own: it stands in for Triton's driver, which looks for a device when a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+LIMIT = 232448  # bytes of shared memory that a program can have
+
+
+class NoDevice:
+    """Answers what compilation asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compiles one shape; facts about its code."""
+    from vllm_vsprefill.kernels.attend import hopper
+    from vllm_vsprefill.kernels.merge.triton import allocate_index
+    from vllm_vsprefill.kernels.paged import Batch, PagedKV
+    from vllm_vsprefill.kernels.types import SparsePattern
+
+    found: list[Any] = []
+
+    def launcher(self: Any, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            found.append(self.run(*args, grid=grid, warmup=True, **kwargs))
+            return found[-1]
+
+        return launch
+
+    JITFunction.__getitem__ = launcher
+    heads, context = 2, 1024
+    cache = torch.zeros(context // 16, 16, heads, 2 * head_size, dtype=dtype).transpose(1, 2)
+    kv = PagedKV(cache, torch.arange(context // 16, dtype=torch.int32)[None])
+    q = torch.zeros(64, group * heads, head_size, dtype=dtype)
+    index = allocate_index(1, heads, context, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
+    visited = torch.zeros(1, dtype=torch.int64)
+    hopper.launch(q, kv, index, Batch.from_lists([64], [context]), 0.1, torch.zeros_like(q), None, visited)
+    (kernel,) = found
+    code = kernel.asm["ptx"].splitlines()
+    arrivals = [i for i, line in enumerate(code) if re.search(r"(?<!cp\.async\.)\bmbarrier\.arrive\.", line)]
+    return {
+        "products": sum("wgmma.mma_async" in line for line in code),
+        "arrivals": len(arrivals),
+        # A consumer's one arrival speaks for all of its warps, so they must have met just before.
+        "unguarded": sum(not any("bar.sync" in line for line in code[max(i - 8, 0) : i]) for i in arrivals),
+        "shared": kernel.metadata.shared,
+        "limit": LIMIT,
+        "triton": triton.__version__,
+    }
+
+
+if __name__ == "__main__":
+    driver.set_active(NoDevice())
+    shapes = ((128, 4, torch.bfloat16), (64, 7, torch.float16))
+    print(json.dumps([compiled(*shape) for shape in shapes]))

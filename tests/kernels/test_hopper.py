@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The Hopper version of ``attend``: compiled anywhere, compared with the reference on a GPU of capability 9.0."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import DEVICE, REASON, USABLE
+from tests.kernels.paged_problems import make_paged
+
+ROOT = Path(__file__).resolve().parents[2]
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.slow
+def test_compiles_without_a_device() -> None:
+    """Matrix products are wgmma, the ring fits into shared memory, and no arrival runs ahead of a warp."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_hopper"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        assert found["products"] > 0, found
+        assert found["arrivals"] > 0, found
+        assert found["unguarded"] == 0, found
+        assert found["shared"] <= found["limit"], found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not USABLE, reason=REASON)
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_the_reference(seed: int) -> None:
+    from vllm_vsprefill.kernels.attend import hopper
+    from vllm_vsprefill.kernels.attend.triton import attend_reference
+    from vllm_vsprefill.kernels.merge.triton import allocate_index, build_index, set_flags
+    from vllm_vsprefill.kernels.types import SparsePattern
+
+    rng = random.Random(seed)
+    group, size, block_q = rng.choice([(4, 128, 16), (8, 64, 32), (7, 128, 16), (1, 128, 64), (2, 64, 128)])
+    contexts = [rng.choice([1, 17, rng.randint(1, 400), rng.randint(1000, 3000)]) for _ in range(rng.randint(1, 3))]
+    rows = [min(n, rng.choice([1, 33, rng.randint(1, 300), n])) for n in contexts]
+    pattern = SparsePattern(
+        block_q=block_q,
+        block_k=rng.choice([1, 4, 16]),
+        window=rng.choice([0, 1, 40, 700]),
+        sinks=rng.choice([0, 5, 64]),
+        dense_last=0,
+    )
+    problem = make_paged(
+        contexts=contexts,
+        rows=rows,
+        pattern=pattern,
+        heads=rng.randint(1, 2),
+        group=group,
+        size=size,
+        dtype=rng.choice([torch.bfloat16, torch.float16]),
+        layout=rng.choice(["NHD", "HND"]),
+        seed=seed,
+    )
+    index = allocate_index(len(rows), problem.kv.num_kv_heads, problem.batch.max_context, pattern, DEVICE)
+    set_flags(index, problem.selections, problem.batch)
+    build_index(index, problem.kv, problem.batch)
+    out = torch.full_like(problem.q, float("nan"))
+    lse = torch.full(problem.q.shape[:2], float("nan"), device=DEVICE)
+    visited = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
+    assert hopper.supports(group, block_q, size, problem.q.dtype)
+    hopper.launch(problem.q, problem.kv, index, problem.batch, problem.scale, out, lse, visited)
+    expected, pairs = attend_reference(
+        problem.q, problem.kv, problem.selections, problem.batch, index, scale=problem.scale
+    )
+    assert visited.tolist() == pairs
+    for start, end in zip(problem.batch.row_start.tolist(), problem.batch.row_end.tolist(), strict=True):
+        found, wanted = out[start:end].float(), expected[start:end].float()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+        assert bool(lse[start:end].isfinite().all())
