@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[str, Any]:
+def run(name: str, length: int, prompts: int, chunk: int, model: str, checkpoint: Path | None = None) -> dict[str, Any]:
     """Share of answer tokens ranked first, and the density, for one setting."""
     import numpy as np
     from vllm import LLM, SamplingParams
@@ -41,6 +41,8 @@ def run(name: str, length: int, prompts: int, chunk: int, model: str) -> dict[st
     from examples.needle import tasks
 
     options = SETTINGS[name]
+    if checkpoint is not None and options is not None and "estimator" not in options:
+        options = {**options, "checkpoint": str(checkpoint)}
     folder = densities.exchange_folder()
     engine = LLM(
         model,
@@ -79,6 +81,7 @@ def main(
     chunk: Annotated[int, typer.Option(help="Prompt tokens vLLM computes at a time.")] = 8192,
     only: Annotated[list[str] | None, typer.Option(help="Settings to run; all by default.")] = None,
     model: Annotated[str, typer.Option(help="Model folder.")] = str(environment.NEEDLE_MODEL),
+    checkpoint: Annotated[Path | None, typer.Option(help="Indexer; by default the installed one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Print, per setting, the share of in-prompt answer tokens that the model ranks first, beside the density."""
@@ -89,7 +92,7 @@ def main(
         table.add_column(column, justify="right")
     rows = []
     for name in only or SETTINGS:
-        row = run(name, length, prompts, chunk, model)
+        row = run(name, length, prompts, chunk, model, checkpoint)
         rows.append(row)
         share = row["right"] / max(row["answers"], 1)
         table.add_row(name, f"{share:.1%}", str(row["answers"]), f"{row['density']:.1%}")
