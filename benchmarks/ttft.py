@@ -98,8 +98,8 @@ THROUGHPUT_PROMPTS, THROUGHPUT_LENGTH = 8, 32768
 # What attention consists of in a profile, by kernel name: FlashAttention, this project's kernels, and the clearing of
 # their histograms.
 ATTENTION = re.compile(
-    r"flash|attend|_score_kernel|_gather_kernel|_histogram_kernel|_cut_kernel|_tie_kernel|_flag_kernel|_count_kernel"
-    r"|_list_kernel|_guard_kernel|_forget_kernel|_partial_kernel|_sum_kernel|_finish_kernel|prepare_varlen",
+    r"flash|attend|prepare_varlen|^_(score|missing|gather|histogram|cut|tie|flag|count|list|guard|forget|partial|sum"
+    r"|diagonal|finish)_kernel",
     re.I,
 )
 
@@ -494,36 +494,37 @@ def main(
     }
     Results(out).update(lambda record: record.update(facts))
     failed = []
-    with tempfile.TemporaryDirectory() as scratch:
-        longest = max([*names, 0]) + 512
-        if any(extras.values()):
-            longest = max(longest, DECODE_CONTEXT + 2 * DECODE_STEPS + 256) if shape != "tiny" else longest
-        if throughput and shape != "tiny":
-            longest = max(longest, THROUGHPUT_LENGTH + 512)
-        model = write_model(Path(scratch) / "model", shape, longest)
-        indexer = Path(scratch) / "indexer"
-        if "vsindexer" in chosen:
-            write_indexer(indexer, model)
-        for backend in chosen:
-            arguments = {
-                "out": str(out.resolve()),
-                "shape": shape,
-                "backend": backend,
-                "model": str(model),
-                "indexer": str(indexer),
-                "longest": longest,
-                "lengths": sorted(names),
-                "extras": [name for name, wanted in extras.items() if wanted],
-                "only_extras": only_extras,
-                "until": until,
-                "eager": eager,
-                "utilization": utilization,
-            }
-            command = [sys.executable, "-m", "benchmarks.ttft", "--task", json.dumps(arguments)]
-            done = subprocess.run(command, cwd=environment.ROOT, check=False)
-            if done.returncode:
-                failed.append(backend)
-                Results(out).add("failed", {"shape": shape, "backend": backend, "exit_status": done.returncode})
+    longest = max([*names, 0]) + 512
+    if any(extras.values()):
+        longest = max(longest, DECODE_CONTEXT + 2 * DECODE_STEPS + 256) if shape != "tiny" else longest
+    if throughput and shape != "tiny":
+        longest = max(longest, THROUGHPUT_LENGTH + 512)
+    # The same path every time: torch.compile's cache goes by it, and compiling takes longer than most of the runs.
+    scratch = Path(tempfile.gettempdir()) / f"vsprefill-ttft-{os.getuid()}-{shape}-{longest}"
+    model = write_model(scratch / "model", shape, longest)
+    indexer = scratch / "indexer"
+    if "vsindexer" in chosen:
+        write_indexer(indexer, model)
+    for backend in chosen:
+        arguments = {
+            "out": str(out.resolve()),
+            "shape": shape,
+            "backend": backend,
+            "model": str(model),
+            "indexer": str(indexer),
+            "longest": longest,
+            "lengths": sorted(names),
+            "extras": [name for name, wanted in extras.items() if wanted],
+            "only_extras": only_extras,
+            "until": until,
+            "eager": eager,
+            "utilization": utilization,
+        }
+        command = [sys.executable, "-m", "benchmarks.ttft", "--task", json.dumps(arguments)]
+        done = subprocess.run(command, cwd=environment.ROOT, check=False)
+        if done.returncode:
+            failed.append(backend)
+            Results(out).add("failed", {"shape": shape, "backend": backend, "exit_status": done.returncode})
     Results(out).update(compare)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

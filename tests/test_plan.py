@@ -26,8 +26,8 @@ def starts(rows: list[int]) -> list[int]:
         (1, 5000, False, False),  # decode
         (512, 5000, False, False),  # not a prompt
         (64, 5000, True, False),  # nothing but dense last rows
-        (65, 5000, True, True),
-        (MIN_ROWS - 1, 5000, True, False),
+        (64 + MIN_ROWS - 1, 5000, True, False),  # too few others
+        (64 + MIN_ROWS, 5000, True, True),
     ],
 )
 def test_gate(rows: int, context: int, prefilling: bool, sparse: bool) -> None:
@@ -46,6 +46,12 @@ def test_few_rows_stay_dense_whatever_the_options() -> None:
     gate = Gate(min_context=0, dense_last_rows=0)
     assert not plan_step([0, MIN_ROWS - 1], [9000], [True], gate).sparse
     assert plan_step([0, MIN_ROWS], [9000], [True], gate).sparse
+
+
+def test_small_pieces_of_work_stay_dense() -> None:
+    gate = Gate(min_context=1, dense_last_rows=64, min_pairs=2**24)
+    for rows, context, sparse in ((1024, 16384, False), (1088, 16384, True), (192, 131072, True), (191, 131072, False)):
+        assert gate.admits(rows, context, True) is sparse
 
 
 def test_switched_off() -> None:

@@ -89,6 +89,19 @@ def is_draft(vllm_config: Any) -> bool:
     return getattr(vllm_config, "model_config", None) is draft
 
 
+def draft_mixes_caches(vllm_config: Any) -> bool:
+    """Whether a draft model may bring KV caches of another kind than full attention, which vLLM then lays out anew."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None or draft is getattr(speculative, "target_model_config", None):
+        return False
+    if getattr(speculative, "method", None) not in ("eagle", "eagle3", "mtp", "draft_model"):
+        return True
+    config = getattr(draft, "hf_text_config", None) or getattr(draft, "hf_config", None)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(window) or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
 def is_draft_layer(vllm_config: Any, name: str, layer: Any) -> bool:
     """Whether an attention layer belongs to a draft model, as far as the running vLLM lets it be seen.
 

@@ -207,6 +207,15 @@ class _Options(BaseModel):
         default_factory=_preset("min_context"),
         description="Tokens of context below which a request runs the stock kernel.",
     )
+    min_pairs: Annotated[
+        Annotated[int, Field(ge=0, le=2**62)] | None,
+        BeforeValidator(_optional),
+        _Allowed("an integer from 0, or null for what suits the platform"),
+    ] = Field(
+        None,
+        description="Rows of a chunk times tokens of context below which it runs the stock kernel. null: 0 on CPU, "
+        "16777216 on CUDA.",
+    )
     max_density: _Share = Field(
         0.5,
         description="A chunk runs the stock kernel in layers whose selection would compute more than this share of it; "
@@ -333,6 +342,8 @@ class VSPrefillConfig(_Options):
             update["block_q"] = tuning.block_q
         if self.block_k is None:
             update["block_k"] = tuning.block_k
+        if self.min_pairs is None:
+            update["min_pairs"] = tuning.min_pairs
         if "min_context" not in self.model_fields_set and tuning.min_context > self.min_context:
             update["min_context"] = tuning.min_context
         given = set(self.model_fields_set)

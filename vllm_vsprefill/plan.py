@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_ROWS = 64
-"""Fewest query rows worth a selection: choosing keys costs a pass over the context, however few rows use the result."""
+"""Fewest rows, the dense last ones aside, worth a selection: choosing keys costs a pass over the context, however few
+rows use the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +19,24 @@ class Gate:
     Attributes:
         min_context: tokens of context (cached ones and this chunk's) below which stock attention runs.
         dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
+        min_pairs: rows, the dense last ones aside, times context below which stock attention runs.
         enabled: False sends everything to the stock kernel.
     """
 
     min_context: int
     dense_last_rows: int
+    min_pairs: int = 0
     enabled: bool = True
 
     def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
         """Whether ``rows`` new tokens at the end of ``context_len`` run sparse."""
+        sparse_rows = rows - self.dense_last_rows
         return (
             self.enabled
             and is_prefilling
             and context_len >= self.min_context
-            and rows >= MIN_ROWS
-            and rows > self.dense_last_rows
+            and sparse_rows >= MIN_ROWS
+            and sparse_rows * context_len >= self.min_pairs
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
-from vllm_vsprefill import startup
+from vllm_vsprefill import _compat, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 from vllm_vsprefill.plan import Gate, StepPlan
@@ -59,12 +59,14 @@ class Runtime:
 
     def __init__(self, vllm_config: Any) -> None:
         self.layers: dict[str, LayerState] = {}
+        self.known_layers: set[str] = set()  # all of this model with this backend, sparse or not
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.gate = Gate(
             min_context=self.options.min_context,
             dense_last_rows=self.options.dense_last_rows,
+            min_pairs=self.options.min_pairs or 0,
             enabled=self.options.enabled,
         )
         self.indexer = self._load_indexer(vllm_config)
@@ -193,6 +195,9 @@ class Runtime:
         """Logits live beside the KV cache only where every slot's key and value pass through this plugin."""
         if getattr(vllm_config, "kv_transfer_config", None) is not None:
             logger.info("VSPREFILL: a KV connector may fill cache blocks; index logits are computed for every chunk.")
+            return False
+        if _compat.draft_mixes_caches(vllm_config):
+            logger.info("VSPREFILL: the draft model may mix KV cache kinds; index logits are computed for every chunk.")
             return False
         kinds = set(_cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
         if kinds - {"full"}:

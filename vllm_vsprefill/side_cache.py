@@ -47,6 +47,7 @@ class LogitCache(nn.Module, AttentionLayerBase):
         self._forget = forget
         self.kv_cache: torch.Tensor = torch.empty(0)
         self._backend = side_backend(backend)
+        self._checked: torch.Tensor | None = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Backend whose metadata builder does nothing."""
@@ -67,6 +68,26 @@ class LogitCache(nn.Module, AttentionLayerBase):
         """View ``[num_slots, 2 * num_kv_heads]`` of the cache that vLLM bound."""
         cache = self.kv_cache[0] if isinstance(self.kv_cache, (list, tuple)) else self.kv_cache
         return cache.view(-1, 2 * self.num_kv_heads)
+
+    def check(self, kv_cache: torch.Tensor) -> None:
+        """Make sure that slots here are the slots of the layer's KV cache, ``[num_blocks, H, block, 2 * D]``.
+
+        vLLM may lay caches of different kinds out together; written by the wrong slots, this one would destroy others.
+
+        Raises:
+            RuntimeError: they are not; says how to start the server instead.
+        """
+        own = self.kv_cache[0] if isinstance(self.kv_cache, (list, tuple)) else self.kv_cache
+        if own is self._checked or own is None or own.numel() == 0 or kv_cache.numel() == 0:
+            return
+        wanted = kv_cache.shape[0] * kv_cache.shape[2] * 2 * self.num_kv_heads
+        if own.numel() != wanted or not own.is_contiguous():
+            raise RuntimeError(
+                f"VSPREFILL: vLLM laid out the index logits with shape {tuple(own.shape)} and strides {own.stride()} "
+                f"beside a KV cache of shape {tuple(kv_cache.shape)}; their slots do not match. Start the server with "
+                "the option estimator 'sampled', which needs no such cache, or without the draft model."
+            )
+        self._checked = own
 
     def invalidate(self, slot_mapping: torch.Tensor) -> None:
         """Mark slots as missing. ``slot_mapping``: int64 ``[num_tokens]``; negative entries are padding."""

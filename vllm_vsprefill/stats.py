@@ -27,6 +27,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ class Recorder:
         self._before_prompt: dict[int, LayerCounts] = {}
         self._prompt_of_totals = 0
         self._published: dict[int, LayerCounts] = {}
+        self._lock = threading.Lock()
         self._file: Path | None = None
         self._counters: dict[str, Any] | None = None
         if _PROMETHEUS_MULTIPROCESS in os.environ:
@@ -120,16 +122,21 @@ class Recorder:
 
     def advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
         """Take over the totals after some step, which belonged to the ``prompt``-th prompt."""
+        with self._lock:
+            self._advance(totals, prompt)
+
+    def _advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
         if prompt != self._prompt_of_totals:
             self._before_prompt, self._prompt_of_totals = self._totals, prompt
         self._totals = totals
 
     def write(self) -> None:
-        """Make the totals visible that were taken over last."""
-        if self._counters is not None:
-            self._publish_counters(self._counters)
-        if self._file is not None:
-            self._publish_file(self._file)
+        """Make the totals visible that were taken over last. Also called by a thread that waits for a device."""
+        with self._lock:
+            if self._counters is not None:
+                self._publish_counters(self._counters)
+            if self._file is not None:
+                self._publish_file(self._file)
 
     def _publish_counters(self, counters: dict[str, Any]) -> None:
         for layer, now in self._totals.items():

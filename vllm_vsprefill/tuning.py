@@ -18,20 +18,23 @@ class PlatformTuning:
         block_q: query tile, in positions.
         block_k: key granule, in positions.
         min_context: tokens of context below which the stock kernel is faster; a preset that starts later wins.
+        min_pairs: rows of a chunk times context below which it is.
     """
 
     block_q: int
     block_k: int
     min_context: int = 0
+    min_pairs: int = 0
 
 
 CPU = PlatformTuning(block_q=128, block_k=64)
 
 # Least compute capability the row is for -> defaults. Small tiles keep the union along scattered diagonals small; the
-# heads of a group fill the rows of a tensor-core tile.
+# heads of a group fill the rows of a tensor-core tile. The two least sizes are estimates from the times of the kernels:
+# with 32 heads of 128 channels dense attention of 2**24 pairs takes about as long as choosing keys.
 CUDA: dict[tuple[int, int], PlatformTuning] = {
-    (8, 0): PlatformTuning(block_q=16, block_k=4),
-    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288),
+    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=2**24),
+    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=2**24),
 }
 
 

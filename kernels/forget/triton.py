@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..paged import check_device
 from .naive import check_forget
 
@@ -48,7 +49,7 @@ def forget(logits: Tensor, slot_mapping: Tensor) -> None:
     num_tokens, width = slot_mapping.shape[0], logits.shape[1]
     if num_tokens == 0 or width == 0:
         return
-    _forget_kernel[(triton.cdiv(num_tokens, BLOCK),)](
-        logits, slot_mapping, num_tokens, logits.stride(0),
-        WIDTH=width, BW=triton.next_power_of_2(width), BLOCK=BLOCK, num_warps=4,
+    launch(
+        _forget_kernel, (triton.cdiv(num_tokens, BLOCK),), (logits, slot_mapping, num_tokens, logits.stride(0)),
+        WIDTH=width, BW=triton.next_power_of_2(width), BLOCK=BLOCK,
     )  # fmt: skip

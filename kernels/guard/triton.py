@@ -3,8 +3,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """Decides on the device which requests sparse attention would not pay for; the host never waits for the answer.
 
-The answer takes the form of two small tensors: the context length for the dense kernel that runs first (0 where sparse
-attention runs) and the end of the rows for ``attend`` (their start where the dense kernel did the work).
+The answer takes the form of two small tensors: the bounds of the query rows for a call of the dense kernel (none where
+sparse attention runs) and the end of the rows for ``attend`` (their start where the dense kernel does the work).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
+from ..launch import launch
 from ..merge.triton import RANK, Index, check_index
 from ..paged import Batch, check_device
 
@@ -24,7 +25,7 @@ DENSE_PAIRS, DENSE_CHUNKS = 0, 1
 
 @triton.jit(do_not_specialize=["limit", "fixed", "rank_width", "granule_width"])
 def _guard_kernel(
-    p_row_start, p_row_end, p_context, p_rank, p_granule_rank, p_dense_context, p_sparse_end, p_counts, limit, fixed,
+    p_row_start, p_row_end, p_context, p_rank, p_granule_rank, p_dense_rows, p_sparse_end, p_counts, limit, fixed,
     rank_width, granule_width, HEADS: tl.constexpr, BH: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +35,8 @@ def _guard_kernel(
     n = tl.load(p_context + i_r)
     rows = row_end - row_start
     if rows <= 0:
-        tl.store(p_dense_context + i_r, 0)
+        tl.store(p_dense_rows + 2 * i_r, 0)
+        tl.store(p_dense_rows + 2 * i_r + 1, 0)
         tl.store(p_sparse_end + i_r, row_end)
         return
     o_h = tl.arange(0, BH)
@@ -50,7 +52,8 @@ def _guard_kernel(
     keys = tl.sum(b_keys, 0) / HEADS
     density = tl.minimum(keys * rows.to(tl.float32) / pairs.to(tl.float32), 1.0)
     dense = density > limit
-    tl.store(p_dense_context + i_r, tl.where(dense, n, 0))
+    tl.store(p_dense_rows + 2 * i_r, 0)
+    tl.store(p_dense_rows + 2 * i_r + 1, tl.where(dense, rows, 0))
     tl.store(p_sparse_end + i_r, tl.where(dense, row_start, row_end))
     if COUNT:
         tl.atomic_add(p_counts, tl.where(dense, pairs * HEADS, 0))
@@ -62,7 +65,7 @@ def guard(
     batch: Batch,
     max_density: float,
     *,
-    dense_context: Tensor,
+    dense_rows: Tensor,
     sparse_end: Tensor,
     counts: Tensor | None = None,
 ) -> None:
@@ -72,7 +75,8 @@ def guard(
         index: from ``build_index``, for the same batch.
         batch: which rows belong to which request.
         max_density: above this share the dense kernel runs.
-        dense_context: int32 ``[requests]``, written: tokens in the cache where the dense kernel runs, else 0.
+        dense_rows: int32 ``[2 * requests]``, written: 0 and, for every request, how many of its rows the dense kernel
+            computes: all or none. Two entries are the ``cu_seqlens_q`` of a call for one request.
         sparse_end: int32 ``[requests]``, written: ``row_start`` where the dense kernel runs, else ``row_end``.
         counts: int64 ``[2]``; (row, key) pairs of all KV heads of the dense requests, and their number, are added.
 
@@ -84,7 +88,7 @@ def guard(
     if not 0.0 < max_density <= 1.0:
         raise ValueError(f"max_density must be > 0 and <= 1, got {max_density!r}")
     outputs: list[tuple[str, Tensor | None, torch.dtype, int]] = [
-        ("dense_context", dense_context, torch.int32, batch.num_requests),
+        ("dense_rows", dense_rows, torch.int32, 2 * batch.num_requests),
         ("sparse_end", sparse_end, torch.int32, batch.num_requests),
         ("counts", counts, torch.int64, 2),
     ]
@@ -101,12 +105,15 @@ def guard(
     if batch.num_requests == 0:
         return
     pattern = index.pattern
-    _guard_kernel[(batch.num_requests,)](
-        batch.row_start, batch.row_end, batch.context_len, index.rank, index.granule_rank, dense_context, sparse_end,
-        counts, float(max_density), float(pattern.window + pattern.block_q + pattern.block_k),
-        index.rank.shape[2], index.granule_rank.shape[2],
-        HEADS=heads, BH=triton.next_power_of_2(heads), BLOCK_K=pattern.block_k, RANK=RANK, COUNT=counts is not None,
-        num_warps=1,
+    launch(
+        _guard_kernel, (batch.num_requests,),
+        (
+            batch.row_start, batch.row_end, batch.context_len, index.rank, index.granule_rank, dense_rows, sparse_end,
+            counts, float(max_density), float(pattern.window + pattern.block_q + pattern.block_k),
+            index.rank.shape[2], index.granule_rank.shape[2],
+        ),
+        num_warps=1, HEADS=heads, BH=triton.next_power_of_2(heads), BLOCK_K=pattern.block_k, RANK=RANK,
+        COUNT=counts is not None,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def varlen(
     assert out.shape == q.shape
     starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert starts[0] == 0
-    assert starts[-1] == len(q)
+    assert starts[-1] in (0, len(q))  # none where the guard wants none
     assert len(lengths) == len(starts) - 1 <= len(block_table)
     calls.append({"rows": len(q), "lengths": lengths, **kwargs})
     group = q.shape[1] // k.shape[2]

@@ -148,7 +148,7 @@ def test_all_buffers_are_counted() -> None:
     buffers = DeviceBuffers.allocate(shape, PATTERN, max_num_seqs=4, max_tokens=2048, device=torch.device("cpu"))
     assert buffers.requests == 4
     parts = [*buffers.select, *buffers.index, *buffers.missing, *(buffers.sampled or ())]
-    parts += [buffers.dense_context, buffers.sparse_end, buffers.counts]
+    parts += [buffers.dense_rows, buffers.sparse_end, buffers.counts]
     assert buffers.num_bytes == sum(part.numel() * part.element_size() for part in parts if hasattr(part, "numel"))
     assert buffers.num_bytes < 4 * bytes_per_request(shape, PATTERN) + buffers.counts.numel() * 8 + 64
     for layer in range(3):

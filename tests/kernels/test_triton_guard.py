@@ -92,10 +92,10 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
     kv = PagedKV(torch.zeros(3 * blocks, heads, 16, 32, dtype=torch.float16, device=DEVICE), table)
     set_flags(index, [Selection(*(part.to(DEVICE) for part in one)) for one in selections], batch)
     build_index(index, kv, batch)
-    dense_context = torch.full((4,), -7, dtype=torch.int32, device=DEVICE)
+    dense_rows = torch.full((8,), -7, dtype=torch.int32, device=DEVICE)
     sparse_end = torch.full((4,), -7, dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([5, 1], device=DEVICE)
-    guard(index, batch, limit, dense_context=dense_context, sparse_end=sparse_end, counts=counts)
+    guard(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
     pairs = chunks = 0
     for i, (count, n) in enumerate(zip(rows, contexts, strict=True)):
         dense = False
@@ -105,12 +105,12 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
                 continue  # the device works in float32
             dense = density > limit
         start, end = int(batch.row_start[i]), int(batch.row_end[i])
-        assert int(dense_context[i]) == (n if dense else 0)
+        assert dense_rows[2 * i : 2 * i + 2].tolist() == [0, count if dense else 0]
         assert int(sparse_end[i]) == (start if dense else end)
         pairs += dense * heads * causal_pairs(count, n)
         chunks += dense
     assert counts.tolist() == [5 + pairs, 1 + chunks]
-    assert int(dense_context[3]) == int(sparse_end[3]) == -7
+    assert [*dense_rows[6:].tolist(), int(sparse_end[3])] == [-7, -7, -7]
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -118,9 +118,10 @@ def test_wrong_arguments_are_named() -> None:
         pytest.skip(REASON)
     index = allocate_index(1, 1, 100, SparsePattern(16, 4, 8, 4, 0), DEVICE)
     batch = Batch.from_lists([10], [100], DEVICE)
-    good = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    for limit, context, named in ((0.0, good, "max_density"), (0.5, good.long(), "dense_context"), (1.5, good, "max")):
+    good = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    wrong = ((0.0, good, "max_density"), (0.5, good.long(), "dense_rows"), (0.5, good[:1], "dense_rows"))
+    for limit, bounds, named in wrong:
         with pytest.raises(ValueError, match=named):
-            guard(index, batch, limit, dense_context=context, sparse_end=good)
+            guard(index, batch, limit, dense_rows=bounds, sparse_end=good)
     with pytest.raises(ValueError, match="counts"):
-        guard(index, batch, 0.5, dense_context=good, sparse_end=good, counts=good.long())
+        guard(index, batch, 0.5, dense_rows=good, sparse_end=good, counts=good[:1].long())

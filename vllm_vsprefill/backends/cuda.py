@@ -80,7 +80,7 @@ class SparseRound:
         rows: without the dense last rows.
         guarded: ``rows`` as ``guard`` leaves them, or None where no selection can exceed ``max_density``.
         block_table: int32 ``[requests, max_blocks]``.
-        fallbacks: stock calls for the requests that ``guard`` sends there; the others have no context in them.
+        fallbacks: stock calls for the requests that ``guard`` sends there; the others have no rows in them.
     """
 
     whole: Batch
@@ -136,12 +136,15 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _plan(self, common: Any, metadata: Any) -> SparseStep | None:
         runtime = self._runtime
+        if not any(name in runtime.known_layers for name in self.layer_names):
+            return None  # layers of a draft model
         runtime.look_at_switch()
         if common.max_query_len <= 1:
             runtime.note_step(_NOTHING)
             return None
         lengths = _compat.cpu_seq_lens(common)
         if lengths is None:
+            logger.warning_once("VSPREFILL: this vLLM does not tell the host how long contexts are; all is dense.")
             return None
         flags = _compat.prefill_flags(common)
         starts = common.query_start_loc_cpu.tolist()
@@ -203,9 +206,9 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
                     metadata,
                     num_actual_tokens=rows.rows,
                     max_query_len=rows.rows,
-                    query_start_loc=sent.take(places[f"cu_{i}"]),
+                    query_start_loc=buffers.dense_rows[2 * i : 2 * i + 2],  # all rows or none, as `guard` decides
                     max_seq_len=rows.context_len,
-                    seq_lens=buffers.dense_context[i : i + 1],
+                    seq_lens=context_len[i : i + 1],
                     block_table=table[i : i + 1],
                     slot_mapping=metadata.slot_mapping[rows.row_start : rows.row_end],
                     scheduler_metadata=None,
@@ -239,7 +242,6 @@ def _describe(
         "whole_end": upload.add([starts[rows.request + 1] for rows in requests]),
         "whole_context": upload.add([lengths[rows.request] for rows in requests]),
         "request": upload.add([rows.request for rows in requests]),
-        **{f"cu_{i}": upload.add([0, rows.rows]) for i, rows in enumerate(requests)},
     }
 
 
@@ -437,7 +439,7 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
             kv = PagedKV(cache, part.block_table, *self._scales(layer, cache))
             self._choose(layer, self._state, rows, scale, kv, part)
             for run in part.fallbacks:
-                stock(run)  # before `attend`, which writes the rows of the other requests
+                stock(run)
             self._attend(self._state, rows, scale, kv, part, output[:tokens])
         dense, causal = plan.dense_prefill_pairs, plan.prefill_pairs
         self._record(LayerCounts(self.num_kv_heads * dense, self.num_kv_heads * causal, sparse_chunks=len(plan.sparse)))
@@ -463,13 +465,13 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
         device = query.device
         q = self._query_buffer(rows, device).zero_()
         cache = self._cache(kv_cache)
-        table = torch.zeros(1, max(rows // kv_cache.shape[2], 1), dtype=torch.int32, device=device)
+        table = torch.zeros(1, -(-rows // kv_cache.shape[2]), dtype=torch.int32, device=device)
         batch = Batch.from_lists([rows], [rows], device)
         limits = torch.zeros(2, 4, dtype=torch.int32, device=device)
         counts = torch.zeros(2, 8, dtype=torch.int64, device=device)
         kv = PagedKV(cache, table, *self._scales(layer, cache))
         self._choose(layer, state, q, self.scale, kv, SparseRound(batch, batch, None, table, ()))
-        guard(buffers.index, batch, 1.0, dense_context=limits[0], sparse_end=limits[1], counts=counts[0])
+        guard(buffers.index, batch, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0])
         attend(q, kv, buffers.index, batch, scale=self.scale, dense_last=0, out=torch.empty_like(q), visited=counts[1])
 
     def _takes(self, layer: Any, query: torch.Tensor) -> bool:
@@ -544,7 +546,7 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
                 buffers.index,
                 part.rows,
                 runtime.options.max_density,
-                dense_context=buffers.dense_context,
+                dense_rows=buffers.dense_rows,
                 sparse_end=buffers.sparse_end,
                 counts=buffers.guarded(state.row),
             )

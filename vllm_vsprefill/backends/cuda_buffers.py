@@ -84,7 +84,7 @@ class DeviceBuffers:
     Attributes:
         requests: requests of a round.
         select, index, missing, sampled: workspaces of the kernels; ``sampled`` only for the training-free estimator.
-        dense_context, sparse_end: int32 ``[requests]``, written by ``guard``.
+        dense_rows, sparse_end: int32 ``[2 * requests]`` and ``[requests]``, written by ``guard``.
         counts: int64 ``[layers, 16]``: visited pairs by request of a round, then pairs and chunks that ``guard`` sent
             to the stock kernel.
         scratch: float32 ``[slots, 2 * num_kv_heads]``, logits of one layer where they cannot be kept beside the KV
@@ -99,7 +99,7 @@ class DeviceBuffers:
     index: Index
     missing: MissingSlots
     sampled: SampledWorkspace | None
-    dense_context: torch.Tensor
+    dense_rows: torch.Tensor
     sparse_end: torch.Tensor
     counts: torch.Tensor
     scratch: torch.Tensor | None = None
@@ -120,7 +120,7 @@ class DeviceBuffers:
             index,
             missing,
             sampled,
-            torch.zeros(MOST_REQUESTS, dtype=torch.int32, device=device),
+            torch.zeros(2 * MOST_REQUESTS, dtype=torch.int32, device=device),
             torch.zeros(MOST_REQUESTS, dtype=torch.int32, device=device),
             torch.zeros(shape.num_layers, 2 * MOST_REQUESTS, dtype=torch.int64, device=device),
         )
@@ -128,7 +128,7 @@ class DeviceBuffers:
     @property
     def num_bytes(self) -> int:
         """Device memory held."""
-        tensors = [self.dense_context, self.sparse_end, self.counts, *_tensors(self.select), *_tensors(self.index)]
+        tensors = [self.dense_rows, self.sparse_end, self.counts, *_tensors(self.select), *_tensors(self.index)]
         tensors += [*_tensors(self.missing), *_tensors(self.sampled)]
         tensors += [value for value in (self.scratch, self.query) if value is not None]
         return sum(value.numel() * value.element_size() for value in tensors)

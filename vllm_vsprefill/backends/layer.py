@@ -90,6 +90,7 @@ class SparseLayerMixin:
         if _compat.is_draft_layer(self._vllm_config, name, layer):
             return  # stock throughout, and no part of the served model's density
         self._runtime = runtime = Runtime.of(self._vllm_config)
+        runtime.known_layers.add(name)
         reasons = self.unsupported_reasons()
         index = _compat.layer_index(name)
         if index is None:
@@ -120,4 +121,5 @@ class SparseLayerMixin:
         """Write keys and values; whatever was known about those slots no longer holds."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
         if self._state is not None and self._state.logits is not None:
+            self._state.logits.check(kv_cache)
             self._state.logits.invalidate(slot_mapping)
