@@ -25,7 +25,10 @@ def describe() -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        # Folders of the machine it ran on say nothing; a file given by its whole path is shown by its name.
+        "command": shlex.join(
+            ["python", "-m", _module(), *(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])]
+        ),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
