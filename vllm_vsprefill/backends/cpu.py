@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.backends import cpu_layout
-from vllm_vsprefill.backends.layer import DecoderBackendMixin, SparseLayerMixin
+from vllm_vsprefill.backends.layer import DecoderBackendMixin, DenseRun, SparseLayerMixin
 from vllm_vsprefill.kernels.attend import attend
 from vllm_vsprefill.kernels.forget import forget
 from vllm_vsprefill.kernels.guard import expected_density
@@ -43,15 +43,6 @@ class VSPrefillCPUBackend(DecoderBackendMixin, CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[VSPrefillCPUMetadataBuilder]:
         return VSPrefillCPUMetadataBuilder
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DenseRun:
-    """Requests next to each other in the batch that the stock kernel computes in one call."""
-
-    row_start: int
-    row_end: int
-    metadata: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

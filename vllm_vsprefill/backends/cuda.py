@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_vsprefill import _compat
 from vllm_vsprefill.backends import cuda_limits
 from vllm_vsprefill.backends.cuda_buffers import CountsReader, DeviceBuffers, Shape
-from vllm_vsprefill.backends.layer import DecoderBackendMixin, SparseLayerMixin
+from vllm_vsprefill.backends.layer import DecoderBackendMixin, DenseRun, SparseLayerMixin
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.guard import upper_bound
@@ -60,15 +60,6 @@ class VSPrefillFlashBackend(DecoderBackendMixin, FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[VSPrefillFlashMetadataBuilder]:
         return VSPrefillFlashMetadataBuilder
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DenseRun:
-    """Rows next to each other that the stock kernel computes in one call."""
-
-    row_start: int
-    row_end: int
-    metadata: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

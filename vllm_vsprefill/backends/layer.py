@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,15 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_vsprefill import _compat
 from vllm_vsprefill.runtime import LayerState, Runtime, find_layer_name
 from vllm_vsprefill.side_cache import SUFFIX, LogitCache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseRun:
+    """Rows next to each other in the batch that the stock kernel computes in one call."""
+
+    row_start: int
+    row_end: int
+    metadata: Any
 
 
 class DecoderBackendMixin:
