@@ -17,6 +17,8 @@ the softmax of the other. The halves may be two neighbouring query tiles of the 
 tiles but have their own diagonal keys. With small query tiles (16 positions x 4 heads) the union along scattered
 diagonals stays small while most of the work still serves all rows.
 
+On devices of capability 9.0 ``attend`` hands calls without dense last rows to ``hopper.py``, for the shapes it has.
+
 Dense last rows, if the call has them, are programs whose window reaches back to position 0. One program then walks the
 whole context, so with a long context it is better to leave those rows to a kernel that splits the keys.
 """

@@ -178,6 +178,23 @@ def _diagonal_kernel(
     tl.store(p_distances + i_h.to(tl.int64) * n + o_d, b_sum * norm, mask=o_d < n)
 
 
+def check_tensors(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
+    """Checks what the kernels ask of their tensors beyond the contract of the plain reference.
+
+    Raises:
+        ValueError: dtype, shape, stride or device; names the argument.
+    """
+    check_tensor("q", q, 3, QUERY_DTYPES)
+    for name, value in (("q", q), ("k", k)):
+        if value.stride(2) != 1:
+            raise ValueError(f"{name} must have contiguous channels, got strides {value.stride()}")
+    if lse is not None:
+        check_tensor("lse", lse, 2, (torch.float32,))
+        if lse.shape != q.shape[:2] or lse.device != q.device:
+            raise ValueError(f"lse has shape {tuple(lse.shape)} on {lse.device}, expected {tuple(q.shape[:2])}")
+    check_device("q", q)
+
+
 def mass_sums(
     q: Tensor,
     k: Tensor,
@@ -210,15 +227,7 @@ def mass_sums(
         ValueError: dtype, shape, stride or device mismatch, or an empty or impossible range; names the argument.
     """
     end = check_mass(q, k, scale, row_start, row_end)
-    check_tensor("q", q, 3, QUERY_DTYPES)
-    for name, value in (("q", q), ("k", k)):
-        if value.stride(2) != 1:
-            raise ValueError(f"{name} must have contiguous channels, got strides {value.stride()}")
-    if lse is not None:
-        check_tensor("lse", lse, 2, (torch.float32,))
-        if lse.shape != q.shape[:2] or lse.device != q.device:
-            raise ValueError(f"lse has shape {tuple(lse.shape)} on {lse.device}, expected {tuple(q.shape[:2])}")
-    check_device("q", q)
+    check_tensors(q, k, lse)
     n, heads, size = k.shape
     group = q.shape[1] // heads
     config = config or settings("mass", size, q.device, q.element_size())

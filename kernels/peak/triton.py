@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_tensor
-from ..mass.triton import _keys, _lse_kernel, _rows
-from ..paged import QUERY_DTYPES, check_device, is_interpreted
+from ..mass.triton import _keys, _lse_kernel, _rows, check_tensors
+from ..paged import is_interpreted
 from ..settings import Settings, padded, settings
 from .naive import Reduce, check_weights
 
@@ -97,15 +96,7 @@ def column_weights(
         ValueError: dtype, shape, stride or device mismatch, or what ``naive.column_weights`` refuses.
     """
     end = check_weights(q, k, scale, reduce, min_distance, row_start, row_end)
-    check_tensor("q", q, 3, QUERY_DTYPES)
-    for name, value in (("q", q), ("k", k)):
-        if value.stride(2) != 1:
-            raise ValueError(f"{name} must have contiguous channels, got strides {value.stride()}")
-    if lse is not None:
-        check_tensor("lse", lse, 2, (torch.float32,))
-        if lse.shape != q.shape[:2] or lse.device != q.device:
-            raise ValueError(f"lse has shape {tuple(lse.shape)} on {lse.device}, expected {tuple(q.shape[:2])}")
-    check_device("q", q)
+    check_tensors(q, k, lse)
     n, heads, size = k.shape
     group = q.shape[1] // heads
     config = config or settings("mass", size, q.device, q.element_size())

@@ -73,11 +73,10 @@ def test_everything_selected_is_dense() -> None:
     assert expected_density(Selection(full, count, full, count), SparsePattern(16, 4, 8, 4, 0), 50, n) == 1.0
 
 
+@pytest.mark.skipif(not USABLE, reason=REASON)
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [0.05, 0.3, 0.9])
 def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
-    if not USABLE:
-        pytest.skip(REASON)
     rng = random.Random(seed)
     heads, block_k = rng.choice([1, 2, 3]), rng.choice([1, 4, 16])
     pattern = SparsePattern(max(16, block_k), block_k, rng.choice([0, 16, 70]), rng.choice([0, 5, 64]), 0)
@@ -113,9 +112,8 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
     assert [*dense_rows[6:].tolist(), int(sparse_end[3])] == [-7, -7, -7]
 
 
+@pytest.mark.skipif(not USABLE, reason=REASON)
 def test_wrong_arguments_are_named() -> None:
-    if not USABLE:
-        pytest.skip(REASON)
     index = allocate_index(1, 1, 100, SparsePattern(16, 4, 8, 4, 0), DEVICE)
     batch = Batch.from_lists([10], [100], DEVICE)
     good = torch.zeros(2, dtype=torch.int32, device=DEVICE)
