@@ -8,16 +8,24 @@ by hand. A program has three warp groups. One, the producer, follows the index a
 ring of stages in shared memory; two consumers own 64 rows each (16 positions x 4 heads, say) and run the online
 softmax, each issuing the logits of a key tile before it weighs the values of the tile before.
 
-Keys come in this order, each once:
+There are as many programs as multiprocessors, and each computes many pieces of 128 rows, one after the other. All warp
+groups work out by themselves which piece is next; the producer runs ahead into it while the consumers finish the one
+before. The counters of the rings go on from piece to piece.
+
+Keys of a piece come in this order, each once:
 
 1. the tile that ends with the program's own positions, the only one that needs the causal mask;
 2. plain tiles, of which both consumers see every key: the rest of the window, then columns that no diagonal covers;
 3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the other columns;
 4. granules of diagonals, half a tile for each consumer, since each has diagonal keys of its own.
+
+Diagonals need twice as many bytes a product as the rest. So that multiprocessors do not all ask for them at the same
+time, every other program begins its pieces with them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -85,11 +93,14 @@ def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: g
 
 @gluon.jit
 def _tiles(
-    it, count, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
+    it, ib, count, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
     WHICH: gl.constexpr, BIAS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """``count`` tiles of a consumer: the logits of each beside the product of the weights and values before it."""
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty = bars
+    """``count`` tiles of a consumer: the logits of each beside the product of the weights and values before it.
+
+    ``it`` counts tiles, ``ib`` those with a bias.
+    """
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     for _ in range(count):
         stage = it % STAGES
@@ -102,99 +113,134 @@ def _tiles(
         b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         mbarrier.arrive(k_empty.index(stage))
-        place = (it - first_bias) % STAGES
+        place = ib % STAGES
         if BIAS:
-            mbarrier.wait(bias_full.index(place), ((it - first_bias) // STAGES) & 1)
+            mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
         b_next, b_factor, b_max, b_sum = _weigh(
             b_s, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH), scale, BIAS, DTYPE
         )
         if BIAS:
             mbarrier.arrive(bias_empty.index(place))
+            ib += 1
         b_acc = warpgroup_mma_wait(0, deps=[b_o])
         mbarrier.arrive(v_empty.index(before))
         b_acc = b_acc * b_factor
         b_p = b_next
         it += 1
-    return it, b_p, b_acc, b_max, b_sum
+    return it, ib, b_p, b_acc, b_max, b_sum
 
 
 @gluon.jit
-def _consumer(
-    s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p, start, seen, lo, hi, num_plain, num_bias, num_diagonal,
-    i_h, first, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, LSE: gl.constexpr,
+def _diagonals(
+    it, ib, count, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale,
+    WHICH: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """64 rows, positions from ``i_p`` up; ``start`` is where their window starts, ``seen`` a position all may see."""
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty = bars
-    DTYPE: gl.constexpr = s_q.dtype
+    """``count`` half tiles of a consumer's own diagonals."""
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
     HALF: gl.constexpr = KEYS // 2
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
+    for _ in range(count):
+        stage, phase = it % STAGES, (it // STAGES) & 1
+        place = ib % STAGES
+        mbarrier.wait(k_full.index(stage), phase)
+        b_s = warpgroup_mma(
+            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
+            is_async=True,
+        )  # fmt: skip
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
+        b_p, b_factor, b_max, b_sum = _weigh(
+            b_s, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
+        )
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
+        mbarrier.arrive(bias_empty.index(place))
+        mbarrier.wait(v_full.index(stage), phase)
+        b_o = warpgroup_mma(b_p, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=[b_o])
+        mbarrier.arrive(v_empty.index(stage))
+        it += 1
+        ib += 1
+    return it, ib, b_acc, b_max, b_sum
+
+
+@gluon.jit
+def _consume(
+    it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, piece, plan,
+    stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, D: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """A consumer's 64 rows of piece number ``i_n`` of the program; returns the counters of the rings."""
+    k_full, k_empty, v_full, v_empty, _, _, q_full, q_empty = bars
+    i_h, _, i_p, lo, hi, first = piece
+    _, _, start, _, _, start2, _, _, base, num_window, num_plain, _, _, _, num_bias, num_diagonal = plan
+    if WHICH == 1:
+        i_p += POSITIONS
+        start = start2
+    DTYPE: gl.constexpr = s_q.dtype
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_q = s_q.index(WHICH)
+    # Finite, so that a row that has seen no key yet has a factor of one and not of no number.
+    b_max = gl.full([64], -1e30, gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
+    mbarrier.wait(q_full, i_n & 1)
+    early = gl.program_id(0) % 2
+    if early == 1:
+        it, ib, b_acc, b_max, b_sum = _diagonals(
+            it, ib, num_diagonal, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale, WHICH, D, KEYS, STAGES, DTYPE
+        )
 
     # 1. The own tile
-    mbarrier.wait(k_full.index(0), 0)
+    stage = it % STAGES
+    mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
     b_s = warpgroup_mma(
-        s_q, s_k.index(0).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
+        s_q, s_k.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
     )
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    mbarrier.arrive(k_empty.index(0))
+    mbarrier.arrive(k_empty.index(stage))
     # [1, KEYS], [64, 1]
     b_pos = gl.expand_dims(base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
     b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // PACK, 1)
-    m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, seen))
+    # Rows behind the context's end, which are not stored, see its last position: no row is without a key.
+    m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, hi - 1))
     b_s = gl.where(m_s, b_s, float("-inf"))
-    b_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, l_s))
-    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
-    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
-    b_p, _, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
+    b_p, b_factor, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
+    b_acc = b_acc * b_factor
+    it += 1
 
-    # 2., 3. Tiles of both consumers. Biases have a ring of their own, which starts with the first tile that has one.
-    first_bias = 1 + num_plain
-    it, b_p, b_acc, b_max, b_sum = _tiles(
-        gl.to_tensor(1), num_plain, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH,
-        False, KEYS, STAGES, DTYPE,
+    # 2., 3. Tiles of both consumers
+    it, ib, b_p, b_acc, b_max, b_sum = _tiles(
+        it, ib, num_window + num_plain, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, False,
+        KEYS, STAGES, DTYPE,
     )  # fmt: skip
-    it, b_p, b_acc, b_max, b_sum = _tiles(
-        it, num_bias, first_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, KEYS,
-        STAGES, DTYPE,
+    it, ib, b_p, b_acc, b_max, b_sum = _tiles(
+        it, ib, num_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, KEYS, STAGES,
+        DTYPE,
     )  # fmt: skip
+    if early == 1:
+        mbarrier.arrive(q_empty)
     before = (it - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
     b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_o])
     mbarrier.arrive(v_empty.index(before))
 
-    # 4. Half tiles of the own diagonals
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    for _ in range(num_diagonal):
-        stage, phase = it % STAGES, (it // STAGES) & 1
-        place = (it - first_bias) % STAGES
-        mbarrier.wait(k_full.index(stage), phase)
-        b_sh = warpgroup_mma(
-            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
-            is_async=True,
-        )  # fmt: skip
-        b_sh = warpgroup_mma_wait(0, deps=[b_sh])
-        mbarrier.arrive(k_empty.index(stage))
-        mbarrier.wait(bias_full.index(place), ((it - first_bias) // STAGES) & 1)
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
-        b_ph, b_factor, b_max, b_sum = _weigh(
-            b_sh, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
+    # 4. Diagonals
+    if early == 0:
+        it, ib, b_acc, b_max, b_sum = _diagonals(
+            it, ib, num_diagonal, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale, WHICH, D, KEYS, STAGES, DTYPE
         )
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
-        mbarrier.arrive(bias_empty.index(place))
-        mbarrier.wait(v_full.index(stage), phase)
-        b_o = warpgroup_mma(b_ph, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
-        b_acc = warpgroup_mma_wait(0, deps=[b_o])
-        mbarrier.arrive(v_empty.index(stage))
-        it += 1
+        mbarrier.arrive(q_empty)
 
     # [64], [64, D]
     l_m: gl.constexpr = gl.SliceLayout(1, l_o)
@@ -211,6 +257,27 @@ def _consumer(
     if LSE:
         b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
         gl.store(p_lse + b_row * stride_lse_row + b_head * stride_lse_head, b_lse, mask=m_row)
+    return it, ib
+
+
+@gluon.jit
+def _consumer(
+    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head, stride_lse_row,
+    stride_lse_head, num_tiles, total, WHICH: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """One of the two that compute: its rows of every piece of the program."""
+    it, ib, i_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
+        piece = _piece(i_w, batch, num_tiles, SHAPE)
+        if piece[2] < piece[4]:
+            plan = _plan(piece, index, KEYS, SHAPE)
+            it, ib = _consume(
+                it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, piece, plan, stride_out_row,
+                stride_out_head, stride_lse_row, stride_lse_head, WHICH, SHAPE[1], SHAPE[2], SHAPE[3], D, KEYS, STAGES,
+                LSE,
+            )  # fmt: skip
+            i_n += 1
 
 
 @gluon.jit
@@ -237,7 +304,7 @@ def _copy(s_to, p_from, bar):
 @gluon.jit
 def _send(it, p_k, s_k, s_v, bars, D: gl.constexpr, STAGES: gl.constexpr):
     """Keys and values of one tile of both consumers."""
-    k_full, k_empty, v_full, v_empty, _, _ = bars
+    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
     stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
     mbarrier.wait(k_empty.index(stage), phase)
     _copy(s_k.index(stage), p_k, k_full.index(stage))
@@ -248,7 +315,7 @@ def _send(it, p_k, s_k, s_v, bars, D: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def _send_bias(i_bias, m_one, m_two, s_bias, bars, LENGTH: gl.constexpr, STAGES: gl.constexpr):
     """0 for keys that a consumer sees, -inf for others."""
-    _, _, _, _, bias_full, bias_empty = bars
+    _, _, _, _, bias_full, bias_empty, _, _ = bars
     place = i_bias % STAGES
     mbarrier.wait(bias_empty.index(place), ((i_bias // STAGES) & 1) ^ 1)
     s_bias.index(2 * place).slice(0, LENGTH).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
@@ -289,33 +356,118 @@ def _diagonal_keys(
 
 
 @gluon.jit
-def _producer(
-    s_k, s_v, s_bias, bars, p_kv, p_table, p_columns, p_slots, p_granules, p_near, p_visited, base, n, i_p,
-    tile, length, start, lanes, tile2, length2, start2, lanes2, lo, hi,
-    num_window, num_plain, num_rest, num_columns, num_columns2, num_diagonal,
-    stride_block, stride_token,
-    POSITIONS: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr, COUNT: gl.constexpr,
+def _send_diagonals(
+    it, ib, count, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
+    tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    LINEAR: gl.constexpr, COUNT: gl.constexpr,
 ):  # fmt: skip
-    """Copies what the consumers need, in their order.
+    """Diagonals: the first half of a tile belongs to the first consumer, the second to the other."""
+    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
+    DTYPE: gl.constexpr = s_k.dtype
+    HALF: gl.constexpr = KEYS // 2
+    l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_h = gl.arange(0, HALF, layout=l_n)
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
+    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
+    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
+    for i_g in range(count):
+        o_f = (i_g + 1) * HALF + o_h
+        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
+        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
+        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
+        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        mbarrier.wait(k_empty.index(stage), phase)
+        load_rows(s_kh.index(2 * stage), p_k)
+        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        load_rows(s_vh.index(2 * stage), p_k + D)
+        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
+        _send_bias(ib, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
+        it += 1
+        ib += 1
+        if COUNT:
+            b_count_h += m_one_h.to(gl.int32)
+            b_count2_h += m_two_h.to(gl.int32)
+        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
+    return it, ib, b_count_h, b_count2_h
+
+
+@gluon.jit
+def _send_queries(
+    i_n, p_q, s_q, bars, piece, stride_row, stride_head,
+    GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Queries of both consumers. Where no row is stored, a row of the request or a head of the group is read again."""
+    _, _, _, _, _, _, q_full, q_empty = bars
+    i_h, _, i_p, lo, hi, first = piece
+    l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
+    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
+    b_head = (i_h * GROUP + gl.minimum(o_m % PACK, GROUP - 1)).to(gl.int64)
+    mbarrier.wait(q_empty, (i_n & 1) ^ 1)
+    for i in gl.static_range(2):
+        b_row = gl.minimum(gl.maximum(i_p + i * POSITIONS + o_m // PACK, lo), hi - 1)
+        b_offset = (first + b_row).to(gl.int64) * stride_row + b_head * stride_head
+        load_rows(s_q.index(i), gl.expand_dims(p_q + b_offset, 1) + o_d)
+    async_copy.mbarrier_arrive(q_full, increment_count=False)
+
+
+@gluon.jit
+def _produce(
+    it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_q, p_kv, p_table, p_visited, index, piece, plan,
+    stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, width,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_K: gl.constexpr,
+    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """Copies what the consumers need for piece number ``i_n`` of the program, in their order; returns the counters.
 
     A thread looks up one key of a tile; the slots then change hands so that 16 threads copy a row. What a tile needs
     from the index is asked for while the tile before it is copied: the loads depend on each other, and waiting for
     them would take longer than the consumers need for a tile.
     """
-    k_full, k_empty, v_full, v_empty, _, _ = bars
-    DTYPE: gl.constexpr = s_k.dtype
-    HALF: gl.constexpr = KEYS // 2
+    p_columns, p_slots, _, p_granules, _, p_near, _, granule_width, _, _ = index
+    i_h, i_r, i_p, lo, hi, _ = piece
+    (tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest, num_columns,
+     num_columns2, _, num_diagonal) = plan  # fmt: skip
+    i_head = (i_r * HEADS + i_h).to(gl.int64)
+    p_kv += i_h.to(gl.int64) * stride_head
+    p_table += i_r.to(gl.int64) * stride_table
+    p_columns += i_head * width
+    p_slots += i_head * width
+    p_granules += i_head * granule_width
+    p_near += i_head * granule_width
     l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_n = gl.arange(0, KEYS, layout=l_n)
+    b_count_h = gl.zeros([KEYS // 2], gl.int32, layout=l_n)
+    b_count2_h = gl.zeros([KEYS // 2], gl.int32, layout=l_n)
+    early = gl.program_id(0) % 2
+    if early == 1:
+        _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
+        it, ib, b_count_h, b_count2_h = _send_diagonals(
+            it, ib, num_diagonal, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
+            tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token, BLOCK_K, D, KEYS, STAGES,
+            BLOCK_SIZE, LINEAR, COUNT,
+        )  # fmt: skip
 
     # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
     b_pos = base + o_n
-    b_slot = _slots(p_table, gl.where((b_pos >= 0) & (b_pos < n), b_pos, i_p), BLOCK_SIZE)
-    it = gl.to_tensor(0)
+    b_slot = _slots(p_table, gl.where((b_pos >= 0) & (b_pos < hi), b_pos, i_p), BLOCK_SIZE)
     b_next = _slots(p_table, gl.maximum(base - KEYS + o_n, 0), BLOCK_SIZE)
     _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
     it += 1
+    if early == 0:
+        _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
 
     # 2. The window, downwards, and plain columns
     for i_w in range(num_window):
@@ -332,15 +484,15 @@ def _producer(
         it += 1
 
     # 3. The ragged end of the window and the other columns. Lanes without a key read an own one.
-    first_bias = it
     rest_end = base - num_window * KEYS
     for i_n in range(num_rest):
         b_pos = start + i_n * KEYS + o_n
         m_pos = b_pos < rest_end
         b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
-        _send_bias(it - first_bias, m_pos, m_pos & (b_pos >= start2), s_bias, bars, KEYS, STAGES)
+        _send_bias(ib, m_pos, m_pos & (b_pos >= start2), s_bias, bars, KEYS, STAGES)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
         it += 1
+        ib += 1
     own_slot = _slots(p_table, i_p, BLOCK_SIZE)
     b_count = gl.zeros([KEYS], gl.int32, layout=l_n)
     b_count2 = gl.zeros([KEYS], gl.int32, layout=l_n)
@@ -359,46 +511,19 @@ def _producer(
         # Below the window and in no granule of the tile
         m_one = b_one > gl.maximum(length + BLOCK_K - 2, 0)
         m_two = b_two > gl.maximum(length2 + BLOCK_K - 2, 0)
-        _send_bias(it - first_bias, m_one, m_two, s_bias, bars, KEYS, STAGES)
+        _send_bias(ib, m_one, m_two, s_bias, bars, KEYS, STAGES)
         it += 1
+        ib += 1
         if COUNT:
             b_count += m_one.to(gl.int32)
             b_count2 += m_two.to(gl.int32)
 
-    # 4. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
-    o_h = gl.arange(0, HALF, layout=l_n)
-    b_count_h = gl.zeros([HALF], gl.int32, layout=l_n)
-    b_count2_h = gl.zeros([HALF], gl.int32, layout=l_n)
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
-    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
-    for i_g in range(num_diagonal):
-        o_f = (i_g + 1) * HALF + o_h
-        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
-        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
-        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
-        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        mbarrier.wait(k_empty.index(stage), phase)
-        load_rows(s_kh.index(2 * stage), p_k)
-        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase)
-        load_rows(s_vh.index(2 * stage), p_k + D)
-        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
-        _send_bias(it - first_bias, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
-        it += 1
-        if COUNT:
-            b_count_h += m_one_h.to(gl.int32)
-            b_count2_h += m_two_h.to(gl.int32)
-        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
+    if early == 0:
+        it, ib, b_count_h, b_count2_h = _send_diagonals(
+            it, ib, num_diagonal, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
+            tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token, BLOCK_K, D, KEYS, STAGES,
+            BLOCK_SIZE, LINEAR, COUNT,
+        )  # fmt: skip
 
     if COUNT:
         # Each stored position: its window and own keys, and what was counted above.
@@ -406,7 +531,29 @@ def _producer(
         visited2 = gl.sum(b_count2, 0) + gl.sum(b_count2_h, 0) + num_plain * KEYS
         total = _pairs(lo, hi, i_p, start, visited, POSITIONS)
         total += _pairs(lo, hi, i_p + POSITIONS, start2, visited2, POSITIONS)
-        gl.atomic_add(p_visited, total)
+        gl.atomic_add(p_visited + i_r, total)
+    return it, ib
+
+
+@gluon.jit
+def _producer(
+    s_q, s_k, s_v, s_bias, bars, batch, index, p_q, p_kv, p_table, p_visited, stride_q_row, stride_q_head,
+    stride_block, stride_head, stride_token, stride_table, width, num_tiles, total,
+    SHAPE: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    LINEAR: gl.constexpr, COUNT: gl.constexpr,
+):  # fmt: skip
+    """The warp group that copies, for every piece of the program."""
+    it, ib, i_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
+        piece = _piece(i_w, batch, num_tiles, SHAPE)
+        if piece[2] < piece[4]:
+            plan = _plan(piece, index, KEYS, SHAPE)
+            it, ib = _produce(
+                it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_q, p_kv, p_table, p_visited, index, piece, plan,
+                stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, width,
+                SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], SHAPE[5], D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
+            )  # fmt: skip
+            i_n += 1
 
 
 @gluon.jit
@@ -418,20 +565,6 @@ def _pairs(lo, hi, i_p, start, visited, POSITIONS: gl.constexpr):
 
 
 @gluon.jit
-def _load_q(
-    p_q, i_p, lo, hi, first, i_h, stride_row, stride_head, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
-    """Queries ``[64, D]`` of positions from ``i_p`` up, zero where no row is stored."""
-    l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
-    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
-    b_row = i_p + o_m // PACK
-    m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
-    b_offset = (first + b_row).to(gl.int64) * stride_row + (i_h * GROUP + o_m % PACK).to(gl.int64) * stride_head
-    return gl.load(p_q + gl.expand_dims(b_offset, 1) + o_d, mask=gl.expand_dims(m_row, 1), other=0.0)
-
-
-@gluon.jit
 def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
     """Start and length of the pattern's tile around position ``i_p``, and where its window starts."""
     tile = i_p // BLOCK_Q * BLOCK_Q
@@ -440,9 +573,60 @@ def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
     return tile, length, start
 
 
+@gluon.jit
+def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
+    """Number ``i_w`` of all pieces: KV head, request, first position, range of positions that have rows, and the row
+    of position 0. A piece whose first position lies behind the context is empty."""
+    HEADS: gl.constexpr = SHAPE[0]
+    POSITIONS: gl.constexpr = SHAPE[3]
+    p_row_start, p_row_end, p_context = batch
+    i_h = i_w // num_tiles % HEADS
+    i_r = i_w // num_tiles // HEADS
+    row_end, hi = gl.load(p_row_end + i_r), gl.load(p_context + i_r)
+    lo = hi - (row_end - gl.load(p_row_start + i_r))
+    # The latest tiles take longest where the context is short, so they come first.
+    i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - i_w % num_tiles) * (2 * POSITIONS)
+    return i_h, i_r, i_p, lo, hi, row_end - hi
+
+
+@gluon.jit
+def _plan(piece, index, KEYS: gl.constexpr, SHAPE: gl.constexpr):
+    """Where the tiles of a piece start, and how many keys of which kind they have."""
+    i_h, i_r, i_p, _, hi, _ = piece
+    _, _, p_rank, _, p_granule_rank, _, rank_width, _, granule_rank_width, window = index
+    HEADS: gl.constexpr = SHAPE[0]
+    POSITIONS: gl.constexpr = SHAPE[3]
+    BLOCK_Q: gl.constexpr = SHAPE[4]
+    BLOCK_K: gl.constexpr = SHAPE[5]
+    RANK: gl.constexpr = SHAPE[6]
+    i_head = (i_r * HEADS + i_h).to(gl.int64)
+    p_rank += i_head * rank_width
+    p_granule_rank += i_head * granule_rank_width
+    tile, length, start = _tile_of(i_p, hi, window, BLOCK_Q, BLOCK_K)
+    # A second tile behind the end of the context sees the last position only and is not stored.
+    tile2, length2, start2 = _tile_of(i_p + POSITIONS, hi, window, BLOCK_Q, BLOCK_K)
+    two = tile2 < hi
+    base = i_p + 2 * POSITIONS - KEYS
+    num_window = gl.maximum(base - start2, 0) // KEYS
+    num_rest = gl.maximum(base - num_window * KEYS - start + KEYS - 1, 0) // KEYS
+    # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
+    lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
+    lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
+    num_plain = gl.where(lanes2 == 0, gl.load(p_rank + start // RANK) // KEYS, 0)
+    lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
+    num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
+    num_columns = gl.load(p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
+    num_columns2 = gl.where(two, num_columns, 0)
+    num_bias = num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS
+    return (
+        tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest,
+        num_columns, num_columns2, num_bias, num_diagonal,
+    )  # fmt: skip
+
+
 @gluon.jit(
     do_not_specialize=[
-        "num_tiles", "window", "width", "rank_width", "granule_width", "granule_rank_width", "stride_table"
+        "num_tiles", "total", "window", "width", "rank_width", "granule_width", "granule_rank_width", "stride_table"
     ]
 )  # fmt: skip
 def _attend_kernel(
@@ -450,109 +634,78 @@ def _attend_kernel(
     p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
     stride_block, stride_head, stride_token, stride_table,
-    width, rank_width, granule_width, granule_rank_width, num_tiles, window,
+    width, rank_width, granule_width, granule_rank_width, num_tiles, total, window,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     LINEAR: gl.constexpr, RANK: gl.constexpr, LSE: gl.constexpr, COUNT: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
-    """``2 * POSITIONS`` positions of one KV head of one request. ``PACK`` is ``GROUP`` as a power of two."""
-    i_h, i_r = gl.program_id(1), gl.program_id(2)
-    row_start, row_end = gl.load(p_row_start + i_r), gl.load(p_row_end + i_r)
-    hi = gl.load(p_context + i_r)  # rows of positions [lo, hi) are stored; hi is the context, too
-    lo = hi - (row_end - row_start)
-    # The latest tiles take longest where the context is short, so they come first.
-    i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - gl.program_id(0)) * (2 * POSITIONS)
-    if i_p < hi:
-        i_head = (i_r * HEADS + i_h).to(gl.int64)
-        p_kv = p_cache + i_h.to(gl.int64) * stride_head
-        p_table += i_r.to(gl.int64) * stride_table
-        p_columns += i_head * width
-        p_slots += i_head * width
-        p_rank += i_head * rank_width
-        p_granules += i_head * granule_width
-        p_near += i_head * granule_width
-        p_granule_rank += i_head * granule_rank_width
-        if COUNT:
-            p_visited += i_r
-        first = row_end - hi
-
-        # The loads of the queries come first: they do not wait for the index.
-        b_q = _load_q(p_q, i_p, lo, hi, first, i_h, stride_q_row, stride_q_head, GROUP, PACK, D)
-        b_q2 = _load_q(p_q, i_p + POSITIONS, lo, hi, first, i_h, stride_q_row, stride_q_head, GROUP, PACK, D)
-        tile, length, start = _tile_of(i_p, hi, window, BLOCK_Q, BLOCK_K)
-        # A second tile behind the end of the context sees the last position only and is not stored.
-        tile2, length2, start2 = _tile_of(i_p + POSITIONS, hi, window, BLOCK_Q, BLOCK_K)
-        two = tile2 < hi
-        base = i_p + 2 * POSITIONS - KEYS
-        num_window = gl.maximum(base - start2, 0) // KEYS
-        num_rest = gl.maximum(base - num_window * KEYS - start + KEYS - 1, 0) // KEYS
-        # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
-        lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
-        lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
-        num_plain = gl.where(lanes2 == 0, gl.load(p_rank + start // RANK) // KEYS, 0)
-        lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
-        num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
-        num_columns = gl.load(p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
-        num_columns2 = gl.where(two, num_columns, 0)
-        num_bias = num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS
-
-        DTYPE: gl.constexpr = p_q.dtype.element_ty
-        l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
-        l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
-        s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
-        s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-        s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-        s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        bias_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        bias_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(k_full.index(i), count=128)
-            mbarrier.init(v_full.index(i), count=128)
-            mbarrier.init(k_empty.index(i), count=2)
-            mbarrier.init(v_empty.index(i), count=2)
-            mbarrier.init(bias_full.index(i), count=1)
-            mbarrier.init(bias_empty.index(i), count=2)
-        bars = (k_full, k_empty, v_full, v_empty, bias_full, bias_empty)
-
-        s_q.index(0).store(b_q)
-        s_q.index(1).store(b_q2)
-        fence_async_shared()
-
-        gl.warp_specialize(
-            [
+    """Every so many of all pieces of ``2 * POSITIONS`` positions. ``PACK`` is ``GROUP`` as a power of two."""
+    SHAPE: gl.constexpr = (HEADS, GROUP, PACK, POSITIONS, BLOCK_Q, BLOCK_K, RANK)
+    batch = (p_row_start, p_row_end, p_context)
+    index = (
+        p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, rank_width, granule_width, granule_rank_width,
+        window,
+    )  # fmt: skip
+    DTYPE: gl.constexpr = p_q.dtype.element_ty
+    l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
+    l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
+    s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
+    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+    s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bias_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bias_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(bias_full.index(i), count=1)
+        mbarrier.init(bias_empty.index(i), count=2)
+    mbarrier.init(q_full, count=128)
+    mbarrier.init(q_empty, count=2)
+    fence_async_shared()
+    bars = (k_full, k_empty, v_full, v_empty, bias_full, bias_empty, q_full, q_empty)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
                 (
-                    _consumer,
-                    (
-                        s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p, start, hi - 1, lo, hi,
-                        num_window + num_plain, num_bias, num_diagonal, i_h, first, stride_out_row, stride_out_head,
-                        stride_lse_row, stride_lse_head, 0, GROUP, PACK, D, KEYS, STAGES, LSE,
-                    ),
+                    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head,
+                    stride_lse_row, stride_lse_head, num_tiles, total, 0, SHAPE, D, KEYS, STAGES, LSE,
                 ),
+            ),
+            (
+                _consumer,
                 (
-                    _consumer,
-                    (
-                        s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, base, i_p + POSITIONS, start2, hi - 1, lo, hi,
-                        num_window + num_plain, num_bias, num_diagonal, i_h, first, stride_out_row, stride_out_head,
-                        stride_lse_row, stride_lse_head, 1, GROUP, PACK, D, KEYS, STAGES, LSE,
-                    ),
+                    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head,
+                    stride_lse_row, stride_lse_head, num_tiles, total, 1, SHAPE, D, KEYS, STAGES, LSE,
                 ),
+            ),
+            (
+                _producer,
                 (
-                    _producer,
-                    (
-                        s_k, s_v, s_bias, bars, p_kv, p_table, p_columns, p_slots, p_granules, p_near, p_visited,
-                        base, hi, i_p, tile, length, start, lanes, tile2, length2, start2, lanes2, lo, hi,
-                        num_window, num_plain, num_rest, num_columns, num_columns2, num_diagonal,
-                        stride_block, stride_token, POSITIONS, BLOCK_K, D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
-                    ),
+                    s_q, s_k, s_v, s_bias, bars, batch, index, p_q, p_cache, p_table, p_visited, stride_q_row,
+                    stride_q_head, stride_block, stride_head, stride_token, stride_table, width, num_tiles, total,
+                    SHAPE, D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
                 ),
-            ],
-            [4, 4],
-            [REGS[0], REGS[1]],
-        )  # fmt: skip
+            ),
+        ],
+        [4, 4],
+        [REGS[0], REGS[1]],
+    )  # fmt: skip
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a device; 1 where it is only compiled for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def supports(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> bool:
@@ -565,6 +718,13 @@ def supports(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> bo
     )
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows of 16-bit values can be copied 16 bytes at a time."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1]) for tensor in tensors
+    )
+
+
 def launch(
     q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor, lse: Tensor | None,
     visited: Tensor | None, *, regs: tuple[int, int] = REGISTERS,
@@ -572,7 +732,7 @@ def launch(
     """Runs the kernel on arguments that ``triton.attend`` has checked; there are no dense last rows.
 
     Args:
-        q: as for ``attend``, like the following.
+        q: as for ``attend``, like the following; ``q`` and ``kv.cache`` are ``aligned``.
         kv: of the dtype of ``q``.
         index: as for ``attend``.
         batch: as for ``attend``.
@@ -588,16 +748,17 @@ def launch(
     pack = triton.next_power_of_2(group)
     positions = ROWS // pack
     num_tiles = triton.cdiv(batch.max_rows - 1, 2 * positions) + 1
+    total = num_tiles * num_kv_heads * batch.num_requests
     strides = kv.cache.stride()
     launch_kernel(
-        _attend_kernel, (num_tiles, num_kv_heads, batch.num_requests),
+        _attend_kernel, (min(total, _multiprocessors(q.device)),),
         (
             q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.context_len,
             index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near,
             scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),
             index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
-            num_tiles, max(pattern.window, 1),
+            num_tiles, total, max(pattern.window, 1),
         ),
         HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, BLOCK_Q=pattern.block_q,
         BLOCK_K=pattern.block_k, D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,

@@ -485,7 +485,7 @@ def _run_hopper(
     global _hopper
     if capability(q.device) != 90 or kv.cache.dtype != q.dtype or _hopper is None:
         return False
-    if not _hopper.supports(group, index.pattern.block_q, kv.head_size, q.dtype):
+    if not _hopper.supports(group, index.pattern.block_q, kv.head_size, q.dtype) or not _hopper.aligned(q, kv.cache):
         return False
     try:
         _hopper.launch(q, kv, index, batch, scale, out, lse, visited)

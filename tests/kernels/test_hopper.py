@@ -83,3 +83,13 @@ def test_equals_the_reference(seed: int) -> None:
         found, wanted = out[start:end].float(), expected[start:end].float()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-2
         assert bool(lse[start:end].isfinite().all())
+
+
+@pytest.mark.skipif(not USABLE, reason=REASON)
+def test_rows_that_cannot_be_copied_16_bytes_at_a_time_are_told_apart() -> None:
+    from vllm_vsprefill.kernels.attend.hopper import aligned
+
+    wide = torch.zeros(4, 3, 64, dtype=torch.bfloat16)
+    assert aligned(wide, wide[1:], wide[:, 1:], wide[..., 8:])
+    assert not aligned(wide[..., 4:])
+    assert not aligned(wide, torch.zeros(4, 3, 68, dtype=torch.bfloat16)[..., :64])
