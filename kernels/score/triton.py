@@ -10,6 +10,7 @@ activations never leave the registers and are never rounded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -174,6 +175,18 @@ def _check(kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor) -> None:
     check_device("cache", kv.cache)
 
 
+def table_settings(kv: PagedKV, weights: IndexerLayerWeights) -> Settings:
+    """The table's settings for a cache and weights.
+
+    With one or two tiles of hidden units the compiler unrolls the loop over them and pipelines the loop over tokens
+    instead, keys and values included, for which the shared memory has no room.
+    """
+    config = settings("score", kv.head_size, kv.cache.device, weights.w1.element_size())
+    if weights.w1.shape[2] <= 2 * config.block_n:
+        config = replace(config, block_m=min(config.block_m, 64), num_stages=1)
+    return config
+
+
 def _launch(
     kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor, slots: Tensor, most: int, count: Tensor | None,
     config: Settings,
@@ -231,7 +244,7 @@ def score_slots(
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    config = config or settings("score", kv.head_size, kv.cache.device, weights.w1.element_size())
+    config = config or table_settings(kv, weights)
     _launch(kv, weights, logits, slot_mapping, num_tokens, None, config)
 
 
@@ -274,7 +287,7 @@ def score_missing(
         )
     if batch.num_requests == 0 or batch.max_context == 0:
         return
-    config = config or settings("score", kv.head_size, device, weights.w1.element_size())
+    config = config or table_settings(kv, weights)
     missing.held.zero_()
     launch(
         _missing_kernel, (triton.cdiv(batch.max_context, BLOCK), batch.num_requests),
