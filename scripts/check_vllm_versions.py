@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Runs the plugin on other releases of vLLM's CPU build than the one in the environment.
+"""Runs the plugin on other releases of vLLM than the one in the environment.
 
-Each release is installed, without its dependencies, into a folder that comes before the environment's packages. A tiny
-random model then generates with the stock backend, with VSPREFILL and everything selected (the tokens must be equal)
-and with VSPREFILL proper (every layer must run sparse), over chunks and prefix-cache hits.
+Each release's CPU build is installed, without its dependencies, into a folder that comes before the environment's
+packages. A tiny random model then generates with the stock backend, with VSPREFILL and everything selected (the tokens
+must be equal) and with VSPREFILL proper (every layer must run sparse), over chunks and prefix-cache hits.
 
     .venv/bin/python scripts/check_vllm_versions.py 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
+
+A release without a CPU build, or one whose CPU build wants another PyTorch, cannot generate here. After
+``--python-only`` the Python files of its CUDA wheel (some 300 MB to download) are put before the environment's
+packages instead, without compiled code, and the tests of registration and of the CUDA backend run on them: vLLM's own
+configuration, metadata classes and layers, with Triton's interpreter for this project's kernels and a few lines of
+PyTorch for vLLM's.
+
+    .venv/bin/python scripts/check_vllm_versions.py --python-only 0.33.0
 """
 
 from __future__ import annotations
@@ -17,11 +25,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"tau_columns": 1.0, "tau_distances": 1.0, "min_context": 512, "max_density": 1.0}
+PYTHON_ONLY = ("tests/test_registration.py", "tests/backends/test_cuda.py", "tests/backends/test_cuda_layer.py")
 SPARSE = {**EVERYTHING, "tau_columns": 0.3, "tau_distances": 0.01, "min_distances": 0, "max_distances": 2, "window": 64}
 
 
@@ -68,11 +78,50 @@ def check(folder: Path) -> None:
     print("RESULT", json.dumps({"vllm": vllm.__version__, "equal": stock == same, "sparse": sparse}))
 
 
+def unpack(version: str, scratch: Path) -> Path:
+    """Folder with the Python files of a release's CUDA wheel, which vLLM takes for its CPU build."""
+    wheel = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(scratch)]
+    wheel += ["--implementation", "cp", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
+    wheel += ["--platform", "manylinux_2_31_x86_64", "--platform", "manylinux_2_35_x86_64"]
+    subprocess.run([*wheel, f"vllm=={version}"], check=True)
+    (archive,) = scratch.glob("vllm-*.whl")
+    site = scratch / "site"
+    with zipfile.ZipFile(archive) as contents:
+        names = contents.namelist()
+        contents.extractall(site, [name for name in names if name.endswith((".py", ".json")) or ".dist-info/" in name])
+    archive.unlink()
+    (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+    metadata.write_text(metadata.read_text().replace(f"Version: {version}\n", f"Version: {version}+cpu\n", 1))
+    return site
+
+
+def run_tests(version: str, site: Path) -> bool:
+    """Whether the tests that need no compiled code of vLLM pass; prints a line, and the report of a failure."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT))), "TRITON_INTERPRET": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", "import vllm; print(vllm.__file__)"], env=environ, capture_output=True, text=True
+    ).stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PYTHON_ONLY]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    good = done.returncode == 0 and found.startswith(str(site))
+    summary = done.stdout.strip().splitlines()[-1:] or [""]
+    print(f"{version}, Python only: {'works' if good else 'FAILS'} ({summary[0]})", flush=True)
+    if not good:
+        print(done.stdout[-5000:] + done.stderr[-3000:])
+    return good
+
+
 def main() -> int:
     """Install and check each release named on the command line; 0 if all work."""
     if sys.argv[1:2] == ["--check"]:
         check(Path(sys.argv[2]))
         return 0
+    if sys.argv[1:2] == ["--python-only"]:
+        works = []
+        for version in sys.argv[2:]:
+            with tempfile.TemporaryDirectory() as scratch:
+                works.append(run_tests(version, unpack(version, Path(scratch))))
+        return 0 if all(works) else 1
     failures = 0
     for version in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as scratch:

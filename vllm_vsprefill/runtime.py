@@ -199,7 +199,7 @@ class Runtime:
         if _compat.draft_mixes_caches(vllm_config):
             logger.info("VSPREFILL: the draft model may mix KV cache kinds; index logits are computed for every chunk.")
             return False
-        kinds = set(_cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
+        kinds = set(cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
         if kinds - {"full"}:
             logger.info(
                 "VSPREFILL: the model mixes KV cache kinds (%s); index logits are computed for every chunk.",
@@ -228,7 +228,8 @@ def _interval(thresholds: Iterable[Threshold]) -> str:
     return f"{min(values):g}..{max(values):g}"
 
 
-def _cache_kinds(layers: Iterable[Any]) -> Iterable[str]:
+def cache_kinds(layers: Iterable[Any]) -> Iterable[str]:
+    """Kind of KV cache of each attention layer; vLLM manages each kind in groups of its own."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -243,6 +244,8 @@ def _cache_kinds(layers: Iterable[Any]) -> Iterable[str]:
             yield "sliding window"
         elif getattr(layer.attn_type, "value", layer.attn_type) != "decoder":
             yield str(layer.attn_type)
+        elif type(layer) is not Attention:
+            yield type(layer).__name__  # chunked local attention, static sinks: caches of their own kind
         else:
             yield "full"
 

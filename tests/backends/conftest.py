@@ -53,12 +53,12 @@ def plugin_log() -> Iterator[list[str]]:
     """What the plugin logs; vLLM's loggers do not propagate to pytest's."""
     messages: list[str] = []
 
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
+    # Not a handler: vLLM configures logging anew with a process's first engine, which takes handlers away.
+    def keep(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
+        return True
 
-    handler = Keep()
     logger = logging.getLogger("vllm.vsprefill")
-    logger.addHandler(handler)
+    logger.addFilter(keep)
     yield messages
-    logger.removeHandler(handler)
+    logger.removeFilter(keep)

@@ -92,7 +92,7 @@ def write_cache(
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make layers of this process use the CUDA backend."""
-    from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.attention.backends import cpu_attn, flash_attn
 
     from vllm_vsprefill import backends
     from vllm_vsprefill.backends.cuda import VSPrefillFlashBackend
@@ -101,6 +101,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         return
     monkeypatch.setattr(backends, "VSPrefillBackend", VSPrefillFlashBackend, raising=False)
+    # vLLM 0.33 asks CPU attention, which this stands in for, about the type of the cache.
+    anything = classmethod(lambda cls, kv_cache_dtype: True)
+    monkeypatch.setattr(cpu_attn.CPUAttentionBackend, "supports_kv_cache_dtype", anything)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
     monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", write_cache, raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 2)

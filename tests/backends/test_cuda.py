@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_vsprefill import _compat
-from vllm_vsprefill.backends import cuda_limits
+from vllm_vsprefill.backends import cuda, cuda_limits
 from vllm_vsprefill.backends.cuda import (
     VSPrefillFlashBackend,
     VSPrefillFlashImpl,
@@ -51,12 +54,29 @@ def test_classes_are_the_stock_ones_with_our_name() -> None:
         assert not VSPrefillFlashBackend.supports_attn_type(attn_type)
     assert not VSPrefillFlashBackend.supports_mm_prefix()
     assert not VSPrefillFlashBackend.supports_batch_invariance()
-    assert not VSPrefillFlashBackend.supports_kv_cache_update_bypass()
+    assert VSPrefillFlashBackend.supports_kv_cache_update_bypass is False  # an attribute in vLLM, not a method
     assert not VSPrefillFlashBackend.is_sparse()  # vLLM means models with sparse attention of their own
     # Inheriting the wrong value would leave the cache unwritten.
     assert VSPrefillFlashBackend.forward_includes_kv_cache_update is False
     assert not VSPrefillFlashImpl.supports_dcp
     assert not VSPrefillFlashImpl.supports_pcp
+
+
+def test_trimming_drafts_on_the_device_is_refused() -> None:
+    """Adaptive verification (vLLM 0.29 and later) moves the rows of requests behind the host's back."""
+    assert not VSPrefillFlashBackend.supports_device_cpu_query_lens_mismatch()
+    if "use_adaptive_verification" not in AttentionSelectorConfig._fields:
+        pytest.skip("this vLLM does not know it")
+
+    def reasons(wanted: bool) -> list[str]:
+        selector = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16, use_adaptive_verification=wanted)
+        return VSPrefillFlashBackend.validate_configuration(
+            device_capability=DeviceCapability(9, 0), **selector._asdict()
+        )
+
+    assert reasons(False) == []
+    (reason,) = reasons(True)
+    assert "adaptive verification" in reason
 
 
 @pytest.mark.parametrize("stock", list(AttentionCGSupport))
@@ -114,6 +134,17 @@ def test_all_problems_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert part in text
 
 
+def test_ubatches_are_refused_like_dual_batch_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM splits steps for ``--ubatch-size``, too, without ``--enable-dbo``."""
+    from vllm.config import ParallelConfig
+
+    monkeypatch.setattr(cuda_limits, "_capability", lambda: (9, 0))
+    bad, options = config(), VSPrefillConfig.from_sources().resolved(cuda_tuning((9, 0)))
+    bad.parallel_config = ParallelConfig(ubatch_size=2)
+    (problem,) = cuda_limits.problems(bad, options)
+    assert "--ubatch-size" in problem
+
+
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [((257, 8, 8), "head size 257 is above 256"), ((100, 8, 8), "multiple of 8"), ((128, 130, 2), "more than 64")],
@@ -156,6 +187,20 @@ def test_all_buffers_are_counted() -> None:
         assert buffers.guarded(layer).data_ptr() % 16 == 0
 
 
+def test_slots_that_kinds_of_caches_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rarest kind decides how large groups are, and so how many slots fit into memory."""
+    monkeypatch.setattr(cuda, "cache_kinds", lambda layers: layers)
+
+    def least(**kinds: int) -> int:
+        layers = dict(enumerate(kind for kind, count in kinds.items() for _ in range(count)))
+        found = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+        return cuda.least_layers_of_a_slot(found, kinds["full"])
+
+    assert least(full=36) == 36
+    assert least(full=10, window=52) == 10
+    assert least(full=30, window=10) == 10
+
+
 def test_upload_keeps_lists_apart_and_aligned() -> None:
     upload = _Upload()
     lists = [[1], [2, 3, 4], [], [5, 6, 7, 8], [9]]
@@ -167,7 +212,7 @@ def test_upload_keeps_lists_apart_and_aligned() -> None:
 
 def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two prompts, copied while later steps go on: each step's numbers are those of its own time."""
-    monkeypatch.setattr(CountsReader, "_run", lambda self: None)
+    monkeypatch.setattr(CountsReader, "_run", lambda self, device: None)
     recorder = Recorder()
     recorder.record(0, LayerCounts(5, 5, 0, 1))
     reader = CountsReader(recorder, [1, 3])
@@ -198,6 +243,19 @@ def test_counts_appear_without_asking() -> None:
     while recorder._totals.get(0) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert recorder._totals[0] == LayerCounts(1, 10, 1, 0)
+
+
+def test_counts_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on the first GPU; waiting there for another one's event would take memory of the first."""
+    seen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
+    reader = CountsReader(Recorder(), [0])
+    drained = threading.Event()
+    monkeypatch.setattr(reader, "drain", lambda first: drained.set())
+    reader._queue.put(None)  # type: ignore[arg-type]
+    threading.Thread(target=reader._run, args=(torch.device("cuda", 1),), name="counts", daemon=True).start()
+    assert drained.wait(10)
+    assert seen == [("counts", torch.device("cuda", 1))]
 
 
 def test_prompts_are_told_apart() -> None:

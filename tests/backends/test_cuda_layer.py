@@ -223,6 +223,25 @@ def test_prefix_hit_and_reused_blocks(make_layer: Any) -> None:
     assert check(layer, [(third, 250)]) == (1, 0)
 
 
+def test_reloaded_weights_leave_the_indexer(make_layer: Any) -> None:
+    """``reload_weights`` takes every tensor that was not there before loading away, and puts it back at the end."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    layer = make_layer()
+    request = layer.request(400)
+    check(layer, [(request, 200)])
+    model = torch.nn.ModuleDict({"attention": layer.layer})
+    own = {name: layer.layer._buffers.pop(name) for name in list(layer.layer._buffers) if name.startswith("vsprefill")}
+    assert len(own) == 5
+    layerwise.record_metadata_for_reloading(model)
+    layer.layer._buffers.update(own)
+    layerwise.initialize_layerwise_reload(model)
+    assert not hasattr(layer.layer, "vsprefill_tau")
+    layerwise.finalize_layerwise_reload(model, layer.config.model_config)
+    assert all(getattr(layer.layer, name) is tensor for name, tensor in own.items())
+    assert check(layer, [(request, 200)]) == (1, 0)
+
+
 def test_preempted_and_resumed(make_layer: Any) -> None:
     """A resumed request computes its generated tokens again as if they were prompt."""
     layer = make_layer()
@@ -243,6 +262,18 @@ def test_speculative_verification_is_dense(make_layer: Any, rejected: int) -> No
         check(layer, [(request, request.prompt)])
     assert check(layer, [(running[0], 5), (running[1], 5), (layer.request(220), 220)], None, rejected) == (1, 2)
     assert check(layer, [(running[0], 80), (running[1], 5)], None, rejected) == (0, 2)
+
+
+def test_verification_alone_is_not_planned(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of drafts only costs the host no look at each request."""
+    from vllm_vsprefill.backends import cuda
+
+    layer = make_layer()
+    request = layer.request(150, 20)
+    check(layer, [(request, 150)])
+    monkeypatch.delattr(cuda, "plan_step")
+    assert check(layer, [(request, 5)]) == (0, 1)
+    assert layer.metadata.vsprefill is None
 
 
 def test_only_decodes_have_no_plan(make_layer: Any) -> None:
@@ -386,6 +417,7 @@ def test_shapes(make_layer: Any, head_size: int, num_heads: int) -> None:
 REASONS = [
     ({"per_layer_sliding_window": 64}, "it has a sliding window"),
     ({"logits_soft_cap": 30.0}, "it caps its logits"),
+    ({"head_size_v": 32}, "its keys have 64 channels, its values 32"),
 ]
 
 
@@ -394,6 +426,30 @@ def test_stock_layers_say_why(make_layer: Any, plugin_log: list[str], attention:
     layer = make_layer(**attention)
     assert layer.impl._state is None
     assert any(reason in message for message in plugin_log)
+
+
+def test_layers_behind_another_builder_are_stock(
+    make_layer: Any, plugin_log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunked local attention hands the builder made-up requests, one for each stretch of a context; its cache is of
+    another kind, with which no logits can lie in one group."""
+    from functools import partial
+
+    from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+
+    from tests.backends import simulator
+    from vllm_vsprefill.runtime import cache_kinds
+
+    monkeypatch.setattr(simulator, "Attention", partial(ChunkedLocalAttention, attention_chunk_size=256))
+    layer = make_layer()
+    assert layer.impl._state is None
+    assert layer.side is None
+    assert list(cache_kinds([layer.layer])) == ["ChunkedLocalAttention"]
+    assert any("ChunkedLocalAttentionBuilder" in message for message in plugin_log)
+    request = layer.request(256)  # longer ones attend to parts of themselves
+    (output,) = layer.step([(request, 256)])
+    expected = dense(layer, request, 256)
+    assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[str(layer.dtype).removeprefix("torch.")]
 
 
 def test_all_reasons_at_once(make_layer: Any, plugin_log: list[str]) -> None:

@@ -12,6 +12,7 @@ FlashAttention 3 made for the whole batch.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from vllm_vsprefill.kernels.select.triton import select, select_gathered
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 from vllm_vsprefill.plan import RequestRows, StepPlan, plan_step
 from vllm_vsprefill.registration import BACKEND_NAME
-from vllm_vsprefill.runtime import LayerState, Runtime
+from vllm_vsprefill.runtime import LayerState, Runtime, cache_kinds
 from vllm_vsprefill.stats import LayerCounts
 
 logger = init_logger("vllm.vsprefill")
@@ -138,6 +139,9 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
             logger.warning_once("VSPREFILL: this vLLM does not tell the host how long contexts are; all is dense.")
             return None
         flags = _compat.prefill_flags(common)
+        if not any(flags):  # drafts are verified
+            runtime.note_step(_NOTHING)
+            return None
         starts = common.query_start_loc_cpu.tolist()
         plan = plan_step(starts, lengths, flags, runtime.gate)
         runtime.note_step(plan)
@@ -308,7 +312,8 @@ def device_buffers(runtime: Runtime, vllm_config: Any, device: torch.device) -> 
             device=device,
         )
         if any(layer.weights is not None and layer.logits is None for layer in layers) and device.type == "cuda":
-            slots = _most_slots(vllm_config, device, len(layers) * num_kv_heads * 2 * head_size)
+            share = least_layers_of_a_slot(vllm_config, len(layers))
+            slots = _most_slots(vllm_config, device, share * num_kv_heads * 2 * head_size)
             buffers.scratch = torch.empty(slots, 2 * num_kv_heads, dtype=torch.float32, device=device)
         runtime.device = buffers
         runtime.counts_reader = CountsReader(runtime.recorder, [layer.index for layer in layers])
@@ -319,6 +324,15 @@ def device_buffers(runtime: Runtime, vllm_config: Any, device: torch.device) -> 
         )
     found: DeviceBuffers = runtime.device
     return found
+
+
+def least_layers_of_a_slot(vllm_config: Any, sparse: int) -> int:
+    """How many layers at least share a slot number, of ``sparse`` ones: the more, the fewer slots fit into memory.
+
+    Caches of several kinds share one pool of blocks, in groups of as many layers as the rarest kind has.
+    """
+    kinds = Counter(cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
+    return min(sparse, *kinds.values()) if kinds else sparse
 
 
 def _most_slots(vllm_config: Any, device: torch.device, values_per_token: int) -> int:

@@ -178,7 +178,9 @@ class CountsReader:
             event.record()
         self._queue.put(_Item(event, copy, self._recorder.snapshot(), self._recorder.prompt))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="vsprefill-counts", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(counts.device,), name="vsprefill-counts", daemon=True
+            )
             self._thread.start()
 
     def drain(self, first: _Item | None = None) -> bool:
@@ -203,7 +205,10 @@ class CountsReader:
             totals[layer] = totals.get(layer, LayerCounts()) + found
         return totals
 
-    def _run(self) -> None:
+    def _run(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            # A new thread is on the first GPU, where waiting for another one's event makes a context: half a GiB.
+            torch.cuda.set_device(device)
         while True:
             self.drain(self._queue.get())
             time.sleep(PUBLISH_INTERVAL)

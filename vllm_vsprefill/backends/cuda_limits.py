@@ -58,6 +58,8 @@ def problems(vllm_config: Any, options: VSPrefillConfig) -> list[str]:
         found.append("prefill context parallelism splits the prompt; remove --prefill-context-parallel-size.")
     if getattr(parallel, "enable_dbo", False):
         found.append("dual-batch overlap runs two half steps at once, which share buffers here; remove --enable-dbo.")
+    elif getattr(parallel, "use_ubatching", False):
+        found.append("parts of a step would run at once, but share buffers here; remove --ubatch-size.")
     model = getattr(vllm_config, "model_config", None)
     if getattr(model, "use_mla", False):
         found.append("the model uses MLA, which has no keys and values per head; use the stock backend.")

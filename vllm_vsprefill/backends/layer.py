@@ -28,6 +28,10 @@ class DenseRun:
 class DecoderBackendMixin:
     """Comes before the stock backend class: what VSPREFILL does not take over from it."""
 
+    # Every write to the cache must pass by do_kv_cache_update, which marks the slots. An attribute, as in vLLM: a
+    # method of that name would read as true.
+    supports_kv_cache_update_bypass: bool = False
+
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return bool(attn_type == AttentionType.DECODER)
@@ -41,8 +45,8 @@ class DecoderBackendMixin:
         return False
 
     @classmethod
-    def supports_kv_cache_update_bypass(cls) -> bool:
-        return False  # every write to the cache must pass by do_kv_cache_update, which marks the slots
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # runs of rows are cut where the host believes requests to begin
 
 
 class SparseLayerMixin:
@@ -102,6 +106,12 @@ class SparseLayerMixin:
         self._runtime = runtime = Runtime.of(self._vllm_config)
         runtime.known_layers.add(name)
         reasons = self.unsupported_reasons()
+        if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+            reasons.append(f"its keys have {layer.head_size} channels, its values {layer.head_size_v}")
+        builder = layer.get_attn_backend().get_builder_cls()
+        if builder is not self._backend.get_builder_cls():
+            # Chunked local attention, static sinks: requests cut up, or longer than the host knows.
+            reasons.append(f"vLLM puts {builder.__name__} before the backend, which changes its requests")
         index = _compat.layer_index(name)
         if index is None:
             reasons.append("its name carries no layer index")
