@@ -246,11 +246,14 @@ def _train(
     import torch
 
     from vllm_vsprefill.distil import estimate
-    from vllm_vsprefill.distil.model import check, load, read_config
+    from vllm_vsprefill.distil.model import check, load, positions, read_config
     from vllm_vsprefill.distil.trainer import Trainer
 
     config = read_config(model)
     _, layers = check(config)
+    longest = positions(config)
+    if longest is not None and options.max_length > longest:
+        raise DistilError(f"--max-length {options.max_length}: the model has {longest} positions")
     if dry_run:
         where = _device(options.device)
         own = dtype if dtype != "auto" else str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
@@ -267,9 +270,6 @@ def _train(
             typer.echo(line)
 
     log(layers.describe())
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(longest, int) and options.max_length > longest:
-        raise DistilError(f"--max-length {options.max_length}: the model has {longest} positions")
     text = config.get_text_config(decoder=True)
     train_source, held_out, most = _sources(
         options, **data_settings, vocabulary=text.vocab_size, processes=accelerator.num_processes, log=log
@@ -333,7 +333,7 @@ def calibrate(
             model, checkpoint, data, recall, density, preset, per_head, metric, length, sequences,
             _numbers(chunk_lengths, "--chunk-lengths"), rows, seed,
             {
-                "text_field": text_field, "split": split, "subset": subset, "packing": True, "validation_share": 0.5,
+                "text_field": text_field, "split": split, "subset": subset, "packing": True, "validation_share": 0.0,
                 "tokenizer": tokenizer or model,
             },
             dtype, device, platform,
@@ -369,7 +369,7 @@ def _calibrate(
     from vllm_vsprefill.checkpoint import CheckpointError, load_checkpoint
     from vllm_vsprefill.config import PRESETS
     from vllm_vsprefill.distil import calibrate as calibration
-    from vllm_vsprefill.distil.model import check, load, read_config
+    from vllm_vsprefill.distil.model import check, load, positions, read_config
 
     problems = []
     if recall is not None and density is not None:
@@ -386,6 +386,8 @@ def _calibrate(
     for flag, number in (("--length", length), ("--sequences", count), ("--rows", rows)):
         if number < 1:
             problems.append(f"{flag}: expected at least 1, found {number}")
+    if min(chunks) < 0:
+        problems.append(f"--chunk-lengths: expected 0 or more, found {min(chunks)}")
     if (recall is not None or density is not None) and preset is None:
         problems.append("with --recall or --density say which preset it is for: --preset accurate, balanced or fast")
     if problems:
@@ -405,10 +407,15 @@ def _calibrate(
         raise DistilError(str(error)) from None
     place = _device(device)
     tuning = calibration.platform_tuning(torch.device(platform) if platform is not None else place)
-    settings = train_options(
-        {}, max_length=max(length, 16), min_length=16, steps=1, validation_sequences=count, seed=seed
-    )
-    source, _, most = _sources(
+    longest = positions(config)
+    if longest is not None and length > longest:
+        raise DistilError(f"--length {length}: the model has {longest} positions")
+    # Text that is too short for a sparse prompt says nothing about one, unless it is asked for by --length.
+    length = max(length, 16)
+    least = min(length, calibration.LEAST_CONTEXT)
+    settings = train_options({}, max_length=length, min_length=least, steps=1, validation_sequences=count, seed=seed)
+    # The held-out stream: the documents of a generated one are not those of training, text is all held out.
+    _, source, most = _sources(
         settings, data=data, **data_settings, vocabulary=config.get_text_config(decoder=True).vocab_size,
         processes=count, log=typer.echo,
     )  # fmt: skip
@@ -442,14 +449,21 @@ def _calibrate(
         goal = goals[name]
         wanted = f"recall {goal.recall:g}" if goal.recall is not None else f"density {goal.density:g}"
         typer.echo(f"{name} (wanted: {wanted}): recall {c.recall.mean():.1%}, density {c.density.mean():.1%}")
+        if note := calibration.shortfall(c, goal, name):
+            typer.echo(f"  note: {note}")
         for i, layer in enumerate(loaded.config.layers):
             assert c.thresholds.tau_columns is not None
             assert c.thresholds.tau_distances is not None
             typer.echo(
-                f"  layer {layer}: columns {c.thresholds.tau_columns[i]}, distances {c.thresholds.tau_distances[i]}, "
+                f"  layer {layer}: columns {_shown(c.thresholds.tau_columns[i])}, "
+                f"distances {_shown(c.thresholds.tau_distances[i])}, "
                 f"recall {c.recall[i].mean():.1%}, density {c.density[i].mean():.1%}"
             )
     typer.echo(f"stored in {checkpoint}")
+
+
+def _shown(entry: float | tuple[float, ...]) -> str:
+    return " ".join(f"{x:g}" for x in entry) if isinstance(entry, tuple) else f"{entry:g}"
 
 
 def _mount() -> None:

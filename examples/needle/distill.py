@@ -92,6 +92,8 @@ def main(
     if out is None:
         raise typer.BadParameter("say where the checkpoint goes", param_hint="--out")
     folder = work or out.with_name(out.name + ".run")
+    from vllm_vsprefill.distil.trainer import Interrupted
+
     try:
         _run(
             out, folder, steps, learning_rate, hidden_size, target, peak_power, exclude_window, max_length, min_length,
@@ -100,6 +102,9 @@ def main(
     except DistilError as error:
         typer.echo(f"distill: {error}", err=True)
         raise typer.Exit(1) from None
+    except Interrupted as stop:
+        typer.echo(f"distill: {stop}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _run(

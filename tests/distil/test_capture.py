@@ -14,7 +14,7 @@ from tests.distil import tiny
 from vllm_vsprefill.distil import attention, capture
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.errors import DistilError
-from vllm_vsprefill.distil.model import attention_layers, wrap
+from vllm_vsprefill.distil.model import attention_layers, positions, wrap
 
 
 def captured(model: Any, ids: Tensor) -> tuple[dict[int, LayerCall], Tensor]:
@@ -89,6 +89,32 @@ def test_masks_and_batches_are_refused() -> None:
         capture.capture_attention(module, q, q, q, None)
     with pytest.raises(DistilError, match="a mask"):
         capture.capture_attention(module, q[:1], q[:1], q[:1], torch.zeros(1, 1, 4, 4))
+
+
+def test_too_little_memory_is_said_whoever_listens() -> None:
+    teacher = wrap(tiny.model("qwen3"), "tiny")
+
+    def exhausted(call: LayerCall) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DistilError, match=r"out of memory on cpu with a sequence of 9 tokens.*--length of calibrate"):
+        teacher.run(torch.arange(9), exhausted)
+
+
+def test_attention_sinks_are_refused() -> None:
+    module = torch.nn.Module()
+    module.layer_idx = 3
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(DistilError, match="layer 3 has attention sinks"):
+        capture.capture_attention(module, q, q, q, None, s_aux=torch.zeros(2))
+
+
+def test_positions_of_scaled_rope() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert positions(tiny.config("qwen3")) == 4096
+    assert positions(tiny.config("qwen3", rope_parameters=yarn)) == 16384
+    assert positions(tiny.config("qwen3", rope_parameters=yarn, max_position_embeddings=16384)) == 16384
+    assert positions(tiny.config("llama3.1")) == 4096
 
 
 def test_sliding_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "out"
-    code, output = run("train", "--model", model_folder, "--data", text, "--out", out, *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
+        code, output = run("train", "--model", model_folder, "--data", text, "--out", out, *SMALL)
     assert code == 0, output
     return out
 
@@ -80,9 +82,12 @@ def test_train_writes_what_the_server_reads(trained: Path, model_folder: Path) -
 
 def test_resume_of_a_finished_run_changes_nothing(trained: Path, model_folder: Path, text: Path) -> None:
     before = (trained / "indexer.safetensors").read_bytes()
-    code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL, "--resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
+        code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL, "--resume")
     assert code == 0, output
     assert (trained / "indexer.safetensors").read_bytes() == before
+    assert set(read_config(trained).thresholds) == {"accurate", "balanced", "fast"}
     code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL)
     assert code == 1
     assert "holds the state of another run; go on with it by --resume" in output
@@ -117,6 +122,52 @@ def test_calibrate_for_a_recall(trained: Path, model_folder: Path) -> None:
     found = re.search(r"balanced \(wanted: recall 0.9\): recall ([\d.]+)%", output)
     assert found is not None
     assert float(found[1]) >= 89.9
+
+
+def test_calibrate_says_what_is_out_of_reach(trained: Path, model_folder: Path) -> None:
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--density", 0.01,
+        "--preset", "fast", "--length", 512, "--sequences", 1, "--chunk-lengths", 256,
+    )  # fmt: skip
+    assert code == 0, output
+    assert "% is the least: the local window" in output
+
+
+def test_calibrate_wants_text_that_is_long_enough(trained: Path, model_folder: Path, tmp_path: Path) -> None:
+    before = (trained / "config.json").read_text()
+    short = tmp_path / "short.txt"
+    short.write_text("The code of the kettle is 4711. " * 40)
+    calibrating = ("calibrate", "--model", model_folder, "--checkpoint", trained, "--data", short)
+    code, output = run(*calibrating, "--length", 4096)
+    assert code == 1
+    assert "too little text" in output
+    assert "the shortest sequences have 4,096" in output
+    assert "held out" not in output
+    code, output = run(*calibrating, "--length", 8192)
+    assert code == 1
+    assert "--length 8192: the model has 4096 positions" in output
+    assert (trained / "config.json").read_text() == before
+
+
+def test_generated_text_to_calibrate_with_is_not_that_of_training(
+    trained: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_vsprefill.distil.synthetic import Synthetic
+
+    asked: list[bool] = []
+    real = Synthetic.sequence
+
+    def sequence(self: Synthetic, position: int, length: int) -> Any:
+        asked.append(self._held_out)
+        return real(self, position, length)
+
+    monkeypatch.setattr(Synthetic, "sequence", sequence)
+    code, output = run(
+        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--density", 0.8,
+        "--preset", "accurate", "--length", 64, "--sequences", 2, "--chunk-lengths", 0,
+    )  # fmt: skip
+    assert code == 0, output
+    assert asked == [True, True]
 
 
 def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
@@ -165,10 +216,10 @@ def test_what_is_wrong_is_said(
 def test_wrong_flags_of_calibrate_are_reported_together(model_folder: Path, trained: Path) -> None:
     code, output = run(
         "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 2,
-        "--density", 0.1, "--preset", "slow", "--metric", "best", "--rows", 0,
+        "--density", 0.1, "--preset", "slow", "--metric", "best", "--rows", 0, "--chunk-lengths", "-5",
     )  # fmt: skip
     assert code == 1
-    for part in ("not both", "--recall: expected", "--preset: expected one of", "--metric", "--rows"):
+    for part in ("not both", "--recall: expected", "--preset: expected one of", "--metric", "--rows", "--chunk-len"):
         assert part in output
     code, output = run(
         "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 0.5

@@ -123,6 +123,24 @@ def test_other_bad_data(tmp_path: Path) -> None:
         sources(file, packing=False)
 
 
+def test_json_lines_that_are_not_utf8_or_not_ids(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DistilError, match=r"latin.jsonl: not UTF-8 text .*convert it first"):
+        sources(tmp_path / "latin.jsonl")
+    file = jsonl(tmp_path / "large.jsonl", [{"input_ids": [2**40] * 30}])
+    with pytest.raises(DistilError, match=r"large.jsonl, line 1: column 'text' is missing; found columns 'input_ids'"):
+        sources(file)
+
+
+def test_nothing_is_held_out_where_nothing_is_trained(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "x" * 20}, {"text": "y" * 20}])
+    one, other = sources(file, validation_share=0.0, min_length=32)
+    assert len(one.tokens) == 42  # an end-of-text token behind each
+    assert np.array_equal(one.tokens, other.tokens)
+    with pytest.raises(DistilError, match=r"too little text: 42 tokens, but the shortest sequences have 64"):
+        sources(file, validation_share=0.0, min_length=64, max_length=64)
+
+
 def test_a_dataset_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_dict({"story": ["abc" * 50, "def" * 50]}).to_iterable_dataset()

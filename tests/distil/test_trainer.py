@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def history(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_a_checkpoint_logs_and_a_report(teacher: Teacher, tmp_path: Path) -> None:
+def test_a_run_leaves_a_checkpoint_logs_and_a_report(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
     out = tmp_path / "run"
     trainer(teacher, out, calibrate=True, accumulation=2).run()
     loaded = load_checkpoint(out, expected=teacher.fingerprint)
@@ -123,6 +127,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(teacher: Teacher, tmp_path: Path
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_short_sequences_do_not_set_thresholds(teacher: Teacher, tmp_path: Path) -> None:
+    made = trainer(teacher, tmp_path, steps=2, calibrate=True)
+    made.run()
+    assert load_checkpoint(tmp_path).config.thresholds == {}
+    assert any("not calibrated: sequences of 64 tokens" in line for line in made.lines)  # type: ignore[attr-defined]
+    assert "run vsprefill calibrate" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.gpu
 def test_resuming_on_cuda(tmp_path: Path) -> None:
     from accelerate import Accelerator
@@ -160,6 +172,12 @@ def test_only_the_same_run_is_resumed(teacher: Teacher, tmp_path: Path) -> None:
         trainer(teacher, tmp_path)
     with pytest.raises(DistilError, match="holds no state of a run to go on from"):
         trainer(teacher, tmp_path / "elsewhere", resume=True)
+    tuned = wrap(tiny.model("qwen3", seed=1), "tiny")
+    with pytest.raises(DistilError, match="model_weights: "):
+        trainer(tuned, tmp_path, resume=True, steps=2, save_every=1)
+    low = wrap(tiny.model("qwen3").bfloat16().float().half(), "tiny")
+    with pytest.raises(DistilError, match="model_weights: "):
+        trainer(low, tmp_path, resume=True, steps=2, save_every=1)
     other = wrap(tiny.model("llama3.1"), "other")
     with pytest.raises(DistilError, match="model: 'tiny' in the run so far"):
         trainer(other, tmp_path, resume=True, steps=2)
@@ -189,6 +207,28 @@ def test_a_signal_stops_after_the_step_and_saves(teacher: Teacher, tmp_path: Pat
     assert again.progress.step == 2
     again.run()
     assert load_checkpoint(tmp_path).config.training["steps"] in (3, 6)
+
+
+@pytest.mark.parametrize("where", ["optimiser", "save"])
+def test_a_signal_is_not_lost_wherever_it_comes(teacher: Teacher, tmp_path: Path, where: str) -> None:
+    made = trainer(teacher, tmp_path, save_every=1)
+    owner, name = (made.optimiser, "step") if where == "optimiser" else (made, "save_state")
+    take, seen = getattr(owner, name), 0
+
+    def interrupted() -> None:
+        nonlocal seen
+        take()
+        seen += 1
+        if seen == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    setattr(owner, name, interrupted)
+    with pytest.raises(Interrupted):
+        made.run()
+    # After the file of step 2 was written, the step after it is the one in progress.
+    assert made.progress.step == (2 if where == "optimiser" else 3)
+    again = trainer(teacher, tmp_path, resume=True, save_every=1)
+    assert again.progress.step == made.progress.step
 
 
 def test_a_second_signal_stops_at_once(teacher: Teacher, tmp_path: Path) -> None:
@@ -234,6 +274,44 @@ def test_a_gradient_that_is_not_finite_is_found_as_well(teacher: Teacher, tmp_pa
 
     made.distiller.learn = poisoned  # type: ignore[method-assign]
     with pytest.raises(DistilError, match="only a gradient"):
+        made.run()
+
+
+def test_a_validation_that_is_not_a_number_stops_the_run(teacher: Teacher, tmp_path: Path) -> None:
+    made = trainer(teacher, tmp_path)
+    real = made.validate
+
+    def poisoned() -> Any:
+        found = real()
+        if made.progress.step == 6:
+            found.loss[1] = float("nan")
+        return found
+
+    made.validate = poisoned  # type: ignore[method-assign]
+    with pytest.raises(DistilError, match=r"validation loss is not a number at step 6 \(layers \[1\]\)"):
+        made.run()
+    assert load_checkpoint(tmp_path).config.training["steps"] == 3
+
+
+def test_a_log_that_was_cut_off_does_not_keep_a_run_from_going_on(teacher: Teacher, tmp_path: Path) -> None:
+    trainer(teacher, tmp_path / "whole").run()
+    trainer(teacher, tmp_path / "cut").run()
+    log = tmp_path / "cut" / "training.jsonl"
+    shutil.rmtree(tmp_path / "cut" / "state" / "step-00000006")
+    log.write_text(log.read_text()[:-40])
+    trainer(teacher, tmp_path / "cut", resume=True).run()
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_for_tensorboard(teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(teacher, tmp_path)
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.raises(DistilError, match="TensorBoard log could not be written: no space left"):
         made.run()
 
 

@@ -62,11 +62,13 @@ class Calibration:
         thresholds: to store in the checkpoint.
         recall: ``[layers, H]``.
         density: ``[layers, H]``.
+        reached: what the goal is about: the lowest recall of a layer (or head), or the density over all.
     """
 
     thresholds: Thresholds
     recall: Tensor
     density: Tensor
+    reached: float
 
 
 def platform_tuning(device: torch.device) -> PlatformTuning:
@@ -197,11 +199,16 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
     each = pick.view(layers, -1, 1, 1).expand(layers, heads, 1, 1) if per_head else pick.view(layers, 1, 1, 1)
     reached = by_head.flatten(-2).gather(-1, each.expand(layers, heads, 3, 1)).squeeze(-1)
 
+    got = items.flatten(-2).gather(-1, pick[:, None, None].expand(-1, 3, 1)).squeeze(-1)
+
     def listed(values: Tensor) -> tuple[Any, ...]:
         return tuple(tuple(row) if per_head else row[0] for row in values.tolist())
 
     return Calibration(
-        Thresholds(tau_columns=listed(columns), tau_distances=listed(distances)), reached[..., kind], reached[..., 0]
+        Thresholds(tau_columns=listed(columns), tau_distances=listed(distances)),
+        reached[..., kind],
+        reached[..., 0],
+        float(got[:, kind].min() if goal.recall is not None else got[:, 0].mean()),
     )
 
 
@@ -211,6 +218,21 @@ def calibrate(tables: Mapping[str, Coverage], goals: Mapping[str, Goal], per_hea
     if unknown:
         raise ValueError(f"no such preset: {', '.join(sorted(unknown))}")
     return {preset: choose(tables[preset].table, goal, per_head) for preset, goal in goals.items()}
+
+
+def shortfall(found: Calibration, goal: Goal, preset: str) -> str | None:
+    """Why thresholds do not reach their goal, for people to read; None if they do."""
+    if goal.recall is not None and found.reached < goal.recall - 1e-6:
+        return (
+            f"some layers reach {found.reached:.1%} at most: the preset {preset} caps columns and distances "
+            "(max_columns, max_distances)"
+        )
+    if goal.density is not None and found.reached > goal.density + 1e-6:
+        return (
+            f"{found.reached:.1%} is the least: the local window, the first tokens and the least number of columns of "
+            f"the preset {preset} take that at this length; use longer sequences or a higher density"
+        )
+    return None
 
 
 def store(loaded: LoadedIndexer, thresholds: Mapping[str, Thresholds]) -> None:

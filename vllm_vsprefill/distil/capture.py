@@ -71,6 +71,8 @@ def capture_attention(
             f"sequence without a mask and a layer index, got query {tuple(query.shape)}, key {tuple(key.shape)}, "
             f"{'a mask' if attention_mask is not None else 'no mask'}, layer {index}"
         )
+    if kwargs.get("s_aux") is not None:
+        raise DistilError(f"layer {index} has attention sinks; no kernel here computes them")
     if softcap is not None:
         raise DistilError(f"layer {index} caps its attention logits (softcap {softcap}); no kernel here computes that")
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)

@@ -51,7 +51,7 @@ class DataOptions:
         split: split of a dataset.
         subset: configuration of a dataset.
         packing: cut sequences from documents laid end to end; otherwise one document is one sequence.
-        validation_share: share of the tokens held out.
+        validation_share: share of the tokens held out; 0, with packing: none, both streams are all of the text.
         seed: of the order of documents.
     """
 
@@ -166,6 +166,8 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str | list[int]]:
                         f"--data {path}, line {number}: not valid JSON ({error}); expected one JSON object a line"
                     ) from None
                 yield _document(record, field, f"--data {path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DistilError(f"--data {path}: not UTF-8 text ({error.reason}); convert it first") from None
     except OSError as error:
         raise DistilError(f"--data {path}: cannot be read ({error.strerror})") from None
 
@@ -177,7 +179,7 @@ def _document(record: Any, field: str, where: str) -> str | list[int]:
     if isinstance(value, str):
         return value
     ids = record.get("input_ids")
-    if value is None and isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids):
+    if value is None and isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < 2**32 for i in ids):
         return ids
     kind = "is missing" if value is None else f"holds {type(value).__name__}, not text"
     raise DistilError(
@@ -311,6 +313,13 @@ def open_sources(
     end = getattr(made, "eos_token_id", None)
     gap = [np.asarray([end], np.uint32)] if isinstance(end, int) and end < vocabulary else []
     tokens = np.concatenate([piece for d in documents for piece in (d, *gap)])
+    if options.validation_share == 0:
+        if len(tokens) < min_length:
+            raise DistilError(
+                f"--data {options.data}: too little text: {len(tokens):,} tokens, but the shortest sequences have "
+                f"{min_length:,}; give more text"
+            )
+        return PackedTokens(tokens, what), PackedTokens(tokens, what)
     held = max(round(options.validation_share * len(tokens)), min(max_length, len(tokens) // 5))
     if min(held, len(tokens) - held) < min_length:
         raise DistilError(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vllm_vsprefill.distil.capture import LayerCall
-from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.model import Teacher
 from vllm_vsprefill.distil.student import Student, features
 from vllm_vsprefill.distil.targets import Range, TargetKind, Targets, compute
@@ -76,13 +75,7 @@ class Distiller:
                 if each is not None:
                     each(student, call, logits.detach())
 
-        try:
-            self.teacher.run(ids, layer)
-        except torch.OutOfMemoryError:
-            raise DistilError(
-                f"out of memory on {self.teacher.device} with a sequence of {len(ids)} tokens; lower --max-length, or "
-                "use a larger device (--dry-run estimates what is needed)"
-            ) from None
+        self.teacher.run(ids, layer)
         return out
 
     def _targets(

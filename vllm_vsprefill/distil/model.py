@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,35 @@ class Teacher:
     vocabulary: int
     device: torch.device
 
+    def identity(self) -> str:
+        """Changes when the weights or their type do; from a few numbers of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self.decoder.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(sample.tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def run(self, ids: Tensor, call: Callable[[capture.LayerCall], None] | None = None) -> Tensor:
         """One prefill of a whole sequence; ``ids`` int64 ``[n]``. Returns the last hidden states ``[n, C]``.
 
         Nothing outlives its layer: there is no KV cache, and no logits over the vocabulary.
+
+        Raises:
+            DistilError: the device's memory does not suffice, or layers cannot be listened to.
         """
         covered = frozenset(self.layers.covered if call is not None else ())
-        with capture.listening(covered, call or _ignore):
-            out = self.decoder(input_ids=ids[None].to(self.device), use_cache=False)
+        try:
+            with capture.listening(covered, call or _ignore):
+                out = self.decoder(input_ids=ids[None].to(self.device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise DistilError(
+                f"out of memory on {self.device} with a sequence of {len(ids)} tokens; take shorter ones (--max-length "
+                "of vsprefill train, --length of calibrate), or a larger device (train --dry-run estimates what is "
+                "needed)"
+            ) from None
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -117,6 +138,21 @@ def read_config(model: str) -> Any:
         raise DistilError(
             f"--model {model}: no such folder, and transformers cannot load it as an id ({what})"
         ) from None
+
+
+def positions(config: Any) -> int | None:
+    """Longest sequence that a transformers configuration allows, scaled RoPE included; None if it names none."""
+    text = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
+        # Checkpoints differ in whether max_position_embeddings is the length before or after scaling.
+        original = rope.get("original_max_position_embeddings") or longest
+        longest = max(longest, int(original * float(rope["factor"])))
+    return longest
 
 
 def check(config: Any) -> tuple[ModelFingerprint, Layers]:

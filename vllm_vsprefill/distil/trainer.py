@@ -74,6 +74,14 @@ class Interrupted(Exception):
     """The user stopped the run; its state was saved."""
 
 
+def _step_of(line: str) -> float:
+    """The step that a line of the log is about; infinity for one that was cut off when the disk was full."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Trainer:
     """Trains one indexer.
 
@@ -121,8 +129,13 @@ class Trainer:
         )
         self.distiller = Distiller(teacher, [self.student], getattr(torch, options.compute_dtype))
         self.progress = Progress()
-        self._identity = {"data": train.identity(), "processes": accelerator.num_processes}
-        self._stop = False
+        self._identity = {
+            "data": train.identity(),
+            "processes": accelerator.num_processes,
+            "model_weights": teacher.identity(),
+        }
+        # A signal has come here; all processes know of one.
+        self._asked, self._stop = False, False
         self._writer: Any = None
         if resume:
             self._restore()
@@ -143,7 +156,7 @@ class Trainer:
         problems += [
             f"{name}: {found[name]!r} in the run so far, {value!r} now"
             for name, value in self._identity.items()
-            if found[name] != value
+            if found.get(name, value) != value
         ]
         if problems:
             raise DistilError(
@@ -199,7 +212,7 @@ class Trainer:
                 tokens += len(ids)
         found /= o.accumulation
         self._mean_gradients()
-        figures = self._reduced(torch.cat((found.flatten(), found.new_tensor([float(tokens), float(self._stop)]))))
+        figures = self._reduced(torch.cat((found.flatten(), found.new_tensor([float(tokens), float(self._asked)]))))
         figures, (tokens_mean, stop) = figures[:-2].view_as(found), figures[-2:].tolist()
         norm = torch.nn.utils.get_total_norm([w.grad for w in self.student.parameters() if w.grad is not None])
         if not (bool(torch.isfinite(figures).all()) and math.isfinite(float(norm))):
@@ -263,6 +276,17 @@ class Trainer:
     def _validated(self, found: Validation) -> None:
         """Log a validation; keep the weights as the checkpoint if they are the best so far."""
         p = self.progress
+        if not math.isfinite(found.total):
+            bad = [
+                layer
+                for layer, loss in zip(self.teacher.layers.covered, found.loss.sum(1).tolist(), strict=True)
+                if not math.isfinite(loss)
+            ]
+            raise DistilError(
+                f"the validation loss is not a number at step {p.step} (layers {bad}); what was saved before is "
+                "intact. Look for NaN in the model's own activations on long sequences (float16 models overflow: "
+                "--dtype bfloat16)"
+            )
         recall = found.recall(self.options.density)
         better = p.best_loss is None or found.total < p.best_loss
         if better:
@@ -328,7 +352,11 @@ class Trainer:
     def log(self, line: str) -> None:
         """Tell the user, once for all processes."""
         if self.main:
-            self._log(line)
+            from tqdm import tqdm
+
+            # A bar in progress makes way for the line.
+            with tqdm.external_write_mode():
+                self._log(line)
 
     def _record(self, entry: dict[str, Any]) -> None:
         if self.main:
@@ -337,8 +365,9 @@ class Trainer:
 
     def _scalars(self, group: str, values: dict[str, float]) -> None:
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, self.progress.step)
+            with state.writing("the TensorBoard log", "The run's last state is intact."):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{group}/{name}", value, self.progress.step)
 
     def _open_logs(self) -> None:
         if not self.main:
@@ -346,14 +375,18 @@ class Trainer:
         log = self.out / LOG
         if log.exists():
             # Steps that came after the state this run goes on from happen again.
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.progress.step]
-            log.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= self.progress.step]
+            with state.writing("the log", "The run's last state is intact."):
+                partial = log.with_name(f".writing.{LOG}")
+                partial.write_text("".join(f"{line}\n" for line in lines))
+                partial.rename(log)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.log("no TensorBoard logs: pip install 'vllm-vsprefill[train]' brings the library")
             return
-        self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.progress.step + 1)
+        with state.writing("the TensorBoard log", "The run's last state is intact."):
+            self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.progress.step + 1)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -395,9 +428,10 @@ class Trainer:
                 if p.step % o.validate_every == 0 or last:
                     self._validated(self.validate())
                     stopped_early = o.patience > 0 and p.worse >= o.patience
-                if p.step % o.save_every == 0 or last or stopped_early or self._stop:
+                stopping = self._stopping  # a signal may come at any line
+                if p.step % o.save_every == 0 or last or stopped_early or stopping:
                     self.save_state()
-                if self._stop and not last:
+                if stopping and not last:
                     raise Interrupted(f"stopped after step {p.step} of {o.steps}; go on with --resume")
         if stopped_early:
             self.log(f"stopped early: no better validation in {p.worse} since step {p.best_step}")
@@ -417,7 +451,14 @@ class Trainer:
         self.student.load(best)
         found = self.validate()
         calibrations: dict[str, Calibration] = {}
-        if self.options.calibrate and self.main and self.options.student.inputs == "kv":
+        wanted = self.options.calibrate and self.options.student.inputs == "kv"
+        if wanted and self.options.max_length < LEAST_CONTEXT:
+            # There the local window covers nearly everything: thresholds would keep nothing of a long prompt.
+            self.log(
+                f"not calibrated: sequences of {self.options.max_length:,} tokens are shorter than the "
+                f"{LEAST_CONTEXT:,} from which prompts run sparse; run vsprefill calibrate with longer text"
+            )
+        elif wanted and self.main:
             self.log("calibrating the presets' thresholds")
             calibrations = calibrate(
                 measure(
@@ -465,8 +506,14 @@ class Trainer:
                 f"report: {page}" if page else "no report.html: pip install 'vllm-vsprefill[train]' brings matplotlib"
             )
         if self._writer is not None:
-            self._writer.close()
+            with state.writing("the TensorBoard log", "The checkpoint is complete."):
+                self._writer.close()
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _stopping(self) -> bool:
+        """Processes stop after the same step: each learns of a signal that another got at the end of the next one."""
+        return self._stop or (self._asked and self.accelerator.num_processes == 1)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -474,9 +521,9 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             del frame
-            if self._stop:
+            if self._asked:
                 raise KeyboardInterrupt
-            self._stop = True
+            self._asked = True
             self.log(f"\n{signal.Signals(number).name}: stopping after this step (again: at once, losing it)")
 
         before = {}
