@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""One small random problem of every operation of the fuzzer, and that the fuzzer notices what is wrong."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import REASON, USABLE
+
+if USABLE:
+    from tests.kernels import fuzz
+
+pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
+
+OPERATIONS = ("attend", "score", "sampled", "select", "merge", "forget", "guard", "mass", "peak")
+
+
+def test_every_operation_is_listed() -> None:
+    assert {*OPERATIONS, "hopper"} == set(fuzz.OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_problem(name: str) -> None:
+    result = fuzz.solve(name, 125, tiny=True)
+    assert not result.faults, result.params
+    assert result.errors or name in ("forget", "guard", "merge")
+
+
+def test_a_wrong_row_is_found_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = fuzz.attend
+
+    def wrong(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        out = good(q, *args, **options)
+        row = int(args[2].row_start[0])  # type: ignore[attr-defined]
+        out[row, 0] *= 1.03
+        return out
+
+    monkeypatch.setattr(fuzz, "attend", wrong)
+    first, second = fuzz.solve("attend", 100, tiny=True), fuzz.solve("attend", 100, tiny=True)
+    assert any("worst row" in fault for fault in first.faults)
+    assert first.params == second.params
+    assert first.errors == second.errors
+
+
+def test_an_exception_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(fuzz, "forget", broken)
+    result = fuzz.solve("forget", 3, tiny=True)
+    assert result.raised
+    assert "no such kernel" in result.faults[0]
+    report = fuzz.summarize([result, fuzz.solve("peak", 0, tiny=True)])
+    assert report["forget"]["failures"][0]["repeat"] == "forget:3"
+    assert report["peak"]["failures"] == []
+
+
+def test_masks_equal_the_definition() -> None:
+    """``visible`` against ``attend.naive`` on more shapes than problems would compare."""
+    rng, gen = random.Random(0), torch.Generator(fuzz.DEVICE).manual_seed(0)
+    for _ in range(20):
+        n = rng.randint(1, 120)
+        rows = rng.randint(1, n)
+        config = {"reach": n, **fuzz.draw_pattern_shape(rng, False)}
+        pattern = fuzz.draw_pattern(rng, config, (0, 0, 3, 500))
+        one = fuzz.choose(rng, gen, 2, n)
+        found = fuzz.visible(one.columns, one.distances, pattern, rows)
+        selection = one.selection.below(n)
+        for head in range(2):
+            wanted = fuzz.naive_attend.visible(
+                selection, pattern, head=head, num_rows=rows, context_len=n, device=torch.device(fuzz.DEVICE)
+            )
+            assert torch.equal(found[head], wanted), (pattern, n, rows)
