@@ -53,6 +53,8 @@ def _module() -> str:
 
 
 def _commit() -> str | None:
+    if told := os.environ.get("SOURCE_COMMIT"):  # of a copy of the tree that has no history beside it
+        return told
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -7,7 +7,9 @@ Shape, unless a row says otherwise: 32 query heads, 8 KV heads, head size 128, b
 Rates count the (row, key) pairs that the kernel reports to have visited. Rows of ``attend`` are checked against plain
 float32 attention over the keys that ``merge`` lists, for some tiles of the same run.
 
-``--tune`` times candidates of the settings table instead and writes the best of each into the table.
+``--tune`` times candidates of the settings table instead and writes the best of each into the table. ``--crossover``
+times a layer as the backend runs it, chunk by chunk and context by context, against FlashAttention on the same rows:
+where sparse prefill begins to pay.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 from benchmarks import environment
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
+from vllm_vsprefill.kernels.guard.triton import guard
 from vllm_vsprefill.kernels.mass import chunked
 from vllm_vsprefill.kernels.mass.triton import mass_sums
 from vllm_vsprefill.kernels.merge.naive import merge
@@ -102,14 +105,14 @@ def _timed(call: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def flash_attention(case: Case) -> Callable[[], Any] | None:
-    """FA3 from vLLM's bundle on the same cache, or None where there is none."""
+def flash_attention(case: Case, empty: bool = False) -> Callable[[], Any] | None:
+    """FA3 from vLLM's bundle on the same cache, or None where there is none; ``empty``: with no row to compute."""
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
     cache = case.kv.cache.transpose(1, 2)
-    rows = torch.tensor([0, case.q.shape[0]], dtype=torch.int32, device="cuda")
+    rows = torch.tensor([0, 0 if empty else case.q.shape[0]], dtype=torch.int32, device="cuda")
     out = torch.empty_like(case.q)
 
     def call() -> Any:
@@ -350,6 +353,71 @@ def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     }
 
 
+CROSSOVER_CONTEXTS = (8192, 10240, 12288, 16384, 24576, 32768, 65536, 131072)
+CROSSOVER_ROWS = (256, 512, 1024, 2048, 4096, 8192)
+DENSE_ROWS = 64  # last ones of a chunk, by default
+
+
+def crossover_row(case: Case, context_len: int, rows: int) -> dict[str, Any]:
+    """One layer's attention of a chunk, called ten times in a row: stock, and as the backend does it.
+
+    Columns are a sixteenth of the context, with the window and the sinks of the preset "balanced" and 16 diagonals:
+    more than the needle model's indexer chooses. The guard looks at every selection, as it does with the presets.
+    """
+    blocks = -(-context_len // BLOCK)
+    kv = PagedKV(case.kv.cache, case.kv.block_table[:, :blocks].contiguous())
+    whole = Case(case.q[:rows], kv, Batch.from_lists([rows], [context_len], "cuda"), context_len)
+    pattern = SparsePattern(block_q=16, block_k=4, window=512, sinks=64, dense_last=0)
+    tail = Case(
+        case.q[rows - DENSE_ROWS : rows], kv, Batch.from_lists([DENSE_ROWS], [context_len], "cuda"), context_len
+    )
+    head = Batch.from_lists([rows - DENSE_ROWS], [context_len - DENSE_ROWS], "cuda")
+    stock, last, none = flash_attention(whole), flash_attention(tail), flash_attention(whole, empty=True)
+    if stock is None or last is None or none is None:
+        raise RuntimeError("vLLM's FlashAttention is not installed")
+    budgets = {"min_columns": context_len // 16, "max_columns": context_len // 16, "max_distances": 16}
+    weights, slots = indexer(), whole.slots
+    logits = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
+    missing = allocate_missing(1, context_len, "cuda")
+    index = allocate_index(1, KV_HEADS, context_len, pattern, "cuda")
+    workspace = allocate_select(1, KV_HEADS, context_len, "cuda")
+    rows_of = allocate_sampled(1, QUERY_HEADS, KV_HEADS, context_len, 64, "cuda")
+    tau = torch.full((2, KV_HEADS), 0.9, dtype=torch.float64, device="cuda")
+    out = torch.empty_like(whole.q)
+    limits = torch.zeros(2, 4, dtype=torch.int32, device="cuda")
+    counts = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
+    guarded = head._replace(row_end=limits[1][:1])
+
+    def layer(trained: bool) -> None:
+        if trained:
+            forget(logits, slots)
+            score_missing(kv, whole.batch, weights, logits, missing)
+            select(logits, kv, whole.batch, tau, index, workspace, **budgets)
+        else:
+            sampled(whole.q, kv, whole.batch, rows_of, workspace, scale=SCALE)
+            select_gathered(kv, whole.batch, tau, index, workspace, **budgets)
+        build_index(index, kv, head)
+        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0])
+        none()
+        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1])
+        last()
+
+    def ten(call: Callable[[], Any]) -> float:
+        def several() -> None:
+            for _ in range(10):
+                call()
+
+        return milliseconds(several, runs=5, budget_ms=800.0) / 10
+
+    score_missing(kv, whole.batch, weights, logits, missing)
+    dense = ten(stock)
+    found = {"context": context_len, "rows": rows, "stock_ms": dense}
+    for name, trained in (("vsindexer", True), ("sampled", False)):
+        time = ten(lambda trained=trained: layer(trained))  # type: ignore[misc]
+        found |= {f"{name}_ms": time, f"{name}_times_stock": dense / time}
+    return found
+
+
 def mass_row(n: int, config: Settings | None = None) -> dict[str, Any]:
     """Mass sums of a full prompt, with the log-sum-exp given."""
     rng = torch.Generator("cuda").manual_seed(4)
@@ -513,10 +581,19 @@ def run(record: dict[str, Any], save: Callable[[], None], longest: int) -> None:
             torch.cuda.empty_cache()
 
 
+def crossover(record: dict[str, Any], save: Callable[[], None]) -> None:
+    """Every context and chunk. A first call compiles what all of them use."""
+    case = Case.make(LONG, CHUNK)
+    crossover_row(case, CROSSOVER_CONTEXTS[0], CROSSOVER_ROWS[0])
+    for n, rows in itertools.product(CROSSOVER_CONTEXTS, CROSSOVER_ROWS):
+        attempt(record, f"crossover {n} {rows}", lambda: crossover_row(case, n, rows), save)  # noqa: B023 (called at once)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Write the figures to this file, row by row.")],
     longest: Annotated[int, typer.Option(help="Context of the last rows, in tokens.")] = 1048576,
     tune_settings: Annotated[bool, typer.Option("--tune", help="Time candidates for the settings table.")] = False,
+    crossover_only: Annotated[bool, typer.Option("--crossover", help="Time layers of many sizes instead.")] = False,
     table: Annotated[Path, typer.Option(help="Where --tune writes the table.")] = TABLE_FILE,
     workers: Annotated[int, typer.Option(help="Processes that compile candidates.", min=1)] = 8,
 ) -> None:
@@ -534,6 +611,8 @@ def main(
     with torch.inference_mode():
         if tune_settings:
             tune(record, save, workers, table)
+        elif crossover_only:
+            crossover(record, save)
         else:
             run(record, save, longest)
     failed = [name for name, row in record["rows"].items() if "error" in row or not row.get("correct", True)]

@@ -34,7 +34,7 @@ from benchmarks import densities, environment
 ENGINES = ("stock", "everything", "vsindexer", "sampled")
 COMPARED = ("stock", "everything")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "everything": {"tau_columns": 1.0, "tau_distances": 1.0, "max_density": 1.0, "min_context": 256},
+    "everything": {"tau_columns": 1.0, "tau_distances": 1.0, "max_density": 1.0, "min_context": 256, "min_pairs": 0},
     "vsindexer": {"estimator": "vsindexer"},
     "sampled": {"estimator": "sampled"},
 }
@@ -87,6 +87,7 @@ def worker(task: dict[str, Any]) -> None:
         gpu_memory_utilization=task["utilization"],
         cudagraph_capture_sizes=[1, 2, 4, 8, 16, 32],
         disable_log_stats=True,
+        **task["engine_options"],
     )
     record: dict[str, Any] = {"start_seconds": time.monotonic() - started, "answers": [], "accuracy": {}}
     params = SamplingParams(max_tokens=ANSWER, temperature=0.0, logprobs=5)
@@ -160,6 +161,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 40000,
     tie: Annotated[float, typer.Option(help="Difference of log-probabilities that counts as a near tie.")] = 0.1,
     options: Annotated[str, typer.Option(help="Further VSPREFILL options, as JSON.")] = "{}",
+    engine_options: Annotated[str, typer.Option("--engine", help="Further arguments of vLLM's LLM, as JSON.")] = "{}",
     utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.6,
     task: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -186,6 +188,7 @@ def main(
                 "seed": seed,
                 "options": json.loads(options) if name != "stock" else {},
                 "utilization": utilization,
+                "engine_options": json.loads(engine_options),
             }
             command = [sys.executable, "-m", "benchmarks.needle_gpu", "--task", json.dumps(arguments)]
             if subprocess.run(command, cwd=environment.ROOT, check=False).returncode or not part.exists():
