@@ -37,7 +37,8 @@ class Settings:
     lanes: int = 1
 
 
-# (capability, operation, padded head size) -> settings. The capability is the least one the row is for.
+# (capability, operation, padded head size) -> settings. The capability is the least one the row is for. 8.6 to 8.9 and
+# 12.x have rows because a program there has 99 KiB of shared memory, less than with the capabilities below.
 Table = dict[tuple[int, str, int], Settings]
 TABLE_FILE = Path(__file__).with_name("settings.json")
 
@@ -91,6 +92,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.lru_cache
+def _row(operation: str, head_size: int, have: int, element_size: int) -> Settings:
+    size = max(64, padded(head_size))
+    rows = [key for key in TABLE if key[1] == operation and key[2] == size and key[0] <= have]
+    if not rows:
+        raise ValueError(f"no settings of {operation} for head size {head_size} and capability {have / 10}")
+    found = TABLE[max(rows)]
+    if element_size > 2:
+        found = replace(found, block_m=max(found.block_m // 2, 16), block_n=max(found.block_n // 2, 16), num_stages=1)
+    return found
+
+
 def settings(operation: str, head_size: int, device: torch.device, element_size: int = 2) -> Settings:
     """The row for an operation, of the highest capability that the device has.
 
@@ -103,11 +116,4 @@ def settings(operation: str, head_size: int, device: torch.device, element_size:
     Raises:
         ValueError: no row for this operation, head size and device.
     """
-    have, size = capability(device), max(64, padded(head_size))
-    rows = [key for key in TABLE if key[1] == operation and key[2] == size and key[0] <= have]
-    if not rows:
-        raise ValueError(f"no settings of {operation} for head size {head_size} and capability {have / 10}")
-    found = TABLE[max(rows)]
-    if element_size > 2:
-        found = replace(found, block_m=max(found.block_m // 2, 16), block_n=max(found.block_n // 2, 16), num_stages=1)
-    return found
+    return _row(operation, head_size, capability(device), element_size)

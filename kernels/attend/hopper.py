@@ -18,9 +18,6 @@ Keys of a piece come in this order, each once:
 2. plain tiles, of which both consumers see every key: the rest of the window, then columns that no diagonal covers;
 3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the other columns;
 4. granules of diagonals, half a tile for each consumer, since each has diagonal keys of its own.
-
-Diagonals need twice as many bytes a product as the rest. So that multiprocessors do not all ask for them at the same
-time, every other program begins its pieces with them.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..launch import cdiv, next_power_of_2
 from ..launch import launch as launch_kernel
 from ..merge.triton import RANK, Index
 from ..paged import Batch, PagedKV
@@ -131,47 +128,6 @@ def _tiles(
 
 
 @gluon.jit
-def _diagonals(
-    it, ib, count, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale,
-    WHICH: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """``count`` half tiles of a consumer's own diagonals."""
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
-    HALF: gl.constexpr = KEYS // 2
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    for _ in range(count):
-        stage, phase = it % STAGES, (it // STAGES) & 1
-        place = ib % STAGES
-        mbarrier.wait(k_full.index(stage), phase)
-        b_s = warpgroup_mma(
-            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
-            is_async=True,
-        )  # fmt: skip
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
-        mbarrier.arrive(k_empty.index(stage))
-        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
-        b_p, b_factor, b_max, b_sum = _weigh(
-            b_s, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
-        )
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
-        mbarrier.arrive(bias_empty.index(place))
-        mbarrier.wait(v_full.index(stage), phase)
-        b_o = warpgroup_mma(b_p, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
-        b_acc = warpgroup_mma_wait(0, deps=[b_o])
-        mbarrier.arrive(v_empty.index(stage))
-        it += 1
-        ib += 1
-    return it, ib, b_acc, b_max, b_sum
-
-
-@gluon.jit
 def _consume(
     it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, piece, plan,
     stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
@@ -179,29 +135,22 @@ def _consume(
     KEYS: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 rows of piece number ``i_n`` of the program; returns the counters of the rings."""
-    k_full, k_empty, v_full, v_empty, _, _, q_full, q_empty = bars
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, q_full, q_empty = bars
     i_h, _, i_p, lo, hi, first = piece
     _, _, start, _, _, start2, _, _, base, num_window, num_plain, _, _, _, num_bias, num_diagonal = plan
     if WHICH == 1:
         i_p += POSITIONS
         start = start2
     DTYPE: gl.constexpr = s_q.dtype
+    HALF: gl.constexpr = KEYS // 2
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_q = s_q.index(WHICH)
-    # Finite, so that a row that has seen no key yet has a factor of one and not of no number.
-    b_max = gl.full([64], -1e30, gl.float32, layout=gl.SliceLayout(1, l_s))
-    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
-    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
-    mbarrier.wait(q_full, i_n & 1)
-    early = gl.program_id(0) % 2
-    if early == 1:
-        it, ib, b_acc, b_max, b_sum = _diagonals(
-            it, ib, num_diagonal, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale, WHICH, D, KEYS, STAGES, DTYPE
-        )
 
     # 1. The own tile
     stage = it % STAGES
+    mbarrier.wait(q_full, i_n & 1)
     mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
     b_s = warpgroup_mma(
         s_q, s_k.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
@@ -214,8 +163,10 @@ def _consume(
     # Rows behind the context's end, which are not stored, see its last position: no row is without a key.
     m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, hi - 1))
     b_s = gl.where(m_s, b_s, float("-inf"))
-    b_p, b_factor, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
-    b_acc = b_acc * b_factor
+    b_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
+    b_p, _, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
     it += 1
 
     # 2., 3. Tiles of both consumers
@@ -227,20 +178,42 @@ def _consume(
         it, ib, num_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, KEYS, STAGES,
         DTYPE,
     )  # fmt: skip
-    if early == 1:
-        mbarrier.arrive(q_empty)
     before = (it - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
     b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_o])
     mbarrier.arrive(v_empty.index(before))
 
-    # 4. Diagonals
-    if early == 0:
-        it, ib, b_acc, b_max, b_sum = _diagonals(
-            it, ib, num_diagonal, s_q, s_k, s_v, s_bias, bars, b_acc, b_max, b_sum, scale, WHICH, D, KEYS, STAGES, DTYPE
+    # 4. Half tiles of the own diagonals
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
+    for _ in range(num_diagonal):
+        stage, phase = it % STAGES, (it // STAGES) & 1
+        place = ib % STAGES
+        mbarrier.wait(k_full.index(stage), phase)
+        b_sh = warpgroup_mma(
+            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
+            is_async=True,
+        )  # fmt: skip
+        b_sh = warpgroup_mma_wait(0, deps=[b_sh])
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
+        b_ph, b_factor, b_max, b_sum = _weigh(
+            b_sh, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
         )
-        mbarrier.arrive(q_empty)
+        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
+        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
+        mbarrier.arrive(bias_empty.index(place))
+        mbarrier.wait(v_full.index(stage), phase)
+        b_o = warpgroup_mma(b_ph, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=[b_o])
+        mbarrier.arrive(v_empty.index(stage))
+        it += 1
+        ib += 1
+    mbarrier.arrive(q_empty)
 
     # [64], [64, D]
     l_m: gl.constexpr = gl.SliceLayout(1, l_o)
@@ -356,53 +329,6 @@ def _diagonal_keys(
 
 
 @gluon.jit
-def _send_diagonals(
-    it, ib, count, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
-    tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token,
-    BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    LINEAR: gl.constexpr, COUNT: gl.constexpr,
-):  # fmt: skip
-    """Diagonals: the first half of a tile belongs to the first consumer, the second to the other."""
-    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
-    DTYPE: gl.constexpr = s_k.dtype
-    HALF: gl.constexpr = KEYS // 2
-    l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_h = gl.arange(0, HALF, layout=l_n)
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
-    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
-    for i_g in range(count):
-        o_f = (i_g + 1) * HALF + o_h
-        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
-        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
-        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
-        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        mbarrier.wait(k_empty.index(stage), phase)
-        load_rows(s_kh.index(2 * stage), p_k)
-        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase)
-        load_rows(s_vh.index(2 * stage), p_k + D)
-        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
-        _send_bias(ib, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
-        it += 1
-        ib += 1
-        if COUNT:
-            b_count_h += m_one_h.to(gl.int32)
-            b_count2_h += m_two_h.to(gl.int32)
-        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
-    return it, ib, b_count_h, b_count2_h
-
-
-@gluon.jit
 def _send_queries(
     i_n, p_q, s_q, bars, piece, stride_row, stride_head,
     GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, D: gl.constexpr,
@@ -436,6 +362,7 @@ def _produce(
     from the index is asked for while the tile before it is copied: the loads depend on each other, and waiting for
     them would take longer than the consumers need for a tile.
     """
+    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
     p_columns, p_slots, _, p_granules, _, p_near, _, granule_width, _, _ = index
     i_h, i_r, i_p, lo, hi, _ = piece
     (tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest, num_columns,
@@ -447,18 +374,10 @@ def _produce(
     p_slots += i_head * width
     p_granules += i_head * granule_width
     p_near += i_head * granule_width
+    DTYPE: gl.constexpr = s_k.dtype
+    HALF: gl.constexpr = KEYS // 2
     l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_n = gl.arange(0, KEYS, layout=l_n)
-    b_count_h = gl.zeros([KEYS // 2], gl.int32, layout=l_n)
-    b_count2_h = gl.zeros([KEYS // 2], gl.int32, layout=l_n)
-    early = gl.program_id(0) % 2
-    if early == 1:
-        _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
-        it, ib, b_count_h, b_count2_h = _send_diagonals(
-            it, ib, num_diagonal, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
-            tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token, BLOCK_K, D, KEYS, STAGES,
-            BLOCK_SIZE, LINEAR, COUNT,
-        )  # fmt: skip
 
     # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
     b_pos = base + o_n
@@ -466,8 +385,7 @@ def _produce(
     b_next = _slots(p_table, gl.maximum(base - KEYS + o_n, 0), BLOCK_SIZE)
     _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
     it += 1
-    if early == 0:
-        _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
+    _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
 
     # 2. The window, downwards, and plain columns
     for i_w in range(num_window):
@@ -518,12 +436,41 @@ def _produce(
             b_count += m_one.to(gl.int32)
             b_count2 += m_two.to(gl.int32)
 
-    if early == 0:
-        it, ib, b_count_h, b_count2_h = _send_diagonals(
-            it, ib, num_diagonal, b_count_h, b_count2_h, s_k, s_v, s_bias, bars, p_kv, p_table, p_granules, p_near, i_p,
-            tile, length, lanes, tile2, length2, lanes2, stride_block, stride_token, BLOCK_K, D, KEYS, STAGES,
-            BLOCK_SIZE, LINEAR, COUNT,
-        )  # fmt: skip
+    # 4. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
+    o_h = gl.arange(0, HALF, layout=l_n)
+    b_count_h = gl.zeros([HALF], gl.int32, layout=l_n)
+    b_count2_h = gl.zeros([HALF], gl.int32, layout=l_n)
+    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
+    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
+    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
+    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
+    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
+    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
+    for i_g in range(num_diagonal):
+        o_f = (i_g + 1) * HALF + o_h
+        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
+        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
+        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
+        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
+        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
+        mbarrier.wait(k_empty.index(stage), phase)
+        load_rows(s_kh.index(2 * stage), p_k)
+        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        load_rows(s_vh.index(2 * stage), p_k + D)
+        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
+        _send_bias(ib, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
+        it += 1
+        ib += 1
+        if COUNT:
+            b_count_h += m_one_h.to(gl.int32)
+            b_count2_h += m_two_h.to(gl.int32)
+        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
 
     if COUNT:
         # Each stored position: its window and own keys, and what was counted above.
@@ -713,8 +660,8 @@ def supports(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> bo
     return (
         head_size in (64, 128)
         and dtype in (torch.bfloat16, torch.float16)
-        and triton.next_power_of_2(group) <= MAX_GROUP
-        and ROWS // triton.next_power_of_2(group) <= block_q
+        and next_power_of_2(group) <= MAX_GROUP
+        and ROWS // next_power_of_2(group) <= block_q
     )
 
 
@@ -745,9 +692,9 @@ def launch(
     """
     size, num_kv_heads, pattern = kv.head_size, kv.num_kv_heads, index.pattern
     group = q.shape[1] // num_kv_heads
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     positions = ROWS // pack
-    num_tiles = triton.cdiv(batch.max_rows - 1, 2 * positions) + 1
+    num_tiles = cdiv(batch.max_rows - 1, 2 * positions) + 1
     total = num_tiles * num_kv_heads * batch.num_requests
     strides = kv.cache.stride()
     launch_kernel(

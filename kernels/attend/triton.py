@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_like, check_scale, check_tensor
+from ..launch import cdiv, next_power_of_2
 from ..merge.triton import RANK, Index, check_index
 from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted, key_offsets
 from ..settings import Settings, capability, padded, settings
@@ -435,7 +436,7 @@ def packing(group: int, block_q: int, config: Settings) -> Packing:
     fit into one key tile (see step 1 of the kernel); or the halves of a larger tile, which costs fewer registers at a
     time than one large matrix product.
     """
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     positions = min(block_q, max(config.block_m // pack, 1))
     if config.lanes == 2 and positions * pack == config.block_m and positions > 1 and config.block_m >= 32:
         return Packing(pack, positions // 2, 2)
@@ -508,6 +509,7 @@ def attend(
     lse: Tensor | None = None,
     visited: Tensor | None = None,
     config: Settings | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Sparse causal attention of the rows of several requests; never waits for the device.
 
@@ -524,6 +526,7 @@ def attend(
         lse: float32 ``[rows, Hq]``, written if given: log-sum-exp of the scaled logits, natural logarithm.
         visited: int64 ``[requests]``; the (row, key) pairs of all KV heads are added to it if given.
         config: tile sizes; None for those of the table.
+        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Returns:
         The output, ``[rows, Hq, D]``.
@@ -531,8 +534,9 @@ def attend(
     Raises:
         ValueError: dtype, shape, stride or device mismatch; the message names the argument.
     """
-    check_attend(q, kv, index, batch, scale, out, lse, visited)
-    check_device("q", q)
+    if not checked:
+        check_attend(q, kv, index, batch, scale, out, lse, visited)
+        check_device("q", q)
     pattern = index.pattern
     dense_last = pattern.dense_last if dense_last is None else dense_last
     if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
@@ -548,8 +552,8 @@ def attend(
     config = config or settings("attend", size, q.device, q.element_size())
     pack, positions, lanes = packing(group, pattern.block_q, config)
     # Rows may start anywhere in a tile.
-    num_tiles = triton.cdiv(batch.max_rows - 1, lanes * positions) + 1
-    num_dense = triton.cdiv(min(dense_last, batch.max_rows) - 1, lanes * positions) + 1 if dense_last else 0
+    num_tiles = cdiv(batch.max_rows - 1, lanes * positions) + 1
+    num_dense = cdiv(min(dense_last, batch.max_rows) - 1, lanes * positions) + 1 if dense_last else 0
     cache, fp8 = kv.cache, kv.cache.dtype in FP8_DTYPES
     one = None
     if fp8 and (kv.k_scale is None or kv.v_scale is None):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from ..paged import check_device
 from .naive import check_forget
 
@@ -50,6 +50,6 @@ def forget(logits: Tensor, slot_mapping: Tensor) -> None:
     if num_tokens == 0 or width == 0:
         return
     launch(
-        _forget_kernel, (triton.cdiv(num_tokens, BLOCK),), (logits, slot_mapping, num_tokens, logits.stride(0)),
-        WIDTH=width, BW=triton.next_power_of_2(width), BLOCK=BLOCK,
+        _forget_kernel, (cdiv(num_tokens, BLOCK),), (logits, slot_mapping, num_tokens, logits.stride(0)),
+        WIDTH=width, BW=next_power_of_2(width), BLOCK=BLOCK,
     )  # fmt: skip

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
+from ..launch import cdiv, next_power_of_2
 from ..paged import QUERY_DTYPES, check_device, is_interpreted
 from ..settings import Settings, padded, settings
 from .naive import check_mass
@@ -231,7 +232,7 @@ def mass_sums(
     n, heads, size = k.shape
     group = q.shape[1] // heads
     config = config or settings("mass", size, q.device, q.element_size())
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     block_n = config.block_n
     positions = min(max(config.block_m // pack, 1), block_n)  # band 0 holds all keys behind a tile's start
     while positions * pack < 16:
@@ -241,7 +242,7 @@ def mass_sums(
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     distances = torch.empty(heads, n, dtype=torch.float32, device=q.device)
     columns = torch.empty_like(distances) if with_columns else distances.new_empty(heads, 0)
-    num_bands = triton.cdiv(n, block_n) + 1
+    num_bands = cdiv(n, block_n) + 1
     bands = torch.empty(heads, positions, num_bands * block_n, dtype=torch.float32, device=q.device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), lse.stride(1))
     shape = {
@@ -254,11 +255,11 @@ def mass_sums(
         tiles = (end - 1) // positions - row_start // positions + 1
         _lse_kernel[(tiles, heads)](q, k, lse, log2_scale, n, row_start, end, *strides, **shape)
     if with_columns:
-        _column_kernel[(triton.cdiv(n, block_n), heads)](
+        _column_kernel[(cdiv(n, block_n), heads)](
             q, k, lse, columns, log2_scale, norm, n, row_start, end, *strides, **shape
         )
     _band_kernel[(num_bands, heads)](q, k, lse, bands, log2_scale, n, row_start, end, *strides, **shape)
-    _diagonal_kernel[(triton.cdiv(n, 1024), heads)](
+    _diagonal_kernel[(cdiv(n, 1024), heads)](
         bands, distances, norm, n, bands.shape[2], POSITIONS=positions, BN=block_n, BLOCK=1024
     )
     return columns, distances

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection, check_tensor
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV, check_device, check_paged
 from ..types import Selection, SparsePattern
 
@@ -93,8 +93,8 @@ def allocate_index(
     """
     check_pattern(pattern)
     # One block more than positions: the rank of a context's end lies behind its last position.
-    width = (triton.cdiv(max_context, BLOCK) + 1) * BLOCK
-    granules = (triton.cdiv(triton.cdiv(max_context, pattern.block_k), BLOCK) + 1) * BLOCK
+    width = (cdiv(max_context, BLOCK) + 1) * BLOCK
+    granules = (cdiv(cdiv(max_context, pattern.block_k), BLOCK) + 1) * BLOCK
     lead = (num_requests, num_kv_heads)
 
     def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -218,7 +218,7 @@ def check_index(index: Index, batch: Batch, num_kv_heads: int, device: torch.dev
         raise ValueError(f"index has room for {flags.shape[2]} KV heads, not {num_kv_heads}")
     if flags.shape[0] < batch.num_requests:
         raise ValueError(f"index has room for {flags.shape[0]} requests, not {batch.num_requests}")
-    if flags.shape[3] < (triton.cdiv(batch.max_context, BLOCK) + 1) * BLOCK:
+    if flags.shape[3] < (cdiv(batch.max_context, BLOCK) + 1) * BLOCK:
         raise ValueError(f"index has no room for contexts of {batch.max_context} tokens")
 
 
@@ -246,19 +246,20 @@ def set_flags(index: Index, selections: list[Selection], batch: Batch) -> None:
             if items.shape[1] == 0:
                 continue
             items, counts = items.contiguous(), counts.contiguous()
-            _flag_kernel[(triton.cdiv(items.shape[1], BLOCK), num_heads)](
+            _flag_kernel[(cdiv(items.shape[1], BLOCK), num_heads)](
                 items, counts, index.flags[i], batch.context_len[i:], items.stride(0), width, kind,
                 HEADS=num_heads, BLOCK=BLOCK,
             )  # fmt: skip
 
 
-def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
+def build_index(index: Index, kv: PagedKV, batch: Batch, *, checked: bool = False) -> Index:
     """Lists and tables from the flags.
 
     Args:
         index: flags are read, everything else is written.
         kv: its block table gives the slots.
         batch: the requests; rows are not looked at.
+        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Returns:
         ``index``.
@@ -266,19 +267,19 @@ def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
     Raises:
         ValueError: wrong shape, dtype or device; names the argument.
     """
-    device = index.flags.device
-    check_device("index", index.flags)
-    check_paged(kv, batch, device)
-    check_index(index, batch, kv.num_kv_heads, device)
+    if not checked:
+        check_device("index", index.flags)
+        check_paged(kv, batch, index.flags.device)
+        check_index(index, batch, kv.num_kv_heads, index.flags.device)
     if batch.num_requests == 0:
         return index
     pattern, num_heads = index.pattern, kv.num_kv_heads
     width, granule_width = index.columns.shape[2], index.granules.shape[2]
     block_k = pattern.block_k
-    sinks = triton.cdiv(pattern.sinks, block_k) * block_k
+    sinks = cdiv(pattern.sinks, block_k) * block_k
     # The last relative granule that the window reaches: the interval of r + 1 begins behind it.
     window_granules = (max(pattern.window, 1) - 1 + block_k - 1) // block_k
-    grid = (triton.cdiv(batch.max_context, BLOCK) + 1, num_heads, batch.num_requests)
+    grid = (cdiv(batch.max_context, BLOCK) + 1, num_heads, batch.num_requests)
     launch(
         _count_kernel, grid,
         (
@@ -293,7 +294,7 @@ def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
             index.granule_rank, batch.context_len, kv.block_table, kv.block_table.stride(0), sinks, window_granules,
             width, granule_width,
         ),
-        HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(width // BLOCK),
+        HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, BLOCKS=next_power_of_2(width // BLOCK),
         RANK=RANK,
     )  # fmt: skip
     return index

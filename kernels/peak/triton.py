@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import cdiv, next_power_of_2
 from ..mass.triton import _keys, _lse_kernel, _rows, check_tensors
 from ..paged import is_interpreted
 from ..settings import Settings, padded, settings
@@ -100,7 +101,7 @@ def column_weights(
     n, heads, size = k.shape
     group = q.shape[1] // heads
     config = config or settings("mass", size, q.device, q.element_size())
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     positions = max(config.block_m // pack, 1)
     while positions * pack < 16:
         positions *= 2
@@ -118,7 +119,7 @@ def column_weights(
     if compute_lse:
         tiles = (end - 1) // positions - row_start // positions + 1
         _lse_kernel[(tiles, heads)](q, k, lse, log2_scale, n, row_start, end, *strides, **shape)
-    _weight_kernel[(triton.cdiv(n, config.block_n), heads)](
+    _weight_kernel[(cdiv(n, config.block_n), heads)](
         q, k, lse, out, log2_scale, norm, n, row_start, end, min_distance, *strides, **shape,
         MAXIMUM=reduce == "max",
     )  # fmt: skip

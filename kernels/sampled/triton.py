@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_scale, check_tensor
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted
 from ..select.triton import BLOCK, SelectWorkspace
 from ..settings import Settings, padded, settings
@@ -61,10 +61,10 @@ def allocate_sampled(
         ValueError: ``num_rows`` is not a positive int.
     """
     naive.sampled_rows(1, num_rows)
-    pack = triton.next_power_of_2(num_query_heads // num_kv_heads)
-    rows = triton.cdiv(num_rows, 128) * 128 * pack
-    width = triton.cdiv(max_context, BLOCK) * BLOCK
-    positions = triton.cdiv(MOST_ROWS, pack)
+    pack = next_power_of_2(num_query_heads // num_kv_heads)
+    rows = cdiv(num_rows, 128) * 128 * pack
+    width = cdiv(max_context, BLOCK) * BLOCK
+    positions = cdiv(MOST_ROWS, pack)
     heads = min(num_kv_heads, max(1, BAND_BYTES // (2 * positions * width)))
     return SampledWorkspace(
         torch.empty(2, num_requests, num_kv_heads, SPLITS, rows, dtype=torch.float32, device=device),
@@ -248,33 +248,10 @@ def _finish_kernel(p_context, p_logits, p_diagonals, p_max, width, HEADS: tl.con
     tl.store(p_max + (i_row + HEADS) * (width // BLOCK) + i_b, tl.max(b_slash, 0))
 
 
-def sampled(
-    q: Tensor,
-    kv: PagedKV,
-    batch: Batch,
-    workspace: SampledWorkspace,
-    into: SelectWorkspace,
-    *,
-    scale: float,
-    config: Settings | None = None,
+def _check(
+    q: Tensor, kv: PagedKV, batch: Batch, workspace: SampledWorkspace, into: SelectWorkspace, scale: float
 ) -> None:
-    """Estimates columns and diagonals of every request from a few of its own rows, for ``select_gathered``.
-
-    A softmax over ``into.logits[r, 0, h, :n]`` is ``p_columns`` of ``naive.sampled``, one over
-    ``into.logits[r, 1, h, :n]``, reversed, ``p_distances``, the latter from probabilities rounded to float16.
-
-    Args:
-        q: ``[rows, Hq, D]``, contiguous channels.
-        kv: the cache, of the same dtype or fp8.
-        batch: which rows belong to which request. Requests without rows are left out.
-        workspace: from ``allocate_sampled``.
-        into: from ``allocate_select``; its logits and maxima are written.
-        scale: factor on ``q . k`` before the softmax.
-        config: tile sizes; None for those of the table.
-
-    Raises:
-        ValueError: dtype, shape, stride or device mismatch; names the argument.
-    """
+    """Checks every argument of ``sampled``."""
     check_tensor("q", q, 3, QUERY_DTYPES)
     if q.stride(2) != 1:
         raise ValueError(f"q must have contiguous channels, got strides {q.stride()}")
@@ -292,17 +269,51 @@ def sampled(
         raise ValueError("workspace and into must be for the same contexts, of max_context tokens at least")
     if workspace.diagonals.shape[0] < batch.num_requests or workspace.diagonals.shape[1] != heads:
         raise ValueError(f"workspace is for {tuple(workspace.diagonals.shape[:2])} requests and heads, too small")
+    check_device("q", q)
+
+
+def sampled(
+    q: Tensor,
+    kv: PagedKV,
+    batch: Batch,
+    workspace: SampledWorkspace,
+    into: SelectWorkspace,
+    *,
+    scale: float,
+    config: Settings | None = None,
+    checked: bool = False,
+) -> None:
+    """Estimates columns and diagonals of every request from a few of its own rows, for ``select_gathered``.
+
+    A softmax over ``into.logits[r, 0, h, :n]`` is ``p_columns`` of ``naive.sampled``, one over
+    ``into.logits[r, 1, h, :n]``, reversed, ``p_distances``, the latter from probabilities rounded to float16.
+
+    Args:
+        q: ``[rows, Hq, D]``, contiguous channels.
+        kv: the cache, of the same dtype or fp8.
+        batch: which rows belong to which request. Requests without rows are left out.
+        workspace: from ``allocate_sampled``.
+        into: from ``allocate_select``; its logits and maxima are written.
+        scale: factor on ``q . k`` before the softmax.
+        config: tile sizes; None for those of the table.
+        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
+
+    Raises:
+        ValueError: dtype, shape, stride or device mismatch; names the argument.
+    """
+    if not checked:
+        _check(q, kv, batch, workspace, into, scale)
+    heads, size, room = kv.num_kv_heads, kv.head_size, into.logits
     group = q.shape[1] // heads
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     config = config or settings("sampled", size, q.device, q.element_size())
     block_m = max(config.block_m, pack)
-    tiles = triton.cdiv(workspace.num_rows * pack, block_m)
+    tiles = cdiv(workspace.num_rows * pack, block_m)
     rows = workspace.partial.shape[4]
     if tiles * block_m > rows:
         raise ValueError(f"workspace has room for {rows} rows of a KV head, {tiles * block_m} are needed")
     if block_m > MOST_ROWS and block_m > pack:
         raise ValueError(f"config has tiles of {block_m} rows, at most {MOST_ROWS} are possible")
-    check_device("q", q)
     if batch.num_requests == 0:
         return
     fp8 = kv.cache.dtype in FP8_DTYPES
@@ -328,16 +339,16 @@ def sampled(
     for i_r, i_m, head in itertools.product(range(batch.num_requests), range(tiles), range(0, heads, turn)):
         grid_h, which = min(turn, heads - head), (width, i_r, i_m, head)
         launch(
-            _sum_kernel, (triton.cdiv(batch.max_context, SPAN * config.block_n), grid_h),
+            _sum_kernel, (cdiv(batch.max_context, SPAN * config.block_n), grid_h),
             (*places, room, workspace.bands, k_scale, log2_scale, *common, *which),
             **depth, **shape, UNIT=UNIT, SPAN=SPAN,
         )  # fmt: skip
         launch(
-            _diagonal_kernel, (triton.cdiv(batch.max_context, BLOCK), grid_h),
+            _diagonal_kernel, (cdiv(batch.max_context, BLOCK), grid_h),
             (workspace.bands, *places[3:6], workspace.diagonals, workspace.num_rows, *which),
             HEADS=heads, POSITIONS=block_m // pack, BLOCK=BLOCK, UNIT=UNIT,
         )  # fmt: skip
     launch(
-        _finish_kernel, (triton.cdiv(batch.max_context, BLOCK), heads, batch.num_requests),
+        _finish_kernel, (cdiv(batch.max_context, BLOCK), heads, batch.num_requests),
         (batch.context_len, room, workspace.diagonals, into.block_max, width), HEADS=heads, BLOCK=BLOCK,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
-from ..launch import launch
+from ..launch import cdiv, launch
 from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted
 from ..settings import Settings, multiprocessors, padded, settings
 from ..types import IndexerLayerWeights
@@ -199,7 +199,7 @@ def _launch(
     fp8 = kv.cache.dtype in FP8_DTYPES
     one = torch.ones(1, device=device) if fp8 and (kv.k_scale is None or kv.v_scale is None) else None
     strides = kv.cache.stride()
-    tiles = triton.cdiv(most, config.block_m)
+    tiles = cdiv(most, config.block_m)
     if count is not None:
         # Enough programs to fill the device; each takes tiles until there are no more.
         tiles = min(tiles, max(1, 2 * multiprocessors(device) // kv.num_kv_heads))
@@ -248,6 +248,24 @@ def score_slots(
     _launch(kv, weights, logits, slot_mapping, num_tokens, None, config)
 
 
+def _check_missing(
+    kv: PagedKV, batch: Batch, weights: IndexerLayerWeights, logits: Tensor, missing: MissingSlots
+) -> None:
+    """Checks every argument of ``score_missing``."""
+    _check(kv, weights, logits)
+    device = kv.cache.device
+    check_paged(kv, batch, device)
+    check_tensor("missing.slots", missing.slots, 1, (torch.int64,))
+    check_tensor("missing.held", missing.held, 1, (torch.int32,))
+    if missing.slots.device != device or missing.held.device != device:
+        raise ValueError(f"missing is on {missing.slots.device}, expected {device}")
+    if missing.slots.shape[0] < batch.num_requests * batch.max_context:
+        raise ValueError(
+            f"missing has room for {missing.slots.shape[0]} slots, not for {batch.num_requests} contexts of "
+            f"{batch.max_context}"
+        )
+
+
 def score_missing(
     kv: PagedKV,
     batch: Batch,
@@ -256,6 +274,7 @@ def score_missing(
     missing: MissingSlots,
     *,
     config: Settings | None = None,
+    checked: bool = False,
 ) -> None:
     """Scores the tokens of every request whose logits are missing (NaN); the others cost one read of their logit.
 
@@ -269,28 +288,19 @@ def score_missing(
         logits: as for ``score_slots``.
         missing: from ``allocate_missing``.
         config: tile sizes; None for those of the table.
+        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Raises:
         ValueError: wrong dtype, shape, stride or device; names the argument.
     """
-    _check(kv, weights, logits)
-    device = kv.cache.device
-    check_paged(kv, batch, device)
-    check_tensor("missing.slots", missing.slots, 1, (torch.int64,))
-    check_tensor("missing.held", missing.held, 1, (torch.int32,))
-    if missing.slots.device != device or missing.held.device != device:
-        raise ValueError(f"missing is on {missing.slots.device}, expected {device}")
-    if missing.slots.shape[0] < batch.num_requests * batch.max_context:
-        raise ValueError(
-            f"missing has room for {missing.slots.shape[0]} slots, not for {batch.num_requests} contexts of "
-            f"{batch.max_context}"
-        )
+    if not checked:
+        _check_missing(kv, batch, weights, logits, missing)
     if batch.num_requests == 0 or batch.max_context == 0:
         return
     config = config or table_settings(kv, weights)
     missing.held.zero_()
     launch(
-        _missing_kernel, (triton.cdiv(batch.max_context, BLOCK), batch.num_requests),
+        _missing_kernel, (cdiv(batch.max_context, BLOCK), batch.num_requests),
         (
             logits, kv.block_table, batch.context_len, missing.slots, missing.held, kv.block_table.stride(0),
             logits.stride(0),

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_tensor
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from ..merge.triton import Index, check_index
 from ..paged import Batch, PagedKV, check_device, check_paged
 from ..types import Selection
@@ -73,7 +73,7 @@ def allocate_select(
     """
     if max_context > MAX_CONTEXT:
         raise ValueError(f"max_context must be at most {MAX_CONTEXT}, got {max_context}")
-    width = triton.cdiv(max_context, BLOCK) * BLOCK
+    width = cdiv(max_context, BLOCK) * BLOCK
     lead = (num_requests, 2, num_kv_heads)
     return SelectWorkspace(
         torch.empty(*lead, width, dtype=torch.float32, device=device),
@@ -313,6 +313,7 @@ def select(
     max_columns: int | None = None,
     min_distances: int = 0,
     max_distances: int | None = None,
+    checked: bool = False,
 ) -> None:
     """Chooses columns and distances of every request and writes them into the flags of an index.
 
@@ -331,29 +332,31 @@ def select(
         max_columns: entries kept at most.
         min_distances: entries kept at least.
         max_distances: entries kept at most.
+        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Raises:
         ValueError: wrong dtype, shape, stride or device, or a minimum above its maximum; names the argument.
     """
-    check_tensor("logits", logits, 2, (torch.float32, torch.bfloat16))
-    _check(kv, batch, tau, index, workspace, logits.device)
     heads = kv.num_kv_heads
-    if logits.shape[1] != 2 * heads:
-        raise ValueError(f"logits has {logits.shape[1]} values a slot, expected {2 * heads}")
-    if logits.stride(1) != 1:
-        raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
+    if not checked:
+        check_tensor("logits", logits, 2, (torch.float32, torch.bfloat16))
+        _check(kv, batch, tau, index, workspace, logits.device)
+        if logits.shape[1] != 2 * heads:
+            raise ValueError(f"logits has {logits.shape[1]} values a slot, expected {2 * heads}")
+        if logits.stride(1) != 1:
+            raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
+        check_device("logits", logits)
     least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
-    check_device("logits", logits)
     if batch.num_requests == 0:
         return
     room = workspace.logits
     launch(
-        _gather_kernel, (triton.cdiv(batch.max_context, BLOCK), batch.num_requests),
+        _gather_kernel, (cdiv(batch.max_context, BLOCK), batch.num_requests),
         (
             logits, kv.block_table, batch.context_len, room, workspace.block_max, logits.stride(0),
             kv.block_table.stride(0), room.shape[3],
         ),
-        HEADS=heads, ROWS=triton.next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
+        HEADS=heads, ROWS=next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
     )  # fmt: skip
     _choose(heads, batch, tau, index, workspace, least, most)
 
@@ -369,15 +372,17 @@ def select_gathered(
     max_columns: int | None = None,
     min_distances: int = 0,
     max_distances: int | None = None,
+    checked: bool = False,
 ) -> None:
     """``select`` from logits that lie in the workspace already, with their block maxima, as ``sampled`` leaves them.
 
     Raises:
         ValueError: as for ``select``.
     """
-    _check(kv, batch, tau, index, workspace, workspace.logits.device)
+    if not checked:
+        _check(kv, batch, tau, index, workspace, workspace.logits.device)
+        check_device("workspace", workspace.logits)
     least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
-    check_device("workspace", workspace.logits)
     if batch.num_requests:
         _choose(kv.num_kv_heads, batch, tau, index, workspace, least, most)
 
@@ -389,8 +394,8 @@ def _choose(
     """Flags from gathered logits; arguments have been checked."""
     room = workspace.logits
     width = room.shape[3]
-    grid = (triton.cdiv(batch.max_context, BLOCK), batch.num_requests * 2 * heads)
-    blocks = triton.next_power_of_2(width // BLOCK)
+    grid = (cdiv(batch.max_context, BLOCK), batch.num_requests * 2 * heads)
+    blocks = next_power_of_2(width // BLOCK)
     rows = (room, workspace.block_max, batch.context_len)
     for fine in (False, True):
         launch(
