@@ -54,6 +54,12 @@ def test_small_pieces_of_work_stay_dense() -> None:
         assert gate.admits(rows, context, True) is sparse
 
 
+def test_few_rows_may_be_more_where_choosing_keys_costs_more() -> None:
+    gate = Gate(min_context=1, dense_last_rows=64, min_rows=1024)
+    assert not gate.admits(64 + 1023, 10**6, True)
+    assert gate.admits(64 + 1024, 5000, True)
+
+
 def test_switched_off() -> None:
     gate = Gate(min_context=1, dense_last_rows=0, enabled=False)
     plan = plan_step([0, 512], [9000], [True], gate)

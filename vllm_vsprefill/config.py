@@ -214,7 +214,17 @@ class _Options(BaseModel):
     ] = Field(
         None,
         description="Rows of a chunk times tokens of context below which it runs the stock kernel. null: 0 on CPU, "
-        "16777216 on CUDA.",
+        "67108864 on CUDA.",
+    )
+    min_rows: Annotated[
+        Annotated[int, Field(ge=0, le=2**31 - 1)] | None,
+        BeforeValidator(_optional),
+        _Allowed("an integer from 0, or null for what suits the platform"),
+    ] = Field(
+        None,
+        description="Rows of a chunk, the dense last ones aside, below which it runs the stock kernel; never less than "
+        "64. null: 64, and 1024 on CUDA with the training-free estimator, which costs as much for few rows as for "
+        "many.",
     )
     max_density: _Share = Field(
         0.5,

@@ -20,12 +20,14 @@ class Gate:
         min_context: tokens of context (cached ones and this chunk's) below which stock attention runs.
         dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
         min_pairs: rows, the dense last ones aside, times context below which stock attention runs.
+        min_rows: rows, the dense last ones aside, below which it runs; ``MIN_ROWS`` in any case.
         enabled: False sends everything to the stock kernel.
     """
 
     min_context: int
     dense_last_rows: int
     min_pairs: int = 0
+    min_rows: int = MIN_ROWS
     enabled: bool = True
 
     def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
@@ -35,7 +37,7 @@ class Gate:
             self.enabled
             and is_prefilling
             and context_len >= self.min_context
-            and sparse_rows >= MIN_ROWS
+            and sparse_rows >= max(self.min_rows, MIN_ROWS)
             and sparse_rows * context_len >= self.min_pairs
         )
 

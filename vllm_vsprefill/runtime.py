@@ -24,6 +24,7 @@ from vllm_vsprefill.kernels.types import IndexerLayerWeights
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
+from vllm_vsprefill.tuning import platform_tuning
 
 logger = init_logger("vllm.vsprefill")
 
@@ -63,13 +64,14 @@ class Runtime:
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
+        self.indexer = self._load_indexer(vllm_config)
         self.gate = Gate(
             min_context=self.options.min_context,
             dense_last_rows=self.options.dense_last_rows,
             min_pairs=self.options.min_pairs or 0,
+            min_rows=self._min_rows(),
             enabled=self.options.enabled,
         )
-        self.indexer = self._load_indexer(vllm_config)
         self.recorder = Recorder(get_tensor_model_parallel_rank())
         self.switch = Switch.from_environment()
         self._prefilled = False
@@ -179,6 +181,12 @@ class Runtime:
             self.recorder.record(index, counts)
         if self.is_last(index):
             self.recorder.publish()
+
+    def _min_rows(self) -> int:
+        """Fewest rows of a sparse chunk: the user's choice, else what was measured for the estimator."""
+        if self.options.min_rows is not None:
+            return self.options.min_rows
+        return platform_tuning().min_rows_sampled if self.indexer is None else 0
 
     def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
         if not self.options.enabled:

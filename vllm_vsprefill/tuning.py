@@ -19,22 +19,27 @@ class PlatformTuning:
         block_k: key granule, in positions.
         min_context: tokens of context below which the stock kernel is faster; a preset that starts later wins.
         min_pairs: rows of a chunk times context below which it is.
+        min_rows_sampled: rows of a chunk below which it is with the training-free estimate, which takes a pass over the
+            context for its own rows however few the others are.
     """
 
     block_q: int
     block_k: int
     min_context: int = 0
     min_pairs: int = 0
+    min_rows_sampled: int = 0
 
 
 CPU = PlatformTuning(block_q=128, block_k=64)
 
 # Least compute capability the row is for -> defaults. Small tiles keep the union along scattered diagonals small; the
-# heads of a group fill the rows of a tensor-core tile. The two least sizes are estimates from the times of the kernels:
-# with 32 heads of 128 channels dense attention of 2**24 pairs takes about as long as choosing keys.
+# heads of a group fill the rows of a tensor-core tile. The least sizes of (9, 0) are from
+# `python -m benchmarks.kernels --crossover` on an H100 with 32 heads of 128 channels: for its launches, the sparse
+# attention of a layer takes 0.6 ms at least, 1.25 where the host is busy; stock attention takes that for 2**26 pairs.
+# Those of (8, 0) have not been measured; its stock attention is slower.
 CUDA: dict[tuple[int, int], PlatformTuning] = {
-    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=2**24),
-    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=2**24),
+    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=2**26, min_rows_sampled=1024),
+    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=2**26, min_rows_sampled=1024),
 }
 
 

@@ -26,6 +26,7 @@ pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [fl
 OPTIONS: dict[str, Any] = {
     "min_context": 128,
     "min_pairs": 0,
+    "min_rows": 0,
     "window": 24,
     "sinks": 8,
     "dense_last_rows": 16,

@@ -226,6 +226,12 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 _NOTHING = StepPlan((), (), 0)
 
 
+def _is_checked(state: LayerState) -> bool:
+    """Whether the model's first sparse layer has gone through the kernels' checks in this step: layers are alike, and
+    checking takes the host as long as launching."""
+    return bool(state.row)
+
+
 def _describe(
     upload: _Upload, requests: tuple[RequestRows, ...], starts: list[int], lengths: list[int]
 ) -> dict[str, slice]:
@@ -537,15 +543,16 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
         buffers: DeviceBuffers = runtime.device
         tau = layer.vsprefill_tau
         budgets: dict[str, Any] = runtime.budgets
+        checked = _is_checked(state)
         if state.weights is None:
             assert buffers.sampled is not None
-            sampled(query, kv, part.whole, buffers.sampled, buffers.select, scale=scale)
-            select_gathered(kv, part.whole, tau, buffers.index, buffers.select, **budgets)
+            sampled(query, kv, part.whole, buffers.sampled, buffers.select, scale=scale, checked=checked)
+            select_gathered(kv, part.whole, tau, buffers.index, buffers.select, checked=checked, **budgets)
         else:
             logits = self._scratch(kv) if state.logits is None else state.logits.slots
-            score_missing(kv, part.whole, state.weights, logits, buffers.missing)
-            select(logits, kv, part.whole, tau, buffers.index, buffers.select, **budgets)
-        build_index(buffers.index, kv, part.rows)
+            score_missing(kv, part.whole, state.weights, logits, buffers.missing, checked=checked)
+            select(logits, kv, part.whole, tau, buffers.index, buffers.select, checked=checked, **budgets)
+        build_index(buffers.index, kv, part.rows, checked=checked)
         if part.guarded is not None:
             guard(
                 buffers.index,
@@ -554,6 +561,7 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
                 dense_rows=buffers.dense_rows,
                 sparse_end=buffers.sparse_end,
                 counts=buffers.guarded(state.row),
+                checked=checked,
             )
 
     def _scratch(self, kv: PagedKV) -> torch.Tensor:
@@ -587,6 +595,7 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
             dense_last=0,
             out=output,
             visited=buffers.visited(state.row),
+            checked=_is_checked(state),
         )
 
     def _record(self, counts: LayerCounts) -> None:
