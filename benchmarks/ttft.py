@@ -5,7 +5,7 @@
 Models have the shape of a well-known one and random weights (normal, 0.02; norms 1): nothing is downloaded, and time
 does not depend on what weights mean. What attention keeps does, so the budgets of VSPREFILL are fixed here: at 131,072
 tokens 4,096 columns, a local window of 1,024 positions and 64 diagonals outside the choice of which random weights have
-no say (about 1,024 further keys a row in tiles of 16 positions), at other lengths in proportion. The densities that
+no say (about 1,024 further keys a row in tiles of 16 positions), at shorter lengths in proportion. The densities that
 result are reported beside the times; what a trained indexer chooses by itself is measured with the needle model.
 
 Each backend is an engine in a process of its own. Rows are written to the result file as they are measured. Prefix
@@ -125,8 +125,8 @@ class Results:
 
 
 def budgets(length: int) -> dict[str, int]:
-    """Columns, window and diagonals at a length: those at ``BUDGET_AT``, in proportion."""
-    share = length / BUDGET_AT
+    """Columns, window and diagonals at a length: those at ``BUDGET_AT``, below it in proportion."""
+    share = min(length / BUDGET_AT, 1.0)
     return {
         "columns": max(int(COLUMNS * share), 16),
         "window": max(int(WINDOW * share), 16),
@@ -488,7 +488,7 @@ def main(
             "columns": COLUMNS,
             "window": WINDOW,
             "distances": DISTANCES,
-            "rule": "fixed, in proportion to the length; random weights would choose without meaning",
+            "rule": "fixed, below at_tokens in proportion to the length; random weights would choose without meaning",
         },
         "weights": "random, normal 0.02, norms 1",
     }
