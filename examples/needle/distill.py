@@ -28,9 +28,9 @@ MODEL = Path(__file__).parent / "model"
 # What the presets are calibrated to, by the recall of entries weighted by their own probability: a row that looks for
 # one key counts, a row that looks everywhere does not.
 GOALS = {
-    "accurate": Goal(density=0.15, metric="strong"),
-    "balanced": Goal(density=0.1, metric="strong"),
-    "fast": Goal(density=0.06, metric="strong"),
+    "accurate": Goal(density=0.12, metric="strong"),
+    "balanced": Goal(density=0.07, metric="strong"),
+    "fast": Goal(density=0.045, metric="strong"),
 }
 FILES = ("config.json", "indexer.safetensors")
 
