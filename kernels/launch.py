@@ -10,12 +10,17 @@ Triton's launch hooks are not called then: its own profiler does not see these l
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import triton
 from torch import Tensor
 
 from .paged import is_interpreted
+
+logger = logging.getLogger("vllm.vsprefill")
+
+_direct = True  # whether Triton's launchers take the arguments that they are given here
 
 _LARGEST_INT32 = 2**31 - 1
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -47,7 +52,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
         num_stages: depth of the software pipeline.
         constants: values of the ``constexpr`` parameters, by name.
     """
-    if is_interpreted():
+    global _direct
+    if is_interpreted() or not _direct:
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
         return
     device = args[0].device
@@ -70,9 +76,15 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
     if found is None:
         compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
         settled = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _compiled[tuple(key)] = compiled.run, compiled.function, compiled.packed_metadata, settled
+        # The kernel is kept as well: it unloads its function when nobody holds it.
+        _compiled[tuple(key)] = compiled.run, compiled.function, compiled.packed_metadata, settled, compiled
         return
-    run, function, metadata, settled = found
+    run, function, metadata, settled, _ = found
     x, y, z = (*grid, 1, 1)[:3]
-    # What `compiled[grid](...)` does, without metadata for launch hooks and without the hooks.
-    run(x, y, z, _current_stream(device.index), function, metadata, None, None, None, *values, *settled)
+    try:
+        # What `compiled[grid](...)` does, without metadata for launch hooks and without the hooks.
+        run(x, y, z, _current_stream(device.index), function, metadata, None, None, None, *values, *settled)
+    except TypeError as error:  # raised when the arguments are parsed, before the kernel is launched
+        logger.warning("VSPREFILL: this Triton's launcher has changed; launches take longer: %s", error)
+        _direct = False
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)

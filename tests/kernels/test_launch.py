@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Launching a compiled kernel again. The stand-in takes note of who is called with what."""
+"""Launching a compiled kernel again: against Triton's own launcher, and with a stand-in that notes what it is given."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +17,8 @@ import torch
 
 from vllm_vsprefill.kernels import launch as module
 from vllm_vsprefill.kernels.launch import launch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Compiled:
@@ -29,13 +37,14 @@ class Kernel:
 
     arg_names = ("p_x", "n", "WIDTH", "DEPTH")
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: type[Compiled] = Compiled) -> None:
         self.log: list[Any] = []
+        self.compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def first(*args: Any, **options: Any) -> Compiled:
             self.log.append(("first", grid, args, options))
-            return Compiled(self.log)
+            return self.compiled(self.log)
 
         return first
 
@@ -44,6 +53,7 @@ class Kernel:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_interpreted", lambda: False)
     monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_direct", True)
     monkeypatch.setattr(module, "_current_stream", lambda device_index: "stream")
 
 
@@ -59,30 +69,35 @@ def test_the_second_launch_is_direct() -> None:
     assert kernel.log[1][3] == (x.data_ptr(), 7, 4, 5)
 
 
-def test_triton_runs_a_compiled_kernel_with_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The installed Triton's own way from a compiled kernel to its launcher, which ``launch`` takes a short cut of."""
-    from triton import knobs
-    from triton.compiler.compiler import CompiledKernel
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA driver is here; tests marked gpu launch kernels on it")
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+def test_the_driver_sees_what_triton_shows_it() -> None:
+    """Through Triton's own launcher, for every kernel that a layer launches this way."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.launch_twice"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["differences"] == []
+    for name in ("attend", "score", "missing", "sum", "cut", "tie", "count", "list", "guard", "forget"):
+        assert told["compared"].get(f"_{name}_kernel", 0) > 0, name
 
-    class Noted(CompiledKernel):
-        function, packed_metadata = "function", "metadata"
 
-        def __init__(self) -> None:
-            self.module, self._run = None, self.note
+def test_a_launcher_with_other_arguments_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Triton that is newer than this: it refuses them before it launches anything."""
 
-        def note(self, *args: Any) -> None:
-            self.log = args
+    class Changed(Compiled):
+        def run(self, *args: Any) -> None:
+            raise TypeError("function takes exactly 17 arguments (18 given)")
 
-        def _init_handles(self) -> None:
-            pass
-
-        def launch_metadata(self, *args: Any) -> None:
-            pass
-
-    kernel = Noted()
-    kernel[(3, 2, 1)](1000, 7, stream="stream")
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    assert kernel.log == (3, 2, 1, "stream", "function", "metadata", None, *hooks, 1000, 7)
+    told: list[str] = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args: told.append(text % args))
+    kernel, x = Kernel(Changed), torch.zeros(64)
+    for _ in range(3):
+        launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
+    assert [entry[0] for entry in kernel.log] == ["first"] * 3
+    assert [("17 arguments" in line) for line in told] == [True]
 
 
 @pytest.mark.parametrize(
