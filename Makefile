@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 #
 # `make help` lists the targets. Variables: PYTHON (interpreter for the environment), VENV, PIP_ARGS (extra arguments
-# of every pip call), VLLM_TARGET (cpu, cuda, auto).
+# of every pip call), VLLM_TARGET (cpu, cuda, auto), WORKERS (processes of `make test`).
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 # Passed on through the environment, so that no quoting can go wrong.
@@ -29,9 +30,9 @@ setup:  ## make .venv with vLLM (CPU build, or CUDA where there is a GPU) and th
 demo: setup  ## serve the needle model, ask a question about a long text (PROMPT=file MODEL=path-or-id)
 	@$(PY) -m examples.demo $${PROMPT:+--prompt "$$PROMPT"} $${MODEL:+--model "$$MODEL"} $(DEMO_ARGS)
 
-test:  ## run the whole test suite (PYTEST_ARGS="-k select -x")
+test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=0 for one process)
 	@$(SETUP) --extras demo,test,train
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)

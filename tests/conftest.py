@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries that read them: no test reaches for the network, and none is counted as use.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +33,22 @@ hypothesis.settings.register_profile(
     "thorough", parent=hypothesis.settings.get_profile("default_run"), max_examples=1000
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_run"))
+
+
+STARTS_VLLM = {"test_engine.py", "test_server.py"}
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process (``make test`` has two), and those that start vLLM in the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "vllm" if Path(file).name in STARTS_VLLM else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
