@@ -395,24 +395,25 @@ def crossover_row(case: Case, context_len: int, rows: int) -> dict[str, Any]:
     counts = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
     guarded = head._replace(row_end=limits[1][:1])
 
-    def layer(trained: bool) -> None:
+    def layer(trained: bool, checked: bool = True) -> None:
         if trained:
             forget(logits, slots)
-            score_missing(kv, whole.batch, weights, logits, missing)
-            select(logits, kv, whole.batch, tau, index, workspace, **budgets)
+            score_missing(kv, whole.batch, weights, logits, missing, checked=checked)
+            select(logits, kv, whole.batch, tau, index, workspace, checked=checked, **budgets)
         else:
-            sampled(whole.q, kv, whole.batch, rows_of, workspace, scale=SCALE)
-            select_gathered(kv, whole.batch, tau, index, workspace, **budgets)
-        build_index(index, kv, head)
-        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0])
+            sampled(whole.q, kv, whole.batch, rows_of, workspace, scale=SCALE, checked=checked)
+            select_gathered(kv, whole.batch, tau, index, workspace, checked=checked, **budgets)
+        build_index(index, kv, head, checked=checked)
+        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0], checked=checked)
         none()
-        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1])
+        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1], checked=checked)
         last()
 
     score_missing(kv, whole.batch, weights, logits, missing)
     dense = ten_in_a_row(stock)
     found = {"context": context_len, "rows": rows, "stock_ms": dense}
     for name, trained in (("vsindexer", True), ("sampled", False)):
+        layer(trained, checked=False)  # a step's first layer
         time = ten_in_a_row(lambda trained=trained: layer(trained))  # type: ignore[misc]
         found |= {f"{name}_ms": time, f"{name}_times_stock": dense / time}
     return found

@@ -30,6 +30,7 @@ from benchmarks import densities, environment
 
 TASKS = ("single", "multi_key", "multi_query", "variable_tracking")
 ANSWER = 48
+SPARSE = '{"min_context": 1024, "min_pairs": 0, "min_rows": 0}'  # whatever may be, paying or not
 HARMLESS = ("seed", "Enforce eager", "Sampling", "swap", "max_num_seqs", "deprecated")
 
 
@@ -92,7 +93,7 @@ def main(
     chunk: Annotated[int, typer.Option(help="Prompt tokens a step.")] = 4096,
     cache_tokens: Annotated[int, typer.Option(help="Size of the KV cache.")] = 65536,
     aborted: Annotated[float, typer.Option(help="Share of requests that are given up.")] = 0.1,
-    options: Annotated[str, typer.Option(help="VSPREFILL options, as JSON.")] = '{"min_context": 1024}',
+    options: Annotated[str, typer.Option(help="VSPREFILL options, as JSON.")] = SPARSE,
     seed: Annotated[int, typer.Option(help="Which requests.")] = 0,
     utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.5,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("traffic.json"),
@@ -180,6 +181,7 @@ def main(
     shown = {key: value for key, value in record.items() if key not in ("memory", "log")}
     print(json.dumps(shown, indent=1))
     problems = [f"{len(changed)} answers changed by traffic"] if changed else []
+    problems += [] if counts.sparse_chunks else ["no chunk ran sparse"]
     problems += [f"log: {text}" for text in record["log"] if text.startswith(("ERROR", "CRITICAL"))]
     half = [sample["reserved"] for sample in samples[len(samples) // 2 :] if "reserved" in sample]
     if half and max(half) > min(half) + 64 * 2**20:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vsprefill.plan import MIN_ROWS, Gate, RequestRows, plan_step
+from vllm_vsprefill.tuning import cuda_tuning, pairs_worth_choosing
 
 GATE = Gate(min_context=1000, dense_last_rows=64)
 
@@ -50,14 +51,53 @@ def test_few_rows_stay_dense_whatever_the_options() -> None:
 
 def test_small_pieces_of_work_stay_dense() -> None:
     gate = Gate(min_context=1, dense_last_rows=64, min_pairs=2**24)
-    for rows, context, sparse in ((1024, 16384, False), (1088, 16384, True), (192, 131072, True), (191, 131072, False)):
+    for rows, context, sparse in ((1024, 16384, True), (1023, 16384, False), (128, 131072, True), (127, 140000, False)):
         assert gate.admits(rows, context, True) is sparse
 
 
 def test_few_rows_may_be_more_where_choosing_keys_costs_more() -> None:
     gate = Gate(min_context=1, dense_last_rows=64, min_rows=1024)
-    assert not gate.admits(64 + 1023, 10**6, True)
-    assert gate.admits(64 + 1024, 5000, True)
+    assert not gate.admits(1023, 10**6, True)
+    assert gate.admits(1024, 5000, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "trained", "sampled"),
+    [
+        (4096, 16384, True, True),
+        (2048, 32768, True, True),
+        (1024, 65536, True, True),
+        (512, 131072, True, False),
+        (2048, 16384, False, False),
+        (1024, 32768, False, False),
+        (256, 131072, False, False),
+    ],
+)
+def test_what_the_documentation_says_of_hopper(rows: int, context: int, trained: bool, sampled: bool) -> None:
+    """With a decode or two in the same step, too."""
+    tuning = cuda_tuning((9, 0))
+    for least, sparse in ((0, trained), (tuning.min_rows_sampled, sampled)):
+        gate = Gate(tuning.min_context, dense_last_rows=64, min_pairs=tuning.min_pairs, min_rows=least)
+        assert gate.admits(rows, context, True) is sparse
+        assert gate.admits(rows - 3, context - 3, True) is sparse
+
+
+@given(st.integers(1, 5000), st.integers(0, 3000), st.integers(0, 2**24), st.integers(0, 2000), st.integers(0, 100))
+def test_least_context(rows: int, min_context: int, min_pairs: int, min_rows: int, dense: int) -> None:
+    gate = Gate(min_context, dense, min_pairs=min_pairs, min_rows=min_rows)
+    least = gate.least_context(rows)
+    if least is None:
+        assert not gate.admits(rows, 10**9, True)
+        return
+    assert gate.admits(rows, least, True)
+    assert least == rows or not gate.admits(rows, least - 1, True)
+
+
+def test_few_heads_want_longer_chunks() -> None:
+    assert pairs_worth_choosing(1000, 32, 128) == 1000
+    assert pairs_worth_choosing(1000, 8, 128) == 4000
+    assert pairs_worth_choosing(1000, 64, 128) == 1000
+    assert pairs_worth_choosing(0, 8, 64) == 0
 
 
 def test_switched_off() -> None:

@@ -214,7 +214,7 @@ class _Options(BaseModel):
     ] = Field(
         None,
         description="Rows of a chunk times tokens of context below which it runs the stock kernel. null: 0 on CPU, "
-        "67108864 on CUDA.",
+        "62914560 on CUDA, more where a GPU has less than 32 heads of 128 channels.",
     )
     min_rows: Annotated[
         Annotated[int, Field(ge=0, le=2**31 - 1)] | None,
@@ -222,9 +222,8 @@ class _Options(BaseModel):
         _Allowed("an integer from 0, or null for what suits the platform"),
     ] = Field(
         None,
-        description="Rows of a chunk, the dense last ones aside, below which it runs the stock kernel; never less than "
-        "64. null: 64, and 1024 on CUDA with the training-free estimator, which costs as much for few rows as for "
-        "many.",
+        description="Rows of a chunk below which it runs the stock kernel; 64 beside the dense last ones in any case. "
+        "null: 0, and 960 on CUDA with the training-free estimator, which costs as much for few rows as for many.",
     )
     max_density: _Share = Field(
         0.5,

@@ -19,27 +19,33 @@ class Gate:
     Attributes:
         min_context: tokens of context (cached ones and this chunk's) below which stock attention runs.
         dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
-        min_pairs: rows, the dense last ones aside, times context below which stock attention runs.
-        min_rows: rows, the dense last ones aside, below which it runs; ``MIN_ROWS`` in any case.
+        min_pairs: rows of the chunk times context below which stock attention runs.
+        min_rows: rows of the chunk below which it runs; ``MIN_ROWS`` beside the dense last ones in any case.
         enabled: False sends everything to the stock kernel.
     """
 
     min_context: int
     dense_last_rows: int
     min_pairs: int = 0
-    min_rows: int = MIN_ROWS
+    min_rows: int = 0
     enabled: bool = True
 
     def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
         """Whether ``rows`` new tokens at the end of ``context_len`` run sparse."""
-        sparse_rows = rows - self.dense_last_rows
         return (
             self.enabled
             and is_prefilling
             and context_len >= self.min_context
-            and sparse_rows >= max(self.min_rows, MIN_ROWS)
-            and sparse_rows * context_len >= self.min_pairs
+            and rows - self.dense_last_rows >= MIN_ROWS
+            and rows >= self.min_rows
+            and rows * context_len >= self.min_pairs
         )
+
+    def least_context(self, rows: int) -> int | None:
+        """Tokens of context from which a chunk of ``rows`` runs sparse; None if it never does."""
+        if rows - self.dense_last_rows < MIN_ROWS or rows < self.min_rows or not self.enabled:
+            return None
+        return max(self.min_context, -(-self.min_pairs // rows), rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from vllm_vsprefill.kernels.types import IndexerLayerWeights
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
-from vllm_vsprefill.tuning import platform_tuning
+from vllm_vsprefill.tuning import pairs_worth_choosing, platform_tuning
 
 logger = init_logger("vllm.vsprefill")
 
@@ -68,7 +68,7 @@ class Runtime:
         self.gate = Gate(
             min_context=self.options.min_context,
             dense_last_rows=self.options.dense_last_rows,
-            min_pairs=self.options.min_pairs or 0,
+            min_pairs=self._min_pairs(vllm_config),
             min_rows=self._min_rows(),
             enabled=self.options.enabled,
         )
@@ -85,6 +85,8 @@ class Runtime:
         self._context = vllm_config.compilation_config.static_forward_context
         if get_tensor_model_parallel_rank() == 0:
             logger.info("VSPREFILL: %s", self._summary())
+            if self.options.enabled:
+                self._say_when_sparse(vllm_config)
         self.recorder.mode = "sparse" if self.options.enabled else "off"
         self.recorder.write()  # lets `vsprefill status` find the server before its first prompt
 
@@ -182,6 +184,16 @@ class Runtime:
         if self.is_last(index):
             self.recorder.publish()
 
+    def _min_pairs(self, vllm_config: Any) -> int:
+        """Rows times context of the least sparse chunk: the user's choice, else what was measured, for this rank."""
+        least = self.options.min_pairs or 0
+        if "min_pairs" in self.options.model_fields_set:
+            return least
+        model = vllm_config.model_config
+        return pairs_worth_choosing(
+            least, model.get_num_attention_heads(vllm_config.parallel_config), model.get_head_size()
+        )
+
     def _min_rows(self) -> int:
         """Fewest rows of a sparse chunk: the user's choice, else what was measured for the estimator."""
         if self.options.min_rows is not None:
@@ -229,6 +241,21 @@ class Runtime:
         else:
             estimator = "training-free estimator (sampled): no trained indexer for this model was found"
         return f"{estimator}; options: {self.options.describe()}"
+
+    def _say_when_sparse(self, vllm_config: Any) -> None:
+        longest = vllm_config.model_config.max_model_len
+        chunk = min(vllm_config.scheduler_config.max_num_batched_tokens, longest)
+        context = self.gate.least_context(chunk)
+        if context is not None and context <= longest:
+            logger.info("VSPREFILL: chunks of %d prompt tokens run sparse from %d tokens of context.", chunk, context)
+            return
+        logger.warning(
+            "VSPREFILL: no prompt will run sparse. The longest one has %d tokens (max_model_len) and its chunks have "
+            "%d (max_num_batched_tokens); for chunks of that size %s. Raise --max-num-batched-tokens, or lower %s.",
+            longest, chunk,
+            f"it pays from {context} tokens of context" if context else "it does not pay at any context",
+            "min_context or min_pairs" if context else "min_rows or dense_last_rows",
+        )  # fmt: skip
 
 
 def _interval(thresholds: Iterable[Threshold]) -> str:

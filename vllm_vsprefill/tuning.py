@@ -18,7 +18,7 @@ class PlatformTuning:
         block_q: query tile, in positions.
         block_k: key granule, in positions.
         min_context: tokens of context below which the stock kernel is faster; a preset that starts later wins.
-        min_pairs: rows of a chunk times context below which it is.
+        min_pairs: rows of a chunk times context below which it is, with 32 heads of 128 channels.
         min_rows_sampled: rows of a chunk below which it is with the training-free estimate, which takes a pass over the
             context for its own rows however few the others are.
     """
@@ -35,12 +35,24 @@ CPU = PlatformTuning(block_q=128, block_k=64)
 # Least compute capability the row is for -> defaults. Small tiles keep the union along scattered diagonals small; the
 # heads of a group fill the rows of a tensor-core tile. The least sizes of (9, 0) are from
 # `python -m benchmarks.kernels --crossover` on an H100 with 32 heads of 128 channels: for its launches, the sparse
-# attention of a layer takes 0.6 ms at least, 1.25 where the host is busy; stock attention takes that for 2**26 pairs.
+# attention of a layer took 0.6 ms at least, 1.25 where the host was busy; stock attention takes that for 2**26 pairs.
+# A sixteenth less admits what was measured there, chunks of powers of two, when decodes take some of a step's tokens.
 # Those of (8, 0) have not been measured; its stock attention is slower.
+_PAIRS, _ROWS = 60 * 2**20, 960
 CUDA: dict[tuple[int, int], PlatformTuning] = {
-    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=2**26, min_rows_sampled=1024),
-    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=2**26, min_rows_sampled=1024),
+    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
+    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
 }
+_MEASURED_CHANNELS = 32 * 128  # query heads times head size
+
+
+def pairs_worth_choosing(min_pairs: int, num_heads: int, head_size: int) -> int:
+    """``min_pairs`` for a rank with other heads than those it was measured with.
+
+    Launches take as long for few heads as for many, stock attention less. For more heads nothing was measured; the
+    number stays, which errs towards stock attention.
+    """
+    return max(min_pairs, min_pairs * _MEASURED_CHANNELS // (num_heads * head_size))
 
 
 def cuda_tuning(capability: tuple[int, int] | None) -> PlatformTuning:

@@ -165,8 +165,9 @@ def test_auto_takes_sampled_where_no_indexer_fits(engine: Any, plugin_log: list[
         assert counts.density < 0.7
 
 
-def test_short_prompts_run_stock(engine: Any, random_indexer: Path) -> None:
+def test_short_prompts_run_stock(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
     ours = engine("VSPREFILL", {**SPARSE, "min_context": 4096, "checkpoint": str(random_indexer)})
+    assert "chunks of 1024 prompt tokens run sparse from 4096 tokens of context" in "\n".join(plugin_log)
     prompts = [prompt(n) for n in (10, 900, 3000)]
     tokens = ours.tokens(prompts)
     assert all(counts.sparse_chunks == 0 and counts.density == 1.0 for counts in ours.counts.values())
@@ -245,6 +246,15 @@ def test_draft_models_run_stock(engine: Any, random_model: Path, random_indexer:
     drafted = engine("VSPREFILL", options, speculative_config=speculative)
     assert drafted.tokens(asked, 4) == expected
     assert {layer: c.causal for layer, c in drafted.counts.items()} == {layer: c.causal for layer, c in counts.items()}
+
+
+def test_gates_that_no_prompt_passes_are_reported(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
+    ours = engine("VSPREFILL", {**SPARSE, "min_pairs": 2**23, "checkpoint": str(random_indexer)})
+    told = "\n".join(plugin_log)
+    assert "no prompt will run sparse" in told
+    assert "pays from 8192 tokens" in told
+    ours.tokens([prompt(3000)], 2)
+    assert not any(counts.sparse_chunks for counts in ours.counts.values())
 
 
 def test_refusal_of_a_missing_checkpoint(engine: Any) -> None:
