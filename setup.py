@@ -60,7 +60,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hanging server must fail its test, not the whole run
-        "pytest-xdist>=3.6,<4",  # two processes take little more than half the time; 3.6 put tests on the main thread
+        "pytest-xdist>=3.7,<4",  # two processes take two thirds of the time; 3.7 can keep the order of files
         "hypothesis>=6.100",  # property tests of selection, merging and attention
         "openai>=1.40",  # server tests use the official client
     ],
