@@ -80,6 +80,16 @@ def vllm_is_cpu_build() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has instructions for bfloat16 (True where Linux does not say); others take many times as
+    long for it as for float32."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"}) or not words
+
+
 def needle_question(tokens: int, seed: int) -> Question:
     """A problem for the needle model: one magic number among many, in a haystack of random words."""
     problem = tasks.make_problem(np.random.default_rng(seed), "multi_key", "words", tokens)
@@ -188,10 +198,10 @@ def ask(server: VLLMServer, question: Question) -> Result:
     return Result(answer.strip(), prompt_tokens, ttft, server.densities().since(before))
 
 
-def server(model: str, backend: str, tokens: int, *, cache_gib: int | None, chunk: int) -> VLLMServer:
+def server(model: str, backend: str, tokens: int, *, cache_gib: int | None, chunk: int, dtype: str) -> VLLMServer:
     """A server whose settings do not depend on the backend, so that two of them can be compared."""
     arguments = ["--served-model-name", SERVED_NAME, "--max-model-len", str(tokens)]
-    arguments += ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "8"]
+    arguments += ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "8", "--dtype", dtype]
     environment = {}
     if cache_gib is not None:
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
@@ -256,14 +266,20 @@ def say(label: str, text: str) -> None:
 def main(
     prompt: Annotated[Path | None, typer.Option(help="A text file to send instead of the built-in question.")] = None,
     model: Annotated[str, typer.Option(help="Model folder or Hugging Face id.")] = str(NEEDLE_MODEL),
-    tokens: Annotated[int, typer.Option(help="Length of the built-in prompt, in tokens.", min=1024)] = 32768,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the built-in prompt, in tokens. By default 32,768.", min=1024)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which built-in question is asked.")] = 0,
     chunk: Annotated[int, typer.Option(help="Prompt tokens vLLM computes at a time.", min=256)] = 8192,
+    dtype: Annotated[str, typer.Option(help="vLLM's --dtype; auto: the model's, if the processor has it.")] = "auto",
     compare: Annotated[bool, typer.Option(help="Ask the stock backend too.")] = True,
 ) -> None:
     """Ask one question about a long text, with VSPREFILL and with the stock backend."""
     gpu = has_gpu()
     stock_backend = "FLASH_ATTN" if gpu else "CPU_ATTN"
+    slow = not gpu and not computes_bfloat16()
+    if tokens is None:
+        tokens = 16384 if slow else 32768
     results: dict[str, Result] = {}
     try:
         with console.status("reading the model's tokenizer"):
@@ -277,8 +293,11 @@ def main(
             )
         say("question", question.shown)
         cache_gib = None if gpu else 2 + needed * limits.bytes_per_token // 2**30
+        if dtype == "auto" and slow and question.problem is not None:
+            dtype = "float32"
+            say("slow", f"no bfloat16 in this processor: float32, {needed - ANSWER_TOKENS:,} tokens of prompt")
         for backend in ("VSPREFILL", stock_backend) if compare else ("VSPREFILL",):
-            running = server(model, backend, needed, cache_gib=cache_gib, chunk=chunk)
+            running = server(model, backend, needed, cache_gib=cache_gib, chunk=chunk, dtype=dtype)
             try:
                 say("server", " ".join(running.command))
                 results[backend] = ask(running, question)

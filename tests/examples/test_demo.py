@@ -35,6 +35,17 @@ def shown(*arguments: str) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("flags : fpu avx2", False), ("flags : avx512f avx512_bf16", True), ("Features : fp bf16", True), ("", True)],
+)
+def test_processors_with_bfloat16(text: str, expected: bool, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert demo.computes_bfloat16(file) is expected
+    assert demo.computes_bfloat16(tmp_path / "missing")
+
+
 def test_missing_prompt_file(tmp_path: Path) -> None:
     assert "No such file" in shown("--prompt", str(tmp_path / "a[/b].txt"))
 
