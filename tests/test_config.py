@@ -251,6 +251,8 @@ def test_a_platform_fills_in_what_is_not_given() -> None:
     options = VSPrefillConfig.from_sources({"block_k": 8}).resolved(later)
     assert (options.block_q, options.block_k, options.min_context) == (32, 8, 16384)
     assert options.model_fields_set == {"block_k"}
+    left_open = VSPrefillConfig.from_sources({"block_k": 8, "min_pairs": None}).resolved(later)
+    assert left_open.model_fields_set == {"block_k"}  # null is no choice of the user's
     assert VSPrefillConfig.from_sources({"min_context": 100}).resolved(later).min_context == 100
     earlier = PlatformTuning(block_q=32, block_k=2, min_context=1)
     assert VSPrefillConfig.from_sources().resolved(earlier).min_context == PRESETS["balanced"]["min_context"]

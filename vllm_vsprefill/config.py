@@ -355,7 +355,7 @@ class VSPrefillConfig(_Options):
             update["min_pairs"] = tuning.min_pairs
         if "min_context" not in self.model_fields_set and tuning.min_context > self.min_context:
             update["min_context"] = tuning.min_context
-        given = set(self.model_fields_set)
+        given = self.model_fields_set - update.keys()  # null leaves the choice, too
         options = self.model_copy(update=update)
         options.__pydantic_fields_set__.intersection_update(given)  # a platform's choice is not the user's
         return options
