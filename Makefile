@@ -32,7 +32,7 @@ demo: setup  ## serve the needle model, ask a question about a long text (PROMPT
 
 test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=0 for one process)
 	@$(SETUP) --extras demo,test,train
-	@$(PY) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)

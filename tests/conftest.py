@@ -41,11 +41,11 @@ STARTS_VLLM = {"test_engine.py", "test_server.py"}
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process (``make test`` has two), and those that start vLLM in the same one."""
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadFileScheduling
 
-    class Files(LoadScopeScheduling):
+    class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
+            file = super()._split_scope(nodeid)
             return "vllm" if Path(file).name in STARTS_VLLM else file
 
     return Files(config, log)

@@ -90,6 +90,10 @@ def test_least_context(rows: int, min_context: int, min_pairs: int, min_rows: in
         assert not gate.admits(rows, 10**9, True)
         return
     assert gate.admits(rows, least, True)
+    assert rows >= max(min_rows, dense + MIN_ROWS)
+    assert least >= min_context
+    assert rows * least >= min_pairs
+    assert least in (rows, min_context) or rows * (least - 1) < min_pairs
     assert least == rows or not gate.admits(rows, least - 1, True)
 
 

@@ -32,18 +32,14 @@ class Gate:
 
     def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
         """Whether ``rows`` new tokens at the end of ``context_len`` run sparse."""
-        return (
-            self.enabled
-            and is_prefilling
-            and context_len >= self.min_context
-            and rows - self.dense_last_rows >= MIN_ROWS
-            and rows >= self.min_rows
-            and rows * context_len >= self.min_pairs
-        )
+        if not is_prefilling:
+            return False
+        least = self.least_context(rows)
+        return least is not None and context_len >= least
 
     def least_context(self, rows: int) -> int | None:
         """Tokens of context from which a chunk of ``rows`` runs sparse; None if it never does."""
-        if rows - self.dense_last_rows < MIN_ROWS or rows < self.min_rows or not self.enabled:
+        if not self.enabled or rows < max(self.min_rows, self.dense_last_rows + MIN_ROWS):
             return None
         return max(self.min_context, -(-self.min_pairs // rows), rows)
 

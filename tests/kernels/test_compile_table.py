@@ -6,28 +6,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.interpreted import REASON, USABLE
+from tests.kernels.programs import run_compiler
 from vllm_vsprefill.kernels import settings as settings_module
 from vllm_vsprefill.kernels.settings import TABLE, settings
 
-ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ("attend", "score", "sampled", "mass")
 
 
 @pytest.mark.slow
 def test_kernels_fit_into_shared_memory() -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environ["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "tests.kernels.compile_table"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = run_compiler("compile_table", OMP_NUM_THREADS="1")
     assert done.stdout, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["misfits"] == []

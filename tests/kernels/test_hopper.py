@@ -5,28 +5,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_paged
+from tests.kernels.programs import run_compiler
 
-ROOT = Path(__file__).resolve().parents[2]
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.slow
 def test_compiles_without_a_device() -> None:
     """Matrix products are wgmma, the ring fits into shared memory, and no arrival runs ahead of a warp."""
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_hopper"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = run_compiler("compile_hopper")
     assert done.returncode == 0, done.stderr[-3000:]
     for found in json.loads(done.stdout.splitlines()[-1]):
         assert found["products"] > 0, found

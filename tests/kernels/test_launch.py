@@ -7,18 +7,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.kernels.programs import run_compiler
 from vllm_vsprefill.kernels import launch as module
 from vllm_vsprefill.kernels.launch import launch
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Compiled:
@@ -74,9 +70,7 @@ def test_the_second_launch_is_direct() -> None:
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
 def test_the_driver_sees_what_triton_shows_it() -> None:
     """Through Triton's own launcher, for every kernel that a layer launches this way."""
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.launch_twice"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = run_compiler("launch_twice")
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["differences"] == []
