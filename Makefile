@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 0
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 # Passed on through the environment, so that no quoting can go wrong.
@@ -30,7 +30,7 @@ setup:  ## make .venv with vLLM (CPU build, or CUDA where there is a GPU) and th
 demo: setup  ## serve the needle model, ask a question about a long text (PROMPT=file MODEL=path-or-id)
 	@$(PY) -m examples.demo $${PROMPT:+--prompt "$$PROMPT"} $${MODEL:+--model "$$MODEL"} $(DEMO_ARGS)
 
-test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=2 for two processes)
+test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=0 for one process)
 	@$(SETUP) --extras demo,test,train
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -40,7 +40,7 @@ STARTS_VLLM = {"test_engine.py", "test_server.py"}
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (``WORKERS``), a file's tests stay in one, and all that start vLLM in the same one."""
+    """Keep the tests of a file in one process (``make test`` has two), and those that start vLLM in the same one."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):

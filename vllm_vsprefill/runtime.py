@@ -304,6 +304,9 @@ class Workspace:
         needed = 2 * heads * tokens * dim
         if self._storage is None or self._storage.dtype != dtype or self._storage.numel() < needed:
             # Powers of two: a prompt that arrives in chunks grows the scratch a few times, not at every chunk.
-            self._storage = torch.empty(1 << (needed - 1).bit_length(), dtype=dtype)
+            # An ordinary tensor also when vLLM asks for it in inference mode: one made there is closed to writers
+            # outside of it, and the scratch outlives the engine that asked first.
+            with torch.inference_mode(False):
+                self._storage = torch.empty(1 << (needed - 1).bit_length(), dtype=dtype)
         both = self._storage[:needed].view(2, heads, tokens, dim)
         return both[0], both[1]

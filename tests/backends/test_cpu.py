@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
+from vllm_vsprefill.backends import cpu
 from vllm_vsprefill.kernels.attend.naive import attend
 from vllm_vsprefill.kernels.sampled import sampled
 from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.select.naive import distributions, select
 from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.runtime import Workspace
 
 OPTIONS: dict[str, Any] = {
     "min_context": 256,
@@ -120,6 +122,16 @@ def test_sparse_is_not_dense(make_layer: Any) -> None:
     counts = layer.impl._runtime.recorder.layers[1]
     assert counts.sparse_chunks == 1
     assert 0.05 < counts.density < 0.8
+
+
+def test_inference_mode_leaves_nothing_behind(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM computes in inference mode; what is kept between steps can be written to outside of it, too."""
+    monkeypatch.setattr(cpu, "_WORKSPACE", Workspace())
+    layer = make_layer()
+    request = layer.request(900)
+    with torch.inference_mode():
+        assert check(layer, [(request, 600)]) == (1, 0)
+    assert check(layer, [(request, 300)]) == (1, 0)
 
 
 @pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
