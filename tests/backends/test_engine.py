@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from vllm import LLM, SamplingParams
 
 from tests import models
@@ -299,46 +302,68 @@ def test_refusal_of_a_layer_that_is_not_there(engine: Any) -> None:
     assert "the model has 2 layers" in refusal(engine, {"dense_layers": [0, 7]})
 
 
-def test_tensor_parallel(random_model: Path, random_indexer: Path, tmp_path: Path) -> None:
-    """Two ranks, one KV head each: the same tokens as one rank, and each rank loads its own head's weights."""
-    import os
-    import subprocess
-    import sys
+RANKS = """
+import json, os, pathlib, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model, prompts, settings = json.loads(sys.argv[1])
+    llm = LLM(model, max_model_len=4096, max_num_batched_tokens=1024, skip_tokenizer_init=True, dtype="float32",
+              **settings)
+    sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    from vllm_vsprefill import stats
+    counts = stats.read_counts(pathlib.Path(os.environ[stats.STATS_DIR_VARIABLE]))
+    print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs],
+                                {k: [v.computed, v.causal] for k, v in counts.items()}]))
+"""
 
+
+@pytest.fixture(scope="module")
+def ranks(
+    random_model: Path, random_indexer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[list[list[int]], dict[str, list[float]]]]:
+    """Runs a server of its own with so many ranks, a core each; the tokens, and what every layer counted."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores, one a rank")
-    program = (
-        "import json, sys\n"
-        "from vllm import LLM, SamplingParams\n"
-        "if __name__ == '__main__':\n"
-        "    model, options, prompts, size = json.loads(sys.argv[1])\n"
-        "    llm = LLM(model, attention_backend='vsprefill', additional_config={'vsprefill': options},\n"
-        "              tensor_parallel_size=size, max_model_len=4096, max_num_batched_tokens=1024,\n"
-        "              skip_tokenizer_init=True, enforce_eager=True, dtype='float32')\n"
-        "    sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)\n"
-        "    outputs = llm.generate([{'prompt_token_ids': p} for p in prompts], sampling, use_tqdm=False)\n"
-        "    from vllm_vsprefill import stats\n"
-        "    import os, pathlib\n"
-        "    counts = stats.read_counts(pathlib.Path(os.environ[stats.STATS_DIR_VARIABLE]))\n"
-        "    print('RESULT', json.dumps([[list(o.outputs[0].token_ids) for o in outputs],\n"
-        "                                {k: [v.computed, v.causal] for k, v in counts.items()}]))\n"
-    )
-    script = tmp_path / "tensor_parallel.py"
-    script.write_text(program)
+    script = tmp_path_factory.mktemp("ranks") / "ranks.py"
+    script.write_text(RANKS)
     options = {**SPARSE, "checkpoint": str(random_indexer)}
-    found = []
-    for size in (1, 2):
+
+    @functools.lru_cache
+    def run(size: int, kind: str = "tensor") -> tuple[list[list[int]], dict[str, list[float]]]:
         environ = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if size == 2 else "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(size))),
         }
-        argument = json.dumps([str(random_model), options, [prompt(2500), prompt(90)], size])
+        settings: dict[str, Any] = {
+            "attention_backend": "vsprefill",
+            "additional_config": {"vsprefill": options},
+            f"{kind}_parallel_size": size,
+        }
+        if kind == "pipeline":
+            # vLLM's CPU workers make what later stages receive into while they warm up, which eager ones never do.
+            settings["compilation_config"] = {"backend": "eager"}
+        else:
+            settings["enforce_eager"] = True
+        argument = json.dumps([str(random_model), [prompt(2500), prompt(90)], settings])
         done = subprocess.run(
-            [sys.executable, str(script), argument], env=environ, capture_output=True, text=True, timeout=280
+            [sys.executable, str(script), argument], env=environ, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        found.append(json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0]))
-    (tokens, counts), (parallel_tokens, parallel_counts) = found
+        tokens, counts = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
+        return tokens, counts
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_parallel_ranks(ranks: Any, kind: str) -> None:
+    """Two ranks, a KV head of every layer or a layer with all heads each: the same tokens as one, as sparse."""
+    tokens, counts = ranks(1)
+    parallel_tokens, parallel_counts = ranks(2, kind)
     assert parallel_tokens == tokens
-    assert torch.tensor(parallel_counts["0"]).tolist() == pytest.approx(counts["0"], rel=1e-3)
+    assert set(parallel_counts) == set(counts)
+    for layer, (computed, causal) in counts.items():
+        assert computed < causal
+        assert parallel_counts[layer] == pytest.approx([computed, causal], rel=1e-3)
