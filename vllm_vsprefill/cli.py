@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.errors import INSTALL, DistilError
 from vllm_vsprefill.distil.options import StudentOptions, TrainOptions, train_options
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ app = typer.Typer(
 
 _TRAIN = TrainOptions()
 _STUDENT = StudentOptions()
-_INSTALL = "pip install 'vllm-vsprefill[train]'"
 
 
 def _inputs(value: str) -> str:
@@ -46,8 +46,12 @@ def _device(name: str | None) -> Any:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise DistilError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DistilError(f"--device {name}: expected cpu, cuda or one GPU, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DistilError(f"--device {name}: there is no CUDA device that PyTorch can use")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DistilError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 
@@ -60,8 +64,15 @@ def _accelerator(device: str | None) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise DistilError(f"training needs accelerate: {_INSTALL}") from None
-    return Accelerator(cpu=_device(device).type == "cpu")
+        raise DistilError(f"training needs accelerate: {INSTALL}") from None
+    place = _device(device)
+    if place.type == "cuda" and place.index is not None:
+        import torch
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DistilError(f"--device {device}: each of several processes takes a GPU of its own; say cuda")
+        torch.cuda.set_device(place)
+    return Accelerator(cpu=place.type == "cpu")
 
 
 def _sources(
@@ -262,7 +273,7 @@ def _train(
         typer.echo(layers.describe())
         typer.echo(estimate.describe(found, options, where, rate, 1))
         return
-    _check_out(out)
+    _check_out(out, model, resume)
     accelerator = _accelerator(options.device)
 
     def log(line: str) -> None:
@@ -283,12 +294,25 @@ def _train(
     ).run()
 
 
-def _check_out(out: Path) -> None:
-    """DistilError if the folder cannot be made or written to: found out before anything heavy."""
+def _check_out(out: Path, model: str, resume: bool) -> None:
+    """DistilError if the folder cannot be written to or holds something else: found out before anything heavy."""
     import tempfile
+
+    from vllm_vsprefill.distil import state
 
     if out.exists() and not out.is_dir():
         raise DistilError(f"--out {out}: expected a folder, found a file")
+    folder = Path(model).expanduser()
+    if folder.is_dir() and out.exists() and out.samefile(folder):
+        raise DistilError(f"--out {out}: that is the model's own folder, whose config.json would be lost")
+    if not resume:
+        if state.latest(out) is not None:
+            raise DistilError(
+                f"--out {out}: it holds the state of another run; go on with it by --resume, or choose another folder"
+            )
+        held = [name for name in ("config.json", "indexer.safetensors") if (out / name).exists()]
+        if held:
+            raise DistilError(f"--out {out}: it already holds {' and '.join(held)}; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

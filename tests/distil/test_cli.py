@@ -7,20 +7,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.distil.conftest import ROOT
 from vllm_vsprefill import cli
-from vllm_vsprefill.checkpoint import load_checkpoint, read_config
+from vllm_vsprefill.checkpoint import Thresholds, load_checkpoint, read_config
 from vllm_vsprefill.config import VSPrefillConfig
+from vllm_vsprefill.distil import calibrate
 
 for _name in ("accelerate", "matplotlib", "tensorboard"):
     pytest.importorskip(_name)
@@ -81,13 +86,18 @@ def test_train_writes_what_the_server_reads(trained: Path, model_folder: Path) -
 
 
 def test_resume_of_a_finished_run_changes_nothing(trained: Path, model_folder: Path, text: Path) -> None:
+    # As if somebody had calibrated the preset since
+    config = read_config(trained)
+    theirs = Thresholds(tau_columns=(0.25, 0.5), tau_distances=(0.01, 0.02))
+    calibrate.store(load_checkpoint(trained), {"balanced": theirs})
     before = (trained / "indexer.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
         code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL, "--resume")
     assert code == 0, output
+    assert "the run was complete" in output
     assert (trained / "indexer.safetensors").read_bytes() == before
-    assert set(read_config(trained).thresholds) == {"accurate", "balanced", "fast"}
+    assert read_config(trained).thresholds == {**config.thresholds, "balanced": theirs}
     code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL)
     assert code == 1
     assert "holds the state of another run; go on with it by --resume" in output
@@ -193,7 +203,10 @@ def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path
         ({"--max-length": "100000"}, ["the model has 4096 positions"]),
         ({"--out": "FILE"}, ["expected a folder, found a file"]),
         ({"--out": "/proc/none"}, ["cannot be written to"]),
+        ({"--out": "MODEL"}, ["that is the model's own folder"]),
+        ({"--out": "OTHER"}, ["it already holds config.json; choose another folder"]),
         ({"--device": "warp"}, ["--device warp"]),
+        ({"--device": "meta"}, ["--device meta: expected cpu, cuda or one GPU, cuda:N"]),
         ({"--dtype": "int4"}, ["--dtype: expected auto"]),
         ({"--validation-share": "2"}, ["--validation-share: expected a number between 0 and 1"]),
     ],
@@ -203,7 +216,10 @@ def test_what_is_wrong_is_said(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    known = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    known = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "MODEL": str(model_folder)}
+    known["OTHER"] = str(tmp_path / "other")
     given = {"--model": str(model_folder), "--data": str(text), "--out": str(tmp_path / "out")}
     given |= {flag: known.get(value, value) for flag, value in changes.items()}
     small = [part for i, part in enumerate(SMALL) if not {SMALL[i], SMALL[i - 1]} & set(changes)]
@@ -237,6 +253,59 @@ def test_a_checkpoint_of_another_model_is_not_calibrated(trained: Path) -> None:
     code, output = run("calibrate", "--model", ROOT / "examples/needle/model", "--checkpoint", "nowhere", "--data", "x")
     assert code == 1
     assert "nowhere" in output
+
+
+def damaged(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a model with other tensors."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_weights_that_are_missing_or_damaged(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    def train(model: Path) -> str:
+        code, output = run("train", "--model", model, "--data", text, "--out", tmp_path / "out", *SMALL)
+        assert code == 1, output
+        return output
+
+    name = "model.layers.1.self_attn.k_proj.weight"
+    less = damaged(model_folder, tmp_path / "less", lambda tensors: tensors.pop(name))
+    assert f"1 of its weights are not there and would be random: {name}" in train(less)
+    wide = damaged(model_folder, tmp_path / "wide", lambda tensors: tensors.update({name: torch.zeros(3, 3)}))
+    assert "its weights cannot be loaded" in train(wide)
+    cut = tmp_path / "cut"
+    shutil.copytree(model_folder, cut)
+    (cut / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:1000])
+    assert "its weights cannot be loaded" in train(cut)
+
+
+@pytest.mark.parametrize("goal", ["--recall", "--density"])
+def test_attention_that_is_no_number_is_not_calibrated_by(
+    trained: Path, model_folder: Path, tmp_path: Path, goal: str
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+
+    model = damaged(model_folder, tmp_path / "nan", spoil)
+    before = (trained / "config.json").read_bytes()
+    code, output = run(
+        "calibrate", "--model", model, "--checkpoint", trained, "--data", "synthetic", "--preset", "fast", goal, 0.5,
+        "--length", 128, "--sequences", 1, "--chunk-lengths", 0,
+    )  # fmt: skip
+    assert code == 1, output
+    assert "no numbers, in 1 of 2 layers" in output
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_a_model_that_is_no_decoder(tmp_path: Path, text: Path) -> None:
+    import transformers
+
+    transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4).save_pretrained(tmp_path / "t5")
+    code, output = run("train", "--model", tmp_path / "t5", "--data", text, "--out", tmp_path / "out", "--dry-run")
+    assert code == 1
+    assert "not a decoder" in output
 
 
 def test_no_traceback_for_unknown_flags() -> None:

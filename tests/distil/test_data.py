@@ -97,6 +97,11 @@ def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "x"}\n{"text": \n', "line 2: not valid JSON"),
         ("list.jsonl", "[1, 2]\n", "line 1: expected a JSON object, found list"),
         ("column.jsonl", '{"body": "x", "title": "y"}\n', "column 'text' is missing; found columns 'body', 'title'"),
+        (
+            "half.jsonl",
+            '{"text": "fine"}\n{"text": "a\\ud83d"}\n',
+            "line 2: character 1 of 'text' is half of a surrogate",
+        ),
         ("type.jsonl", '{"text": 5}\n', "column 'text' holds int, not text"),
         ("ids.jsonl", '{"input_ids": [' + "200, " * 60 + "1]}\n", "token id 200 is beyond the model's 128 embeddings"),
     ],

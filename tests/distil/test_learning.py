@@ -58,6 +58,16 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
         torch.testing.assert_close(found[kind].distances.sum(-1), torch.ones(2))
 
 
+def test_a_high_power_of_small_peaks_still_orders_them() -> None:
+    call = random_call(2000)
+    call = call._replace(q=call.q * 0.05)
+    plain, sharp = TargetKind("peak", 6), TargetKind("peak", 6, 16.0)
+    found = compute(call, Range(1500, 2000), [plain, sharp])
+    wanted = found[plain].columns.double() ** 16
+    wanted = wanted / wanted.sum(-1, keepdim=True)
+    torch.testing.assert_close(found[sharp].columns.double(), wanted, rtol=1e-3, atol=1e-7)
+
+
 def test_a_context_within_the_window_teaches_the_plain_distributions() -> None:
     call, kind = random_call(30), TargetKind("mass", 64)
     found = compute(call, Range(0, 30), [kind, TargetKind("mass", 0)])

@@ -183,6 +183,16 @@ def test_only_the_same_run_is_resumed(teacher: Teacher, tmp_path: Path) -> None:
         trainer(other, tmp_path, resume=True, steps=2)
 
 
+def test_a_state_of_another_version_is_not_resumed(teacher: Teacher, tmp_path: Path) -> None:
+    trainer(teacher, tmp_path, steps=1).run()
+    file = next(tmp_path.glob("state/step-*/*.json"))
+    found = json.loads(file.read_text())
+    found["options"]["temperature"] = 2.0
+    file.write_text(json.dumps(found))
+    with pytest.raises(DistilError, match=r"another version of this package wrote the state.*temperature"):
+        trainer(teacher, tmp_path, steps=1, resume=True)
+
+
 def test_resuming_takes_the_newest_state_that_is_whole(teacher: Teacher, tmp_path: Path) -> None:
     trainer(teacher, tmp_path, steps=4, save_every=2).run()
     (tmp_path / "state" / "step-00000004" / "tensors.safetensors").write_bytes(b"cut off")

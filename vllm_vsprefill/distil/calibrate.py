@@ -17,6 +17,7 @@ from vllm_vsprefill.config import PRESETS, VSPrefillConfig
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.coverage import COLUMN_GRID, DISTANCE_GRID, Budgets, Coverage, true_rows
 from vllm_vsprefill.distil.data import Ids
+from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.model import Teacher
 from vllm_vsprefill.distil.scoring import score
 from vllm_vsprefill.distil.state import writing
@@ -213,10 +214,22 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
 
 
 def calibrate(tables: Mapping[str, Coverage], goals: Mapping[str, Goal], per_head: bool) -> dict[str, Calibration]:
-    """Thresholds of every preset that has a goal."""
+    """Thresholds of every preset that has a goal.
+
+    Raises:
+        DistilError: the tables hold values that are no numbers.
+    """
     unknown = set(goals) - set(PRESETS)
     if unknown:
         raise ValueError(f"no such preset: {', '.join(sorted(unknown))}")
+    # [layers]
+    wrong = ~torch.stack([tables[preset].table.flatten(1).isfinite().all(1) for preset in goals]).all(0)
+    if bool(wrong.any()):
+        raise DistilError(
+            f"attention or scores that are no numbers, in {int(wrong.sum())} of {len(wrong)} layers with an indexer: "
+            "there is nothing to calibrate by, and nothing was stored. float16 overflows in some models (--dtype "
+            "bfloat16 or float32); otherwise the model's weights or the indexer's are damaged"
+        )
     return {preset: choose(tables[preset].table, goal, per_head) for preset, goal in goals.items()}
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.errors import INSTALL, DistilError
 
 Ids = npt.NDArray[np.int64]
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
@@ -177,6 +177,12 @@ def _document(record: Any, field: str, where: str) -> str | list[int]:
         raise DistilError(f"{where}: expected a JSON object, found {type(record).__name__}")
     value = record.get(field)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DistilError(
+                f"{where}: character {error.start} of {field!r} is half of a surrogate pair, which no tokenizer takes"
+            ) from None
         return value
     ids = record.get("input_ids")
     if value is None and isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < 2**32 for i in ids):
@@ -196,9 +202,7 @@ def _read_dataset(options: DataOptions) -> Iterator[str | list[int]]:
     try:
         import datasets
     except ImportError:
-        raise DistilError(
-            f"{missing}; for a dataset of that id install the library: pip install 'vllm-vsprefill[train]'"
-        ) from None
+        raise DistilError(f"{missing}; for a dataset of that id install the library: {INSTALL}") from None
     try:
         stream = datasets.load_dataset(name, options.subset, split=options.split, streaming=True)
         columns = stream.column_names

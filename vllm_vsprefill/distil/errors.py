@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+INSTALL = "pip install '.[train]' in the folder of vllm-vsprefill"
+
 
 class DistilError(RuntimeError):
     """A run that cannot start or go on. The message says what was found, what was expected and what to do."""

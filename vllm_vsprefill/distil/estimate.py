@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_vsprefill.distil.model import check
+from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.model import check, decoder_of
 from vllm_vsprefill.distil.options import TrainOptions
 
 # Shares of a device's measured rate of large matrix products that the parts of a run reach. Assumptions, stated in the
@@ -61,10 +62,13 @@ def estimate(config: Any, options: TrainOptions, element: int = 2) -> Estimate:
     from transformers import AutoModelForCausalLM
 
     fingerprint, layers = check(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise DistilError(f"not a decoder that transformers runs: {str(error).strip().splitlines()[0]}") from None
     text = config.get_text_config(decoder=True)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     parameters = sum(p.numel() for p in decoder.parameters())
     embedding = decoder.get_input_embeddings().weight.numel()
     n, heads, size = options.max_length, fingerprint.num_query_heads, fingerprint.head_size

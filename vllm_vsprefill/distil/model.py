@@ -171,6 +171,20 @@ def check(config: Any) -> tuple[ModelFingerprint, Layers]:
     return fingerprint, layers
 
 
+def decoder_of(model: Any) -> Any:
+    """The decoder stack of a transformers model, without the head over the vocabulary.
+
+    Raises:
+        DistilError: transformers does not say which part of it that is.
+    """
+    decoder = model.get_decoder()
+    if decoder.get_output_embeddings() is not None:
+        raise DistilError(
+            f"the decoder of a {model.config.model_type} model cannot be told from its head, no indexer can be trained"
+        )
+    return decoder
+
+
 def wrap(model: Any, name: str) -> Teacher:
     """A teacher around a transformers model that is in memory; it is frozen and put in evaluation mode.
 
@@ -181,7 +195,7 @@ def wrap(model: Any, name: str) -> Teacher:
     fingerprint, layers = check(config)
     capture.register()
     model.set_attn_implementation(capture.IMPLEMENTATION)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     model.eval().requires_grad_(False)
     embedding = decoder.get_input_embeddings()
     return Teacher(name, decoder, fingerprint, layers, embedding.num_embeddings, embedding.weight.device)
@@ -202,11 +216,21 @@ def load(model: str, device: torch.device, dtype: str = "auto") -> Teacher:
 
     check(read_config(model))
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            Path(model).expanduser() if Path(model).expanduser().is_dir() else model, dtype=dtype
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            Path(model).expanduser() if Path(model).expanduser().is_dir() else model,
+            dtype=dtype,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # transformers, safetensors and libraries for quantised weights raise many kinds; to the user they are all one.
         raise DistilError(f"--model {model}: its weights cannot be loaded ({error})") from None
+    needed = {id(parameter) for parameter in decoder_of(loaded).parameters()}
+    missing = sorted(name for name, p in loaded.named_parameters() if name in found["missing_keys"] and id(p) in needed)
+    if missing:
+        raise DistilError(
+            f"--model {model}: {len(missing)} of its weights are not there and would be random: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
+        )
     try:
         loaded = loaded.to(device)
     except torch.OutOfMemoryError:

@@ -93,7 +93,11 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
     def columns(reduce: Any, near: int, power: float = 1.0) -> Tensor:
         if (reduce, near) not in made:
             made[reduce, near] = peak.column_weights(q, k, reduce=reduce, min_distance=near, **rows)
-        return _normalised(made[reduce, near] if power == 1 else made[reduce, near] ** power)
+        weights = made[reduce, near]
+        if power != 1:
+            # Relative to the largest: the powers of small probabilities do not vanish all at once.
+            weights = (weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)) ** power
+        return _normalised(weights)
 
     out = {}
     for kind in kinds:

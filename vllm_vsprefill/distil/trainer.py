@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from vllm_vsprefill.checkpoint import CheckpointConfig, Thresholds, save_checkpoint
@@ -29,11 +30,12 @@ from vllm_vsprefill.distil.calibrate import (
     measure,
     platform_tuning,
     preset_budgets,
+    shortfall,
 )
 from vllm_vsprefill.distil.coverage import Budgets
 from vllm_vsprefill.distil.data import Ids, Source
 from vllm_vsprefill.distil.distiller import Distiller
-from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.errors import INSTALL, DistilError
 from vllm_vsprefill.distil.model import Teacher
 from vllm_vsprefill.distil.options import TrainOptions
 from vllm_vsprefill.distil.student import Student
@@ -148,7 +150,14 @@ class Trainer:
 
     def _restore(self) -> None:
         tensors, found = state.load(self.out)
-        stored = TrainOptions.model_validate(found["options"])
+        try:
+            stored = TrainOptions.model_validate(found["options"])
+        except ValidationError as error:
+            what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+            raise DistilError(
+                f"--resume: another version of this package wrote the state in {self.out} ({what}); go on with that "
+                "one, or start anew in another folder"
+            ) from None
         problems = self.options.differences(stored)
         fingerprint = self.teacher.fingerprint.model_dump(mode="json")
         if found["fingerprint"] != fingerprint:
@@ -383,7 +392,7 @@ class Trainer:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.log("no TensorBoard logs: pip install 'vllm-vsprefill[train]' brings the library")
+            self.log(f"no TensorBoard logs: {INSTALL} brings the library")
             return
         with state.writing("the TensorBoard log", "The run's last state is intact."):
             self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.progress.step + 1)
@@ -437,6 +446,11 @@ class Trainer:
             self.log(f"stopped early: no better validation in {p.worse} since step {p.best_step}")
         if p.step > done_before:
             self.log(f"{p.tokens:,} tokens in {p.seconds:.0f} s; best validation at step {p.best_step}")
+        elif done_before and (self.out / REPORT).is_file():
+            # Its thresholds may have been calibrated since.
+            self.log(f"the run was complete: {self.out} is as it was (vsprefill calibrate sets other thresholds)")
+            self._close()
+            return self.out
         self._finish()
         return self.out
 
@@ -475,6 +489,9 @@ class Trainer:
                 DEFAULT_GOALS,
                 per_head=False,
             )
+            for preset, c in calibrations.items():
+                if note := shortfall(c, DEFAULT_GOALS[preset], preset):
+                    self.log(f"note on {preset}: {note}")
         if self.main:
             self.publish(found, {preset: c.thresholds for preset, c in calibrations.items()})
             curve = {f"{d:g}": found.recall(d).tolist() for d in DENSITIES}
@@ -502,9 +519,10 @@ class Trainer:
                 (self.out / REPORT).write_text(json.dumps(record, indent=1) + "\n")
                 page = write_report(self.out)
             self.log(f"checkpoint: {self.out}")
-            self.log(
-                f"report: {page}" if page else "no report.html: pip install 'vllm-vsprefill[train]' brings matplotlib"
-            )
+            self.log(f"report: {page}" if page else f"no report.html: {INSTALL} brings matplotlib")
+        self._close()
+
+    def _close(self) -> None:
         if self._writer is not None:
             with state.writing("the TensorBoard log", "The checkpoint is complete."):
                 self._writer.close()
