@@ -313,8 +313,9 @@ if __name__ == "__main__":
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     from vllm_vsprefill import stats
     counts = stats.read_counts(pathlib.Path(os.environ[stats.STATS_DIR_VARIABLE]))
-    print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs],
-                                {k: [v.computed, v.causal] for k, v in counts.items()}]))
+    found = [[list(o.outputs[0].token_ids) for o in outputs], {k: [v.computed, v.causal] for k, v in counts.items()}]
+    # Written at once: ranks log to the same stream.
+    sys.stdout.write("\\nRESULT " + json.dumps(found) + "\\n")
 """
 
 

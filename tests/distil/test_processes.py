@@ -35,7 +35,8 @@ options = train_options(
     learning_rate=5e-3, compute_dtype="float32", validate_every=3, validation_sequences=3, save_every=3,
 )
 Trainer(options, wrap(tiny.model("qwen3"), "tiny"), data, data, Path(sys.argv[1]), accelerator).run()
-print("processes", accelerator.num_processes)
+if accelerator.is_main_process:
+    print(f"processes {accelerator.num_processes}", flush=True)
 """
 
 
