@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vsprefill.distil.errors import INSTALL, DistilError
+from vllm_vsprefill.distil.errors import INSTALL, DistilError, first_line
 from vllm_vsprefill.distil.options import StudentOptions, TrainOptions, train_options
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _device(name: str | None) -> Any:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise DistilError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise DistilError(f"--device {name}: {first_line(error)}") from None
     if device.type not in ("cpu", "cuda"):
         raise DistilError(f"--device {name}: expected cpu, cuda or one GPU, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -66,13 +65,15 @@ def _accelerator(device: str | None) -> Any:
     except ImportError:
         raise DistilError(f"training needs accelerate: {INSTALL}") from None
     place = _device(device)
+    accelerator = Accelerator(cpu=place.type == "cpu")
     if place.type == "cuda" and place.index is not None:
         import torch
 
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if accelerator.num_processes > 1:
             raise DistilError(f"--device {device}: each of several processes takes a GPU of its own; say cuda")
+        # A single process's accelerator takes whatever device is the current one.
         torch.cuda.set_device(place)
-    return Accelerator(cpu=place.type == "cpu")
+    return accelerator
 
 
 def _sources(
@@ -306,10 +307,7 @@ def _check_out(out: Path, model: str, resume: bool) -> None:
     if folder.is_dir() and out.exists() and out.samefile(folder):
         raise DistilError(f"--out {out}: that is the model's own folder, whose config.json would be lost")
     if not resume:
-        if state.latest(out) is not None:
-            raise DistilError(
-                f"--out {out}: it holds the state of another run; go on with it by --resume, or choose another folder"
-            )
+        state.check_unused(out)
         held = [name for name in ("config.json", "indexer.safetensors") if (out / name).exists()]
         if held:
             raise DistilError(f"--out {out}: it already holds {' and '.join(held)}; choose another folder")

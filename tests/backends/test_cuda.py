@@ -66,7 +66,7 @@ def test_trimming_drafts_on_the_device_is_refused() -> None:
     """Adaptive verification (vLLM 0.29 and later) moves the rows of requests behind the host's back."""
     assert not VSPrefillFlashBackend.supports_device_cpu_query_lens_mismatch()
     if "use_adaptive_verification" not in AttentionSelectorConfig._fields:
-        pytest.skip("this vLLM does not know it")
+        pytest.skip("this vLLM has no adaptive verification")
 
     def reasons(wanted: bool) -> list[str]:
         selector = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16, use_adaptive_verification=wanted)

@@ -218,8 +218,7 @@ def test_what_is_wrong_is_said(
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    known = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "MODEL": str(model_folder)}
-    known["OTHER"] = str(tmp_path / "other")
+    known = {name.upper(): str(tmp_path / name) for name in ("empty", "file", "other")} | {"MODEL": str(model_folder)}
     given = {"--model": str(model_folder), "--data": str(text), "--out": str(tmp_path / "out")}
     given |= {flag: known.get(value, value) for flag, value in changes.items()}
     small = [part for i, part in enumerate(SMALL) if not {SMALL[i], SMALL[i - 1]} & set(changes)]

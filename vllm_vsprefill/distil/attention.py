@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_vsprefill.distil.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 Result = tuple[Tensor, Tensor]  # out [1, Hq, n, D], log-sum-exp of any shape that holds [Hq, n]
@@ -107,7 +109,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
             raise
         except RuntimeError as error:
             # Some builds refuse some lengths or strides; the targets then compute the log-sum-exp themselves.
-            _warn_once(name, str(error).splitlines()[0])
+            _warn_once(name, first_line(error))
         else:
             return out, row_lse(raw, q.shape[1], q.shape[2])
     k, v = _expanded(q, k, v)

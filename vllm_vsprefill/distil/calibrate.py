@@ -177,9 +177,19 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
         table: ``[layers, H, 3, columns + 1, distances + 1]``, from ``Coverage``.
         goal: what to reach.
         per_head: one pair of thresholds for each KV head instead of one for a layer.
+
+    Raises:
+        DistilError: the table holds values that are no numbers.
     """
     from vllm_vsprefill.distil.coverage import shares as kept_shares
 
+    wrong = int((~table.flatten(1).isfinite().all(1)).sum())
+    if wrong:
+        raise DistilError(
+            f"attention or scores that are no numbers, in {wrong} of {len(table)} layers with an indexer: "
+            "there is nothing to calibrate by, and nothing was stored. float16 overflows in some models (--dtype "
+            "bfloat16 or float32); otherwise the model's weights or the indexer's are damaged"
+        )
     layers, heads = table.shape[:2]
     kind = 1 if goal.metric == "mass" else 2
     by_head = kept_shares(table.cpu())
@@ -214,22 +224,10 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
 
 
 def calibrate(tables: Mapping[str, Coverage], goals: Mapping[str, Goal], per_head: bool) -> dict[str, Calibration]:
-    """Thresholds of every preset that has a goal.
-
-    Raises:
-        DistilError: the tables hold values that are no numbers.
-    """
+    """Thresholds of every preset that has a goal; raises as ``choose`` does."""
     unknown = set(goals) - set(PRESETS)
     if unknown:
         raise ValueError(f"no such preset: {', '.join(sorted(unknown))}")
-    # [layers]
-    wrong = ~torch.stack([tables[preset].table.flatten(1).isfinite().all(1) for preset in goals]).all(0)
-    if bool(wrong.any()):
-        raise DistilError(
-            f"attention or scores that are no numbers, in {int(wrong.sum())} of {len(wrong)} layers with an indexer: "
-            "there is nothing to calibrate by, and nothing was stored. float16 overflows in some models (--dtype "
-            "bfloat16 or float32); otherwise the model's weights or the indexer's are damaged"
-        )
     return {preset: choose(tables[preset].table, goal, per_head) for preset, goal in goals.items()}
 
 

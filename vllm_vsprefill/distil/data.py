@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vsprefill.distil.errors import INSTALL, DistilError
+from vllm_vsprefill.distil.errors import INSTALL, DistilError, first_line
 
 Ids = npt.NDArray[np.int64]
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
@@ -217,8 +217,7 @@ def _read_dataset(options: DataOptions) -> Iterator[str | list[int]]:
         raise
     except Exception as error:
         # The library and the clients below it raise many kinds; to the user they are all one.
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistilError(f"{missing}, and it cannot be read as a dataset ({what})") from None
+        raise DistilError(f"{missing}, and it cannot be read as a dataset ({first_line(error)})") from None
 
 
 def tokenise(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.errors import DistilError, first_line
 from vllm_vsprefill.distil.model import check, decoder_of
 from vllm_vsprefill.distil.options import TrainOptions
 
@@ -66,7 +66,7 @@ def estimate(config: Any, options: TrainOptions, element: int = 2) -> Estimate:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise DistilError(f"not a decoder that transformers runs: {str(error).strip().splitlines()[0]}") from None
+        raise DistilError(f"not a decoder that transformers runs: {first_line(error)}") from None
     text = config.get_text_config(decoder=True)
     decoder = decoder_of(model)
     parameters = sum(p.numel() for p in decoder.parameters())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_vsprefill.distil import capture
-from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.errors import DistilError, first_line
 from vllm_vsprefill.fingerprint import ModelFingerprint
 
 
@@ -118,6 +118,12 @@ def display_name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
+def _source(model: str) -> Path | str:
+    """A model as transformers' loaders take it: its folder, or else its id."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else model
+
+
 def read_config(model: str) -> Any:
     """transformers' configuration of a model.
 
@@ -132,11 +138,10 @@ def read_config(model: str) -> Any:
     if path.is_dir() and not (path / "config.json").is_file():
         raise DistilError(f"--model {model}: the folder holds no config.json; expected that of a Hugging Face model")
     try:
-        return AutoConfig.from_pretrained(path if path.is_dir() else model)
+        return AutoConfig.from_pretrained(_source(model))
     except (OSError, ValueError, KeyError) as error:
-        what = str(error).strip().splitlines()[0]
         raise DistilError(
-            f"--model {model}: no such folder, and transformers cannot load it as an id ({what})"
+            f"--model {model}: no such folder, and transformers cannot load it as an id ({first_line(error)})"
         ) from None
 
 
@@ -216,11 +221,7 @@ def load(model: str, device: torch.device, dtype: str = "auto") -> Teacher:
 
     check(read_config(model))
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            Path(model).expanduser() if Path(model).expanduser().is_dir() else model,
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        loaded, found = AutoModelForCausalLM.from_pretrained(_source(model), dtype=dtype, output_loading_info=True)
     except Exception as error:
         # transformers, safetensors and libraries for quantised weights raise many kinds; to the user they are all one.
         raise DistilError(f"--model {model}: its weights cannot be loaded ({error})") from None
@@ -246,9 +247,9 @@ def load_tokenizer(model: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = Path(model).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else model)
+        return AutoTokenizer.from_pretrained(_source(model))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        what = str(error).strip().splitlines()[0]
-        raise DistilError(f"no tokenizer can be loaded from {model} ({what}); name one with --tokenizer") from None
+        raise DistilError(
+            f"no tokenizer can be loaded from {model} ({first_line(error)}); name one with --tokenizer"
+        ) from None

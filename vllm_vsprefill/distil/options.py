@@ -95,10 +95,16 @@ def train_options(student: dict[str, Any], **values: Any) -> TrainOptions:
     try:
         return TrainOptions.model_validate({"student": student, **values})
     except ValidationError as error:
-        lines = []
-        for detail in error.errors(include_url=False):
-            names = [str(part) for part in detail["loc"] if part != "student" and not isinstance(part, int)]
-            found = f", found {detail['input']!r}" if names else ""
-            flag = "--" + "-".join(names).replace("_", "-") + ": " if names else ""
-            lines.append(f"  - {flag}{detail['msg'].removeprefix('Value error, ')}{found}")
+        lines = [f"  - {problem}" for problem in option_problems(error)]
         raise DistilError("options that cannot be used:\n" + "\n".join(lines)) from None
+
+
+def option_problems(error: ValidationError) -> list[str]:
+    """What is wrong with some options, each by the name of its command-line option."""
+    found = []
+    for detail in error.errors(include_url=False):
+        names = [str(part) for part in detail["loc"] if part != "student" and not isinstance(part, int)]
+        given = f", found {detail['input']!r}" if names else ""
+        flag = "--" + "-".join(names).replace("_", "-") + ": " if names else ""
+        found.append(f"{flag}{detail['msg'].removeprefix('Value error, ')}{given}")
+    return found

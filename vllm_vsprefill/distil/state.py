@@ -132,6 +132,14 @@ def latest(out: Path) -> Path | None:
     return states[-1] if states else None
 
 
+def check_unused(out: Path) -> None:
+    """DistilError if a folder holds the state of a run."""
+    if latest(out) is not None:
+        raise DistilError(
+            f"--out {out}: it holds the state of another run; go on with it by --resume, or choose another folder"
+        )
+
+
 def load(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of the newest state that can be read.
 

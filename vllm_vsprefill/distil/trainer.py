@@ -37,7 +37,7 @@ from vllm_vsprefill.distil.data import Ids, Source
 from vllm_vsprefill.distil.distiller import Distiller
 from vllm_vsprefill.distil.errors import INSTALL, DistilError
 from vllm_vsprefill.distil.model import Teacher
-from vllm_vsprefill.distil.options import TrainOptions
+from vllm_vsprefill.distil.options import TrainOptions, option_problems
 from vllm_vsprefill.distil.student import Student
 from vllm_vsprefill.distil.targets import draw_ranges
 from vllm_vsprefill.distil.validate import DENSITIES, Validation, validate
@@ -141,10 +141,8 @@ class Trainer:
         self._writer: Any = None
         if resume:
             self._restore()
-        elif self.main and state.latest(out) is not None:
-            raise DistilError(
-                f"--out {out}: it holds the state of another run; go on with it by --resume, or choose another folder"
-            )
+        elif self.main:
+            state.check_unused(out)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -153,10 +151,9 @@ class Trainer:
         try:
             stored = TrainOptions.model_validate(found["options"])
         except ValidationError as error:
-            what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
             raise DistilError(
-                f"--resume: another version of this package wrote the state in {self.out} ({what}); go on with that "
-                "one, or start anew in another folder"
+                f"--resume: another version of this package wrote the state in {self.out} "
+                f"({'; '.join(option_problems(error))}); go on with that one, or start anew in another folder"
             ) from None
         problems = self.options.differences(stored)
         fingerprint = self.teacher.fingerprint.model_dump(mode="json")
@@ -446,12 +443,15 @@ class Trainer:
             self.log(f"stopped early: no better validation in {p.worse} since step {p.best_step}")
         if p.step > done_before:
             self.log(f"{p.tokens:,} tokens in {p.seconds:.0f} s; best validation at step {p.best_step}")
-        elif done_before and (self.out / REPORT).is_file():
+        if p.step == done_before and (self.out / REPORT).is_file():
             # Its thresholds may have been calibrated since.
             self.log(f"the run was complete: {self.out} is as it was (vsprefill calibrate sets other thresholds)")
-            self._close()
-            return self.out
-        self._finish()
+        else:
+            self._finish()
+        if self._writer is not None:
+            with state.writing("the TensorBoard log", "The checkpoint is complete."):
+                self._writer.close()
+        self.accelerator.wait_for_everyone()
         return self.out
 
     def _finish(self) -> None:
@@ -520,13 +520,6 @@ class Trainer:
                 page = write_report(self.out)
             self.log(f"checkpoint: {self.out}")
             self.log(f"report: {page}" if page else f"no report.html: {INSTALL} brings matplotlib")
-        self._close()
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            with state.writing("the TensorBoard log", "The checkpoint is complete."):
-                self._writer.close()
-        self.accelerator.wait_for_everyone()
 
     @property
     def _stopping(self) -> bool:
