@@ -15,9 +15,12 @@ before. The counters of the rings go on from piece to piece.
 Keys of a piece come in this order, each once:
 
 1. the tile that ends with the program's own positions, the only one that needs the causal mask;
-2. plain tiles, of which both consumers see every key: the rest of the window, then columns that no diagonal covers;
-3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the other columns;
-4. granules of diagonals, half a tile for each consumer, since each has diagonal keys of its own.
+2. plain tiles, of which both consumers see every key: the rest of the window, then columns below it, but for those
+   of 4.;
+3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the last columns;
+4. granules of diagonals without what is a column, too, half a tile for each consumer, since each has diagonal keys of
+   its own: twice the bytes a product, so that each such tile is followed by a plain one;
+5. the diagonals for which there is no plain tile.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -49,14 +51,7 @@ load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_glo
 ROWS = 64  # of a consumer: the least that a warp group multiplies
 KEYS = 128  # of a tile
 MAX_GROUP = 64
-REGISTERS = (200, 104)
-
-
-@builtin
-def _view(s_any, shape, layout, _semantic=None):
-    """Shared memory seen in another shape; the method has lost its underscore between Triton 3.6 and 3.9."""
-    method = getattr(s_any, "reinterpret", None) or s_any._reinterpret
-    return method(s_any.dtype, shape, layout, _semantic=_semantic)
+REGISTERS = (208, 88)
 
 
 @gluon.jit
@@ -89,41 +84,48 @@ def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: g
 
 
 @gluon.jit
+def _step(
+    it, ib, s_q, s_keys, s_values, s_row, bars, b_p, b_acc, b_max, b_sum, scale, BIAS: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """The logits of tile ``it``, whose keys are ``s_keys``, beside the product of the weights ``b_p`` and values
+    ``s_values`` of the tile before it; returns the weights of the tile. ``ib`` counts tiles with a bias, ``s_row``."""
+    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
+    LENGTH: gl.constexpr = s_keys.shape[0]
+    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LENGTH, 16])
+    stage, before, place = it % STAGES, (it - 1) % STAGES, ib % STAGES
+    mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
+    b_s = warpgroup_mma(
+        s_q, s_keys.permute((1, 0)), gl.zeros([64, LENGTH], gl.float32, l_s), use_acc=False, is_async=True
+    )
+    mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
+    b_o = warpgroup_mma(b_p, s_values, b_acc, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    mbarrier.arrive(k_empty.index(stage))
+    if BIAS:
+        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
+    b_next, b_factor, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_row, scale, BIAS, DTYPE)
+    if BIAS:
+        mbarrier.arrive(bias_empty.index(place))
+    b_acc = warpgroup_mma_wait(0, deps=[b_o])
+    mbarrier.arrive(v_empty.index(before))
+    return b_next, b_acc * b_factor, b_max, b_sum
+
+
+@gluon.jit
 def _tiles(
     it, ib, count, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
-    WHICH: gl.constexpr, BIAS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    WHICH: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """``count`` tiles of a consumer: the logits of each beside the product of the weights and values before it.
-
-    ``it`` counts tiles, ``ib`` those with a bias.
-    """
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    """``count`` tiles of both consumers."""
     for _ in range(count):
-        stage = it % STAGES
-        before = (it - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
-        b_s = warpgroup_mma(
-            s_q, s_k.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
-        )
-        mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-        b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
-        mbarrier.arrive(k_empty.index(stage))
-        place = ib % STAGES
-        if BIAS:
-            mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
-        b_next, b_factor, b_max, b_sum = _weigh(
-            b_s, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH), scale, BIAS, DTYPE
-        )
-        if BIAS:
-            mbarrier.arrive(bias_empty.index(place))
-            ib += 1
-        b_acc = warpgroup_mma_wait(0, deps=[b_o])
-        mbarrier.arrive(v_empty.index(before))
-        b_acc = b_acc * b_factor
-        b_p = b_next
+        b_p, b_acc, b_max, b_sum = _step(
+            it, ib, s_q, s_k.index(it % STAGES), s_v.index((it - 1) % STAGES),
+            s_bias.index(2 * (ib % STAGES) + WHICH), bars, b_p, b_acc, b_max, b_sum, scale, BIAS, STAGES, DTYPE,
+        )  # fmt: skip
         it += 1
+        if BIAS:
+            ib += 1
     return it, ib, b_p, b_acc, b_max, b_sum
 
 
@@ -137,7 +139,7 @@ def _consume(
     """A consumer's 64 rows of piece number ``i_n`` of the program; returns the counters of the rings."""
     k_full, k_empty, v_full, v_empty, bias_full, bias_empty, q_full, q_empty = bars
     i_h, _, i_p, lo, hi, first = piece
-    _, _, start, _, _, start2, _, _, base, num_window, num_plain, _, _, _, num_bias, num_diagonal = plan
+    _, _, start, _, _, start2, _, _, base, num_window, num_plain, _, _, _, num_bias, num_diagonal, num_mixed = plan
     if WHICH == 1:
         i_p += POSITIONS
         start = start2
@@ -171,44 +173,62 @@ def _consume(
 
     # 2., 3. Tiles of both consumers
     it, ib, b_p, b_acc, b_max, b_sum = _tiles(
-        it, ib, num_window + num_plain, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, False,
-        KEYS, STAGES, DTYPE,
+        it, ib, num_window + num_plain - num_mixed, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
+        WHICH, False, STAGES, DTYPE,
     )  # fmt: skip
     it, ib, b_p, b_acc, b_max, b_sum = _tiles(
-        it, ib, num_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, KEYS, STAGES,
-        DTYPE,
-    )  # fmt: skip
+        it, ib, num_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, STAGES, DTYPE
+    )
+
+    # 4. Half tiles of the own diagonals, in turns with tiles of both
+    for _ in range(num_mixed):
+        s_half = s_bias.index(2 * (ib % STAGES) + WHICH).slice(WHICH * HALF, HALF)
+        b_max, b_sum = (
+            gl.convert_layout(b_max, gl.SliceLayout(1, l_h)),
+            gl.convert_layout(b_sum, gl.SliceLayout(1, l_h)),
+        )
+        b_ph, b_acc, b_max, b_sum = _step(
+            it, ib, s_q, s_k.index(it % STAGES).slice(WHICH * HALF, HALF), s_v.index((it - 1) % STAGES), s_half, bars,
+            b_p, b_acc, b_max, b_sum, scale, True, STAGES, DTYPE,
+        )  # fmt: skip
+        b_max, b_sum = (
+            gl.convert_layout(b_max, gl.SliceLayout(1, l_s)),
+            gl.convert_layout(b_sum, gl.SliceLayout(1, l_s)),
+        )
+        it += 1
+        ib += 1
+        b_p, b_acc, b_max, b_sum = _step(
+            it, ib, s_q, s_k.index(it % STAGES), s_v.index((it - 1) % STAGES).slice(WHICH * HALF, HALF), s_half, bars,
+            b_ph, b_acc, b_max, b_sum, scale, False, STAGES, DTYPE,
+        )  # fmt: skip
+        it += 1
     before = (it - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
     b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_o])
     mbarrier.arrive(v_empty.index(before))
 
-    # 4. Half tiles of the own diagonals
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    for _ in range(num_diagonal):
+    # 5. The other diagonals
+    for _ in range(num_diagonal - num_mixed):
         stage, phase = it % STAGES, (it // STAGES) & 1
         place = ib % STAGES
+        s_kh, s_vh = s_k.index(stage).slice(WHICH * HALF, HALF), s_v.index(stage).slice(WHICH * HALF, HALF)
+        s_half = s_bias.index(2 * place + WHICH).slice(WHICH * HALF, HALF)
         mbarrier.wait(k_full.index(stage), phase)
         b_sh = warpgroup_mma(
-            s_q, s_kh.index(2 * stage + WHICH).permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False,
-            is_async=True,
-        )  # fmt: skip
+            s_q, s_kh.permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False, is_async=True
+        )
         b_sh = warpgroup_mma_wait(0, deps=[b_sh])
         mbarrier.arrive(k_empty.index(stage))
         mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
         b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
         b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
-        b_ph, b_factor, b_max, b_sum = _weigh(
-            b_sh, b_acc, b_max, b_sum, s_bias.index(2 * place + WHICH).slice(0, HALF), scale, True, DTYPE
-        )
+        b_ph, b_factor, b_max, b_sum = _weigh(b_sh, b_acc, b_max, b_sum, s_half, scale, True, DTYPE)
         b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
         b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
         mbarrier.arrive(bias_empty.index(place))
         mbarrier.wait(v_full.index(stage), phase)
-        b_o = warpgroup_mma(b_ph, s_vh.index(2 * stage + WHICH), b_acc * b_factor, is_async=True)
+        b_o = warpgroup_mma(b_ph, s_vh, b_acc * b_factor, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=[b_o])
         mbarrier.arrive(v_empty.index(stage))
         it += 1
@@ -257,12 +277,12 @@ def _consumer(
 def _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr, D: gl.constexpr):
     """Pointers ``[keys, D]`` to the keys in cache slots ``b_slot``, of which each thread holds one."""
     l_kv: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    b_slot = gl.convert_layout(b_slot, gl.SliceLayout(1, l_kv))
     if LINEAR:
         b_offset = b_slot.to(gl.int64) * stride_token
     else:
         b_offset = (b_slot // BLOCK_SIZE).to(gl.int64) * stride_block
         b_offset += (b_slot % BLOCK_SIZE).to(gl.int64) * stride_token
+    b_offset = gl.convert_layout(b_offset, gl.SliceLayout(1, l_kv))
     o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_kv)), 0)
     return gl.expand_dims(p_kv + b_offset, 1) + o_d
 
@@ -286,13 +306,13 @@ def _send(it, p_k, s_k, s_v, bars, D: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _send_bias(i_bias, m_one, m_two, s_bias, bars, LENGTH: gl.constexpr, STAGES: gl.constexpr):
+def _send_bias(i_bias, m_one, m_two, s_bias, bars, STAGES: gl.constexpr):
     """0 for keys that a consumer sees, -inf for others."""
     _, _, _, _, bias_full, bias_empty, _, _ = bars
     place = i_bias % STAGES
     mbarrier.wait(bias_empty.index(place), ((i_bias // STAGES) & 1) ^ 1)
-    s_bias.index(2 * place).slice(0, LENGTH).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
-    s_bias.index(2 * place + 1).slice(0, LENGTH).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
+    s_bias.index(2 * place).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
+    s_bias.index(2 * place + 1).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
     mbarrier.arrive(bias_full.index(place))
 
 
@@ -303,11 +323,11 @@ def _slots(p_table, b_pos, BLOCK_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _near(p_near, b_pos, m_pos, tile, start, BLOCK_K: gl.constexpr):
-    """How far the nearest diagonal of a tile is from columns below its window; 0 for those it must not visit."""
-    m_pos = m_pos & (b_pos < start)
-    b_near = gl.load(p_near + (tile // BLOCK_K - b_pos // BLOCK_K), mask=m_pos, other=255)
-    return gl.where(m_pos, b_near.to(gl.int32), 0)
+def _plain(p_table, p_slots, i_t, num_window, num_plain, base, o_n, KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+    """Of plain tile ``i_t``, or the last one: blocks of the cache for one of the window, slots for one of columns."""
+    p_block = p_table + gl.maximum(base - (i_t + 1) * KEYS + o_n, 0) // BLOCK_SIZE
+    p_slot = p_slots + gl.maximum(gl.minimum(i_t - num_window, num_plain - 1), 0) * KEYS + o_n
+    return gl.load(gl.where(i_t < num_window, p_block, p_slot))
 
 
 @gluon.jit
@@ -318,14 +338,16 @@ def _granule(p_granules, o_f, lanes, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def _diagonal_keys(
-    p_near, p_table, b_granule, o_f, tile, length, i_p, BLOCK_K: gl.constexpr, BLOCK_SIZE: gl.constexpr
+    p_near, p_flags, p_table, b_granule, o_f, tile, sinks, i_p, BLOCK_K: gl.constexpr, BLOCK_SIZE: gl.constexpr
 ):  # fmt: skip
-    """Slots of a tile's lanes along diagonals and which of them hold a key; the others read an own position."""
+    """Positions of lanes along diagonals, an own one where there is none, and what is known of them: block of the
+    cache, distance to the nearest diagonal, nonzero for a column."""
     b_pos = tile - b_granule * BLOCK_K + o_f % BLOCK_K
-    m_pos = (b_granule >= 0) & (b_pos >= 0)
+    m_pos = (b_granule >= 0) & (b_pos >= sinks)
     b_near = gl.load(p_near + b_granule, mask=m_pos, other=255)
-    b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
-    return b_slot, m_pos & (b_near.to(gl.int32) <= length + BLOCK_K - 2)
+    b_flag = gl.load(p_flags + b_pos, mask=m_pos, other=1)
+    b_pos = gl.where(m_pos, b_pos, i_p)
+    return b_pos, gl.load(p_table + b_pos // BLOCK_SIZE), b_near, b_flag
 
 
 @gluon.jit
@@ -362,11 +384,10 @@ def _produce(
     from the index is asked for while the tile before it is copied: the loads depend on each other, and waiting for
     them would take longer than the consumers need for a tile.
     """
-    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
-    p_columns, p_slots, _, p_granules, _, p_near, _, granule_width, _, _ = index
+    p_columns, p_slots, _, p_granules, _, p_near, p_flags, _, granule_width, _, _, sinks = index
     i_h, i_r, i_p, lo, hi, _ = piece
     (tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest, num_columns,
-     num_columns2, _, num_diagonal) = plan  # fmt: skip
+     num_columns2, _, num_diagonal, num_mixed) = plan  # fmt: skip
     i_head = (i_r * HEADS + i_h).to(gl.int64)
     p_kv += i_h.to(gl.int64) * stride_head
     p_table += i_r.to(gl.int64) * stride_table
@@ -374,7 +395,7 @@ def _produce(
     p_slots += i_head * width
     p_granules += i_head * granule_width
     p_near += i_head * granule_width
-    DTYPE: gl.constexpr = s_k.dtype
+    p_flags += (i_head + i_r * HEADS) * width
     HALF: gl.constexpr = KEYS // 2
     l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_n = gl.arange(0, KEYS, layout=l_n)
@@ -382,32 +403,34 @@ def _produce(
     # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
     b_pos = base + o_n
     b_slot = _slots(p_table, gl.where((b_pos >= 0) & (b_pos < hi), b_pos, i_p), BLOCK_SIZE)
-    b_next = _slots(p_table, gl.maximum(base - KEYS + o_n, 0), BLOCK_SIZE)
+    b_next = gl.load(p_table + gl.maximum(base - KEYS + o_n, 0) // BLOCK_SIZE)
     _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
     it += 1
     _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
 
-    # 2. The window, downwards, and plain columns
-    for i_w in range(num_window):
-        b_slot = b_next
-        b_next = _slots(p_table, gl.maximum(base - (i_w + 2) * KEYS + o_n, 0), BLOCK_SIZE)
+    # 2. The window, downwards, and plain columns, but for those that diagonals take turns with
+    num_early = num_window + num_plain - num_mixed
+    for i_w in range(gl.minimum(num_window, num_early)):
+        b_pos = base - (i_w + 1) * KEYS + o_n
+        b_slot = b_next * BLOCK_SIZE + b_pos % BLOCK_SIZE
+        b_next = gl.load(p_table + gl.maximum(b_pos - KEYS, 0) // BLOCK_SIZE)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
         it += 1
     b_next = gl.load(p_slots + o_n, mask=o_n < num_columns, other=0)
-    for i_c in range(num_plain):
+    for i_c in range(num_early - num_window):
         b_slot = b_next
         o_c = (i_c + 1) * KEYS + o_n
         b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=0)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
         it += 1
 
-    # 3. The ragged end of the window and the other columns. Lanes without a key read an own one.
+    # 3. The ragged end of the window and the last columns. Lanes without a key read an own one.
     rest_end = base - num_window * KEYS
     for i_n in range(num_rest):
         b_pos = start + i_n * KEYS + o_n
         m_pos = b_pos < rest_end
         b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
-        _send_bias(ib, m_pos, m_pos & (b_pos >= start2), s_bias, bars, KEYS, STAGES)
+        _send_bias(ib, m_pos, m_pos & (b_pos >= start2), s_bias, bars, STAGES)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
         it += 1
         ib += 1
@@ -420,62 +443,57 @@ def _produce(
     for i_c in range(num_plain * KEYS, num_columns, KEYS):
         b_slot, b_pos = b_next, b_next_pos
         o_c = i_c + o_n
-        b_one = _near(p_near, b_pos, o_c < num_columns, tile, start, BLOCK_K)
-        b_two = _near(p_near, b_pos, o_c < num_columns2, tile2, start2, BLOCK_K)
+        m_one = (o_c < num_columns) & (b_pos < start)
+        m_two = (o_c < num_columns2) & (b_pos < start2)
         o_c += KEYS
         b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=own_slot)
         b_next_pos = gl.load(p_columns + o_c, mask=o_c < num_columns, other=0)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        # Below the window and in no granule of the tile
-        m_one = b_one > gl.maximum(length + BLOCK_K - 2, 0)
-        m_two = b_two > gl.maximum(length2 + BLOCK_K - 2, 0)
-        _send_bias(ib, m_one, m_two, s_bias, bars, KEYS, STAGES)
+        _send_bias(ib, m_one, m_two, s_bias, bars, STAGES)
         it += 1
         ib += 1
         if COUNT:
             b_count += m_one.to(gl.int32)
             b_count2 += m_two.to(gl.int32)
 
-    # 4. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
-    o_h = gl.arange(0, HALF, layout=l_n)
-    b_count_h = gl.zeros([HALF], gl.int32, layout=l_n)
-    b_count2_h = gl.zeros([HALF], gl.int32, layout=l_n)
-    l_half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], DTYPE)
-    s_kh = _view(s_k, [2 * STAGES, HALF, D], l_half)
-    s_vh = _view(s_v, [2 * STAGES, HALF, D], l_half)
-    b_ahead = _granule(p_granules, o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, o_h, lanes2, BLOCK_K)
-    b_slot_h, m_one_h = _diagonal_keys(p_near, p_table, b_ahead, o_h, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-    b_slot2_h, m_two_h = _diagonal_keys(p_near, p_table, b_ahead2, o_h, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-    b_ahead = _granule(p_granules, HALF + o_h, lanes, BLOCK_K)
-    b_ahead2 = _granule(p_granules, HALF + o_h, lanes2, BLOCK_K)
+    # 4., 5. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
+    o_h = o_n % HALF
+    b_tile = gl.where(o_n < HALF, tile, tile2)
+    b_lanes = gl.where(o_n < HALF, lanes, lanes2)
+    b_reach = gl.where(o_n < HALF, length, length2) + BLOCK_K - 2
+    b_ahead = _granule(p_granules, o_h, b_lanes, BLOCK_K)
+    b_pos, b_block, b_near, b_flag = _diagonal_keys(
+        p_near, p_flags, p_table, b_ahead, o_h, b_tile, sinks, i_p, BLOCK_K, BLOCK_SIZE
+    )
+    b_ahead = _granule(p_granules, HALF + o_h, b_lanes, BLOCK_K)
+    b_wide = _plain(p_table, p_slots, num_early, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
+    b_count_h = gl.zeros([KEYS], gl.int32, layout=l_n)
     for i_g in range(num_diagonal):
+        b_slot = b_block * BLOCK_SIZE + b_pos % BLOCK_SIZE
+        m_key = (b_near.to(gl.int32) <= b_reach) & (b_flag == 0)
         o_f = (i_g + 1) * HALF + o_h
-        b_ready, m_ready = _diagonal_keys(p_near, p_table, b_ahead, o_f, tile, length, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ready2, m_ready2 = _diagonal_keys(p_near, p_table, b_ahead2, o_f, tile2, length2, i_p, BLOCK_K, BLOCK_SIZE)
-        b_ahead = _granule(p_granules, HALF + o_f, lanes, BLOCK_K)
-        b_ahead2 = _granule(p_granules, HALF + o_f, lanes2, BLOCK_K)
-        stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
-        p_k = _rows(b_slot_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        p_k2 = _rows(b_slot2_h, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D)
-        mbarrier.wait(k_empty.index(stage), phase)
-        load_rows(s_kh.index(2 * stage), p_k)
-        _copy(s_kh.index(2 * stage + 1), p_k2, k_full.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase)
-        load_rows(s_vh.index(2 * stage), p_k + D)
-        _copy(s_vh.index(2 * stage + 1), p_k2 + D, v_full.index(stage))
-        _send_bias(ib, m_one_h, m_two_h, s_bias, bars, HALF, STAGES)
+        b_pos, b_block, b_near, b_flag = _diagonal_keys(
+            p_near, p_flags, p_table, b_ahead, o_f, b_tile, sinks, i_p, BLOCK_K, BLOCK_SIZE
+        )
+        b_ahead = _granule(p_granules, HALF + o_f, b_lanes, BLOCK_K)
+        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+        _send_bias(ib, m_key, m_key, s_bias, bars, STAGES)
         it += 1
         ib += 1
         if COUNT:
-            b_count_h += m_one_h.to(gl.int32)
-            b_count2_h += m_two_h.to(gl.int32)
-        b_slot_h, m_one_h, b_slot2_h, m_two_h = b_ready, m_ready, b_ready2, m_ready2
+            b_count_h += m_key.to(gl.int32)
+        if i_g < num_mixed:
+            i_t = num_early + i_g
+            b_row = (base - (i_t + 1) * KEYS + o_n) % BLOCK_SIZE
+            b_slot = gl.where(i_t < num_window, b_wide * BLOCK_SIZE + b_row, b_wide)
+            b_wide = _plain(p_table, p_slots, i_t + 1, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
+            _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
+            it += 1
 
     if COUNT:
         # Each stored position: its window and own keys, and what was counted above.
-        visited = gl.sum(b_count, 0) + gl.sum(b_count_h, 0) + num_plain * KEYS
-        visited2 = gl.sum(b_count2, 0) + gl.sum(b_count2_h, 0) + num_plain * KEYS
+        visited = gl.sum(b_count + gl.where(o_n < HALF, b_count_h, 0), 0) + num_plain * KEYS
+        visited2 = gl.sum(b_count2 + gl.where(o_n < HALF, 0, b_count_h), 0) + num_plain * KEYS
         total = _pairs(lo, hi, i_p, start, visited, POSITIONS)
         total += _pairs(lo, hi, i_p + POSITIONS, start2, visited2, POSITIONS)
         gl.atomic_add(p_visited + i_r, total)
@@ -540,7 +558,7 @@ def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
 def _plan(piece, index, KEYS: gl.constexpr, SHAPE: gl.constexpr):
     """Where the tiles of a piece start, and how many keys of which kind they have."""
     i_h, i_r, i_p, _, hi, _ = piece
-    _, _, p_rank, _, p_granule_rank, _, rank_width, _, granule_rank_width, window = index
+    _, _, p_rank, _, p_granule_rank, _, _, rank_width, _, granule_rank_width, window, _ = index
     HEADS: gl.constexpr = SHAPE[0]
     POSITIONS: gl.constexpr = SHAPE[3]
     BLOCK_Q: gl.constexpr = SHAPE[4]
@@ -559,29 +577,31 @@ def _plan(piece, index, KEYS: gl.constexpr, SHAPE: gl.constexpr):
     # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
     lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
     lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
-    num_plain = gl.where(lanes2 == 0, gl.load(p_rank + start // RANK) // KEYS, 0)
     lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
     num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
+    num_plain = gl.load(p_rank + start // RANK) // KEYS
     num_columns = gl.load(p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
     num_columns2 = gl.where(two, num_columns, 0)
     num_bias = num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS
+    num_mixed = gl.minimum(num_diagonal, num_window + num_plain)
     return (
         tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest,
-        num_columns, num_columns2, num_bias, num_diagonal,
+        num_columns, num_columns2, num_bias, num_diagonal, num_mixed,
     )  # fmt: skip
 
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tiles", "total", "window", "width", "rank_width", "granule_width", "granule_rank_width", "stride_table"
+        "num_tiles", "total", "window", "width", "rank_width", "granule_width", "granule_rank_width", "stride_table",
+        "sinks",
     ]
 )  # fmt: skip
 def _attend_kernel(
     p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_context,
-    p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, scale,
+    p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_flags, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
     stride_block, stride_head, stride_token, stride_table,
-    width, rank_width, granule_width, granule_rank_width, num_tiles, total, window,
+    width, rank_width, granule_width, granule_rank_width, num_tiles, total, window, sinks,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     LINEAR: gl.constexpr, RANK: gl.constexpr, LSE: gl.constexpr, COUNT: gl.constexpr, REGS: gl.constexpr,
@@ -590,8 +610,8 @@ def _attend_kernel(
     SHAPE: gl.constexpr = (HEADS, GROUP, PACK, POSITIONS, BLOCK_Q, BLOCK_K, RANK)
     batch = (p_row_start, p_row_end, p_context)
     index = (
-        p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, rank_width, granule_width, granule_rank_width,
-        window,
+        p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_flags, rank_width, granule_width,
+        granule_rank_width, window, sinks,
     )  # fmt: skip
     DTYPE: gl.constexpr = p_q.dtype.element_ty
     l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
@@ -701,11 +721,11 @@ def launch(
         _attend_kernel, (min(total, _multiprocessors(q.device)),),
         (
             q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.context_len,
-            index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near,
+            index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near, index.flags,
             scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),
             index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
-            num_tiles, total, max(pattern.window, 1),
+            num_tiles, total, max(pattern.window, 1), cdiv(pattern.sinks, pattern.block_k) * pattern.block_k,
         ),
         HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, BLOCK_Q=pattern.block_q,
         BLOCK_K=pattern.block_k, D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,
