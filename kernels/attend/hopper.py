@@ -541,7 +541,8 @@ def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
 @gluon.jit
 def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
     """Number ``i_w`` of all pieces: KV head, request, first position, range of positions that have rows, and the row
-    of position 0. A piece whose first position lies behind the context is empty."""
+    of position 0. A piece whose first position lies behind the context is empty, as are those of a request without
+    rows: it has none that could be read in place of a missing one."""
     HEADS: gl.constexpr = SHAPE[0]
     POSITIONS: gl.constexpr = SHAPE[3]
     p_row_start, p_row_end, p_context = batch
@@ -551,6 +552,7 @@ def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
     lo = hi - (row_end - gl.load(p_row_start + i_r))
     # The latest tiles take longest where the context is short, so they come first.
     i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - i_w % num_tiles) * (2 * POSITIONS)
+    i_p = gl.where(lo < hi, i_p, hi)
     return i_h, i_r, i_p, lo, hi, row_end - hi
 
 

@@ -254,7 +254,7 @@ def _attend_kernel(
         lo, hi, i_t = n - num_rows, dense_from, num_tiles - 1 - (tl.program_id(0) - num_dense)
     # Rows of positions [lo, hi) are stored.
     i_p = lo // (LANES * POSITIONS) * (LANES * POSITIONS) + i_t * (LANES * POSITIONS)
-    if i_p >= hi:
+    if i_p >= hi or lo >= hi:
         return
     first = row_end - n
     i_head = (i_r * HEADS + i_h).to(tl.int64)

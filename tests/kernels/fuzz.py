@@ -184,12 +184,12 @@ def draw_lengths(rng: random.Random, config: Params, most: int = 3) -> tuple[lis
             min(reach, rng.choice((rng.choice(edges), rng.randint(1, min(reach, 300)), rng.randint(1, reach))))
             for _ in range(rng.randint(1, most))
         ]
-    rows = []
+    rows, busy = [], rng.randrange(len(contexts))  # one request has rows; the first one may have none
     for i, n in enumerate(contexts):
         count = rng.choice((0, 1, 1, n, rng.randint(1, n), rng.randint(1, min(n, 2 * tile + 3)), (n - 1) % tile + 1))
         # Enough for a few tiles in any case: with long contexts few rows are what a reference can afford.
         room = WORK // (config["heads"] * config["group"] * n * len(contexts))
-        rows.append(max(min(count, n, max(room, 40)), 1 if i == 0 else 0))
+        rows.append(max(min(count, n, max(room, 40)), 1 if i == busy else 0))
     return rows, contexts
 
 

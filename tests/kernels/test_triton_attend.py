@@ -55,6 +55,18 @@ def check(problem: PagedProblem, config: Settings | None = None) -> tuple[Tensor
     return out, pairs
 
 
+def test_a_first_request_without_rows() -> None:
+    """As the guard leaves one that runs dense. No row lies before its own; a memory checker sees if one is read."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the Hopper kernel, where there is one
+    made = make_paged(contexts=[140, 200], rows=[0, 150], pattern=PATTERN, dtype=dtype)
+    first = int(made.batch.row_start[0])
+    batch = made.batch._replace(row_start=made.batch.row_start - first, row_end=made.batch.row_end - first)
+    problem = replace(made, q=made.q[first:].clone(), batch=batch)
+    assert problem.batch.row_end.tolist() == [0, 151]
+    _, pairs = check(problem)
+    assert pairs[0] == 0 < pairs[1]
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problems(seed: int) -> None:
     rng = random.Random(seed)
