@@ -380,9 +380,9 @@ def _produce(
 ):  # fmt: skip
     """Copies what the consumers need for piece number ``i_n`` of the program, in their order; returns the counters.
 
-    A thread looks up one key of a tile; the slots then change hands so that 16 threads copy a row. What a tile needs
-    from the index is asked for while the tile before it is copied: the loads depend on each other, and waiting for
-    them would take longer than the consumers need for a tile.
+    A thread looks up one key of a tile and works out its offset; the offsets then change hands, so that the threads
+    that copy a row lie side by side. What a tile needs from the index is asked for while the tile before it is copied:
+    the loads depend on each other, and waiting for them would take longer than the consumers need for a tile.
     """
     p_columns, p_slots, _, p_granules, _, p_near, p_flags, _, granule_width, _, _, sinks = index
     i_h, i_r, i_p, lo, hi, _ = piece

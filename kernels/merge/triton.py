@@ -16,7 +16,9 @@ request and KV head enough for all tiles:
   context reads the same table.
 
 Sinks are listed as columns: a tile drops a column iff its window or a granule covers it, and that is what must happen
-to a sink, too. Granules of the local window (a contiguous run that is cheaper to address directly) are not listed.
+to a sink, too. The Hopper kernel does it the other way round: it drops from the granules what is a column or a sink, by
+the columns' flags, which have to stay as they are from ``build_index`` to ``attend``. Granules of the local window (a
+contiguous run that is cheaper to address directly) are not listed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.environment import NEEDLE_MODEL
 from examples.needle import tasks
-from vllm_vsprefill.stats import read_counts
+from vllm_vsprefill.stats import LayerCounts, read_counts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,30 +37,34 @@ def test_sleep_and_wake_change_no_answer(single_process: Path) -> None:
         gpu_memory_utilization=0.2,
     )
     rng = np.random.default_rng(7)
-    problems = [tasks.make_problem(rng, "single", tasks.HAYSTACKS[0], 16384) for _ in range(3)]
+    problems = [tasks.make_problem(rng, "multi_key", tasks.HAYSTACKS[0], 16384) for _ in range(3)]
     sampling = SamplingParams(max_tokens=24, temperature=0)
 
     def answers() -> list[str]:
         prompts = [{"prompt_token_ids": problem.prompt_ids.tolist()} for problem in problems]
         return [output.outputs[0].text for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
-    def sparse_chunks(above: int) -> int:
-        """Chunks that ran sparse in some layer, once more than ``above`` are published or time is up."""
+    def counts(least_chunks: int) -> dict[int, LayerCounts]:
+        """What the layers counted so far, once so many sparse chunks of each are published, or time is up."""
         until = time.monotonic() + 10
         while True:
-            found = sum(counts.sparse_chunks for counts in read_counts(single_process).values())
-            if found > above or time.monotonic() > until:
+            found = read_counts(single_process)
+            chunks = min((layer.sparse_chunks for layer in found.values()), default=0)
+            if chunks >= least_chunks or time.monotonic() > until:
                 return found
             time.sleep(0.1)
 
     before = answers()
     assert all(problem.is_correct(text) for problem, text in zip(problems, before, strict=True))
-    seen = sparse_chunks(0)
-    assert seen > 0
-    for _ in range(2):
+    first = counts(1)
+    chunks = min(layer.sparse_chunks for layer in first.values())
+    assert chunks > 0
+    for turn in (2, 3):
         llm.sleep(level=1)
         llm.wake_up()
         assert answers() == before
-        now = sparse_chunks(seen)
-        assert now > seen
-        seen = now
+        # Equal prompts select equally many pairs, or some logit was not what it was.
+        now = counts(turn * chunks)
+        for index, layer in first.items():
+            assert now[index].sparse_chunks == turn * layer.sparse_chunks
+            assert now[index].computed == turn * layer.computed

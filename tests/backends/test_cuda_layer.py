@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backends import flash
+from tests.backends import flash, simulator
 from tests.backends.simulator import LayerUnderTest, Request
 from tests.kernels.interpreted import DEVICE
 from vllm_vsprefill.kernels.attend.naive import attend
@@ -419,6 +419,7 @@ REASONS = [
     ({"per_layer_sliding_window": 64}, "it has a sliding window"),
     ({"logits_soft_cap": 30.0}, "it caps its logits"),
     ({"head_size_v": 32}, "its keys have 64 channels, its values 32"),
+    ({"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]}, "it has ALiBi slopes"),
 ]
 
 
@@ -427,6 +428,39 @@ def test_stock_layers_say_why(make_layer: Any, plugin_log: list[str], attention:
     layer = make_layer(**attention)
     assert layer.impl._state is None
     assert any(reason in message for message in plugin_log)
+
+
+def test_layers_with_sinks_or_a_shared_cache_are_stock(make_layer: Any) -> None:
+    """FlashAttention's own setup for sinks needs a GPU, and another layer's cache that layer."""
+    layer = make_layer()
+    assert layer.impl.unsupported_reasons() == []
+    layer.impl.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
+    layer.impl.sinks = torch.zeros(4)
+    assert layer.impl.unsupported_reasons() == ["it has attention sinks", "it shares the KV cache of another layer"]
+
+
+def test_with_a_connector_no_logits_are_kept(make_layer: Any) -> None:
+    """Blocks may be filled from elsewhere, by keys and values that no logits were computed of."""
+    from vllm.config import KVTransferConfig
+
+    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    layer = make_layer(engine={"kv_transfer_config": transfer})
+    assert not layer.impl._runtime.keeps_logits
+    assert layer.side is None
+    request = layer.request(400)
+    assert [check(layer, [(request, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]
+
+
+def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any) -> None:
+    """vLLM gives the memory of the caches back and gets some with anything in it; no block counts as cached then."""
+    layer = make_layer()
+    request = layer.request(400)
+    check(layer, [(request, 400)])
+    layer.release(request)
+    layer.side.kv_cache.copy_(torch.randn_like(layer.side.kv_cache) * 5)
+    layer.layer.kv_cache.fill_(-simulator.POISON)
+    awake = layer.request(400)
+    assert [check(layer, [(awake, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]
 
 
 def test_layers_behind_another_builder_are_stock(
@@ -438,7 +472,6 @@ def test_layers_behind_another_builder_are_stock(
 
     from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 
-    from tests.backends import simulator
     from vllm_vsprefill.runtime import cache_kinds
 
     monkeypatch.setattr(simulator, "Attention", partial(ChunkedLocalAttention, attention_chunk_size=256))

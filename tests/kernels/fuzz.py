@@ -44,6 +44,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import environment
 from vllm_vsprefill.kernels.attend import naive as naive_attend
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget import naive as naive_forget
@@ -1270,7 +1271,8 @@ def main() -> int:
     )
     if arguments.out:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (interpreter)"
-        head = {"versions": versions(), "device": device, "seed": arguments.seed, "tiny": arguments.tiny}
+        head = {key: environment.describe()[key] for key in ("date", "command", "commit")}
+        head |= {"versions": versions(), "device": device, "seed": arguments.seed, "tiny": arguments.tiny}
         head |= {"seconds": arguments.seconds, "workers": arguments.workers, "skipped": skipped}
         arguments.out.write_text(json.dumps(head | {"operations": report}, indent=1) + "\n")
     # An operation that never had its turn has not been checked.

@@ -4,9 +4,9 @@
 attend.
 
 A step is planned once, in the metadata builder, from what the host knows. The layers then only launch kernels: nothing
-in the forward pass waits for the device or allocates per layer. Rows that run dense, the last ones of every sparse
-chunk among them, go to the stock kernel in contiguous runs, each with metadata of its own and without the schedule that
-FlashAttention 3 made for the whole batch.
+here waits for the device in the forward pass or allocates per layer (FlashAttention itself does, for log-sum-exps).
+Rows that run dense, the last ones of every sparse chunk among them, go to the stock kernel in contiguous runs, each
+with metadata of its own and without the schedule that FlashAttention 3 made for the whole batch.
 """
 
 from __future__ import annotations
