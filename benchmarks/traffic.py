@@ -124,7 +124,7 @@ def main(
     params = SamplingParams(max_tokens=ANSWER, temperature=0.0)
     running: dict[str, Any] = {}
     answers = 0
-    wrong: list[tuple[Any, str, list[int]]] = []  # of the others nothing is kept, so that the host's memory stays flat
+    wrong: list[tuple[Any, str, list[int]]] = []  # nothing is kept of the others: the memory that grows is vLLM's
     samples: list[dict[str, float]] = []
     numbers = itertools.count()
     given_up = 0

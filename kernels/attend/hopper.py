@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..launch import cdiv, next_power_of_2
 from ..launch import launch as launch_kernel
-from ..merge.triton import RANK, Index
+from ..merge.triton import RANK, Index, listed_sinks
 from ..paged import Batch, PagedKV
 
 # Its name from Triton 3.6 on, and a later one
@@ -70,9 +70,14 @@ def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: gl.constexpr):
 
 @gluon.jit
 def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: gl.constexpr):
-    """Softmax of a tile of logits: weights for the product with the values, and the factor on the output so far."""
+    """Softmax of a tile of logits: weights for the product with the values, and the factor on the output so far.
+
+    Maximum and sum have the layout of the output's rows, whatever the length of a tile.
+    """
     l_s: gl.constexpr = b_s.type.layout
     l_o: gl.constexpr = b_acc.type.layout
+    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
+    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
     if BIAS:
         b_bias = gl.expand_dims(s_bias.load(gl.SliceLayout(0, l_s)).to(gl.float32), 0)
         b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, True)
@@ -80,6 +85,8 @@ def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: g
         b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, 0.0, scale, False)
     b_p = gl.convert_layout(b_w.to(DTYPE), gl.DotOperandLayout(0, l_o, 2))
     b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, l_o)), 1)
+    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_o))
+    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_o))
     return b_p, b_factor, b_max, b_sum
 
 
@@ -148,6 +155,7 @@ def _consume(
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    l_m: gl.constexpr = gl.SliceLayout(1, l_o)
     s_q = s_q.index(WHICH)
 
     # 1. The own tile
@@ -165,8 +173,8 @@ def _consume(
     # Rows behind the context's end, which are not stored, see its last position: no row is without a key.
     m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, hi - 1))
     b_s = gl.where(m_s, b_s, float("-inf"))
-    b_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, l_s))
-    b_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, l_s))
+    b_max = gl.full([64], float("-inf"), gl.float32, layout=l_m)
+    b_sum = gl.zeros([64], gl.float32, layout=l_m)
     b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
     b_p, _, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
     it += 1
@@ -183,18 +191,10 @@ def _consume(
     # 4. Half tiles of the own diagonals, in turns with tiles of both
     for _ in range(num_mixed):
         s_half = s_bias.index(2 * (ib % STAGES) + WHICH).slice(WHICH * HALF, HALF)
-        b_max, b_sum = (
-            gl.convert_layout(b_max, gl.SliceLayout(1, l_h)),
-            gl.convert_layout(b_sum, gl.SliceLayout(1, l_h)),
-        )
         b_ph, b_acc, b_max, b_sum = _step(
             it, ib, s_q, s_k.index(it % STAGES).slice(WHICH * HALF, HALF), s_v.index((it - 1) % STAGES), s_half, bars,
             b_p, b_acc, b_max, b_sum, scale, True, STAGES, DTYPE,
         )  # fmt: skip
-        b_max, b_sum = (
-            gl.convert_layout(b_max, gl.SliceLayout(1, l_s)),
-            gl.convert_layout(b_sum, gl.SliceLayout(1, l_s)),
-        )
         it += 1
         ib += 1
         b_p, b_acc, b_max, b_sum = _step(
@@ -221,11 +221,7 @@ def _consume(
         b_sh = warpgroup_mma_wait(0, deps=[b_sh])
         mbarrier.arrive(k_empty.index(stage))
         mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_h))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_h))
         b_ph, b_factor, b_max, b_sum = _weigh(b_sh, b_acc, b_max, b_sum, s_half, scale, True, DTYPE)
-        b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
         mbarrier.arrive(bias_empty.index(place))
         mbarrier.wait(v_full.index(stage), phase)
         b_o = warpgroup_mma(b_ph, s_vh, b_acc * b_factor, is_async=True)
@@ -236,8 +232,6 @@ def _consume(
     mbarrier.arrive(q_empty)
 
     # [64], [64, D]
-    l_m: gl.constexpr = gl.SliceLayout(1, l_o)
-    b_max, b_sum = gl.convert_layout(b_max, l_m), gl.convert_layout(b_sum, l_m)
     o_m = gl.arange(0, 64, layout=l_m)
     b_row = i_p + o_m // PACK
     m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
@@ -317,9 +311,15 @@ def _send_bias(i_bias, m_one, m_two, s_bias, bars, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _slot(b_block, b_pos, BLOCK_SIZE: gl.constexpr):
+    """Cache slots of positions, whose blocks of the cache are known."""
+    return b_block * BLOCK_SIZE + b_pos % BLOCK_SIZE
+
+
+@gluon.jit
 def _slots(p_table, b_pos, BLOCK_SIZE: gl.constexpr):
     """Cache slots of positions inside the context."""
-    return gl.load(p_table + b_pos // BLOCK_SIZE) * BLOCK_SIZE + b_pos % BLOCK_SIZE
+    return _slot(gl.load(p_table + b_pos // BLOCK_SIZE), b_pos, BLOCK_SIZE)
 
 
 @gluon.jit
@@ -412,7 +412,7 @@ def _produce(
     num_early = num_window + num_plain - num_mixed
     for i_w in range(gl.minimum(num_window, num_early)):
         b_pos = base - (i_w + 1) * KEYS + o_n
-        b_slot = b_next * BLOCK_SIZE + b_pos % BLOCK_SIZE
+        b_slot = _slot(b_next, b_pos, BLOCK_SIZE)
         b_next = gl.load(p_table + gl.maximum(b_pos - KEYS, 0) // BLOCK_SIZE)
         _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
         it += 1
@@ -469,7 +469,7 @@ def _produce(
     b_wide = _plain(p_table, p_slots, num_early, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
     b_count_h = gl.zeros([KEYS], gl.int32, layout=l_n)
     for i_g in range(num_diagonal):
-        b_slot = b_block * BLOCK_SIZE + b_pos % BLOCK_SIZE
+        b_slot = _slot(b_block, b_pos, BLOCK_SIZE)
         m_key = (b_near.to(gl.int32) <= b_reach) & (b_flag == 0)
         o_f = (i_g + 1) * HALF + o_h
         b_pos, b_block, b_near, b_flag = _diagonal_keys(
@@ -484,8 +484,7 @@ def _produce(
             b_count_h += m_key.to(gl.int32)
         if i_g < num_mixed:
             i_t = num_early + i_g
-            b_row = (base - (i_t + 1) * KEYS + o_n) % BLOCK_SIZE
-            b_slot = gl.where(i_t < num_window, b_wide * BLOCK_SIZE + b_row, b_wide)
+            b_slot = gl.where(i_t < num_window, _slot(b_wide, base - (i_t + 1) * KEYS + o_n, BLOCK_SIZE), b_wide)
             b_wide = _plain(p_table, p_slots, i_t + 1, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
             _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
             it += 1
@@ -727,7 +726,7 @@ def launch(
             scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),
             index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
-            num_tiles, total, max(pattern.window, 1), cdiv(pattern.sinks, pattern.block_k) * pattern.block_k,
+            num_tiles, total, max(pattern.window, 1), listed_sinks(pattern),
         ),
         HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, BLOCK_Q=pattern.block_q,
         BLOCK_K=pattern.block_k, D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,

@@ -81,6 +81,11 @@ def check_pattern(pattern: SparsePattern) -> None:
         raise ValueError(f"block_k must be a power of two of at most block_q ({q}) for this version, got {k}")
 
 
+def listed_sinks(pattern: SparsePattern) -> int:
+    """First positions that are listed as columns: whole granules of sinks."""
+    return cdiv(pattern.sinks, pattern.block_k) * pattern.block_k
+
+
 def allocate_index(
     num_requests: int, num_kv_heads: int, max_context: int, pattern: SparsePattern, device: torch.device | str
 ) -> Index:
@@ -278,7 +283,7 @@ def build_index(index: Index, kv: PagedKV, batch: Batch, *, checked: bool = Fals
     pattern, num_heads = index.pattern, kv.num_kv_heads
     width, granule_width = index.columns.shape[2], index.granules.shape[2]
     block_k = pattern.block_k
-    sinks = cdiv(pattern.sinks, block_k) * block_k
+    sinks = listed_sinks(pattern)
     # The last relative granule that the window reaches: the interval of r + 1 begins behind it.
     window_granules = (max(pattern.window, 1) - 1 + block_k - 1) // block_k
     grid = (cdiv(batch.max_context, BLOCK) + 1, num_heads, batch.num_requests)

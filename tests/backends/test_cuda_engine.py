@@ -45,14 +45,17 @@ def test_sleep_and_wake_change_no_answer(single_process: Path) -> None:
         return [output.outputs[0].text for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
     def counts(least_chunks: int) -> dict[int, LayerCounts]:
-        """What the layers counted so far, once so many sparse chunks of each are published, or time is up."""
-        until = time.monotonic() + 10
-        while True:
+        """What the layers counted so far, once every one has so many sparse chunks and no more are being published."""
+        deadline = time.monotonic() + 10
+        before: dict[int, LayerCounts] = {}
+        while time.monotonic() < deadline:
             found = read_counts(single_process)
             chunks = min((layer.sparse_chunks for layer in found.values()), default=0)
-            if chunks >= least_chunks or time.monotonic() > until:
+            if chunks >= least_chunks and found == before:
                 return found
-            time.sleep(0.1)
+            before = found
+            time.sleep(0.5)
+        raise AssertionError(f"of {least_chunks} sparse chunks a layer were published: {before}")
 
     before = answers()
     assert all(problem.is_correct(text) for problem, text in zip(problems, before, strict=True))

@@ -396,12 +396,13 @@ def test_switch(make_layer: Any, single_process: Path) -> None:
     assert run("sparse") < 0.95
 
 
-def test_logits_can_be_computed_for_every_chunk(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the cache may be filled by others, nothing is kept between chunks."""
-    from vllm_vsprefill.runtime import Runtime
+def test_with_a_connector_no_logits_are_kept(make_layer: Any) -> None:
+    """Others may fill blocks, whose keys and values no logits were computed of: a chunk scores its whole context."""
+    from vllm.config import KVTransferConfig
 
-    monkeypatch.setattr(Runtime, "_can_keep_logits", lambda self, config: False)
-    layer = make_layer()
+    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    layer = make_layer(engine={"kv_transfer_config": transfer})
+    assert not layer.impl._runtime.keeps_logits
     assert layer.side is None
     request = layer.request(400)
     assert [check(layer, [(request, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]
@@ -437,18 +438,6 @@ def test_layers_with_sinks_or_a_shared_cache_are_stock(make_layer: Any) -> None:
     layer.impl.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
     layer.impl.sinks = torch.zeros(4)
     assert layer.impl.unsupported_reasons() == ["it has attention sinks", "it shares the KV cache of another layer"]
-
-
-def test_with_a_connector_no_logits_are_kept(make_layer: Any) -> None:
-    """Blocks may be filled from elsewhere, by keys and values that no logits were computed of."""
-    from vllm.config import KVTransferConfig
-
-    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    layer = make_layer(engine={"kv_transfer_config": transfer})
-    assert not layer.impl._runtime.keeps_logits
-    assert layer.side is None
-    request = layer.request(400)
-    assert [check(layer, [(request, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]
 
 
 def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any) -> None:

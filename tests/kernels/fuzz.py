@@ -1271,7 +1271,8 @@ def main() -> int:
     )
     if arguments.out:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (interpreter)"
-        head = {key: environment.describe()[key] for key in ("date", "command", "commit")}
+        facts = environment.describe()
+        head = {key: facts[key] for key in ("date", "command", "commit")}
         head |= {"versions": versions(), "device": device, "seed": arguments.seed, "tiny": arguments.tiny}
         head |= {"seconds": arguments.seconds, "workers": arguments.workers, "skipped": skipped}
         arguments.out.write_text(json.dumps(head | {"operations": report}, indent=1) + "\n")
