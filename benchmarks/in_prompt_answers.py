@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "fast": {"preset": "fast"},
     "sampled": {"estimator": "sampled"},
     # no column but the sinks, no diagonal but the window: what any selection has to beat
-    "window only": {"preset": "fast", "tau_columns": 1e-9, "tau_distances": 1e-9, "min_columns": 0, "max_columns": 1},
+    "window only": {"preset": "fast", "tau_columns": 1e-9, "tau_diagonals": 1e-9, "min_columns": 0, "max_columns": 1},
 }
 
 

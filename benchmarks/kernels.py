@@ -64,24 +64,24 @@ class Case:
     q: Tensor
     kv: PagedKV
     batch: Batch
-    context_len: int
+    seq_len: int
 
     @classmethod
-    def make(cls, context_len: int, rows: int) -> Case:
+    def make(cls, seq_len: int, rows: int) -> Case:
         rng = torch.Generator("cuda").manual_seed(0)
-        blocks = -(-context_len // BLOCK)
+        blocks = -(-seq_len // BLOCK)
         storage = torch.empty(blocks, BLOCK, KV_HEADS, 2 * SIZE, dtype=torch.bfloat16, device="cuda")
         for part in storage.split(4096):  # float32 random numbers of the whole would not fit beside it at 1M tokens
             part.copy_(torch.randn(part.shape, generator=rng, device="cuda"))
         table = torch.randperm(blocks, generator=rng, device="cuda").int().unsqueeze(0)
         q = torch.randn(rows, QUERY_HEADS, SIZE, generator=rng, device="cuda").bfloat16()
         kv = PagedKV(storage.transpose(1, 2), table)
-        return cls(q, kv, Batch.from_lists([rows], [context_len], "cuda"), context_len)
+        return cls(q, kv, Batch.from_lists([rows], [seq_len], "cuda"), seq_len)
 
     @property
     def slots(self) -> Tensor:
         """int64 cache slots of the chunk."""
-        position = torch.arange(self.context_len - self.q.shape[0], self.context_len, device="cuda")
+        position = torch.arange(self.seq_len - self.q.shape[0], self.seq_len, device="cuda")
         return self.kv.block_table[0].long()[position // BLOCK] * BLOCK + position % BLOCK
 
 
@@ -133,8 +133,8 @@ def flash_attention(case: Case, empty: bool = False) -> Callable[[], Any] | None
             out=out,
             cu_seqlens_q=rows,
             max_seqlen_q=case.q.shape[0],
-            seqused_k=case.batch.context_len,
-            max_seqlen_k=case.context_len,
+            seqused_k=case.batch.seq_len,
+            max_seqlen_k=case.seq_len,
             block_table=case.kv.block_table,
             softmax_scale=SCALE,
             causal=True,
@@ -145,40 +145,40 @@ def flash_attention(case: Case, empty: bool = False) -> Callable[[], Any] | None
     return call
 
 
-def random_selection(context_len: int, columns: int, distances: int, nearest: int) -> Selection:
-    """Random columns, and distances from ``nearest`` up, per KV head."""
+def random_selection(seq_len: int, columns: int, diagonals: int, nearest: int) -> Selection:
+    """Random columns, and diagonals from ``nearest`` up, per KV head."""
     rng = torch.Generator("cuda").manual_seed(1)
 
     def some(count: int, low: int) -> tuple[Tensor, Tensor]:
-        picks = [torch.randperm(context_len - low, generator=rng, device="cuda")[:count] for _ in range(KV_HEADS)]
+        picks = [torch.randperm(seq_len - low, generator=rng, device="cuda")[:count] for _ in range(KV_HEADS)]
         items = (torch.stack(picks) + low).sort(-1).values.int()
         return items, torch.full((KV_HEADS,), count, dtype=torch.int32, device="cuda")
 
-    return Selection(*some(columns, 0), *some(distances, nearest))
+    return Selection(*some(columns, 0), *some(diagonals, nearest))
 
 
 def index_for(case: Case, selection: Selection, pattern: SparsePattern) -> Index:
     """A built index."""
-    index = allocate_index(1, KV_HEADS, case.context_len, pattern, "cuda")
+    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
     set_flags(index, [selection], case.batch)
     return build_index(index, case.kv, case.batch)
 
 
 def exact_keys(case: Case, selection: Selection, window: int, rows: int = 16) -> float:
     """Mean number of keys a row attends to if nothing is rounded to tiles or granules, over some rows and heads."""
-    n, total = case.context_len, 0
+    n, total = case.seq_len, 0
     picks = torch.linspace(n - case.q.shape[0], n - 1, rows).long().tolist()
     for i, head in itertools.product(picks, range(KV_HEADS)):
-        columns, distances = selection.columns[head].long(), selection.distances[head].long()
+        columns, diagonals = selection.columns[head].long(), selection.diagonals[head].long()
         near = torch.arange(max(i - window + 1, 0), i + 1, device="cuda")
-        along = i - distances[distances <= i]
+        along = i - diagonals[diagonals <= i]
         total += int(torch.cat((columns[columns <= i], along, near)).unique().numel())
     return total / (rows * KV_HEADS)
 
 
 def error_of(case: Case, out: Tensor, selection: Selection, pattern: SparsePattern, tiles: int = 3) -> float:
     """Largest relative error of some tiles and heads against float32 attention over the keys of the reference."""
-    n, rows = case.context_len, case.q.shape[0]
+    n, rows = case.seq_len, case.q.shape[0]
     k, v = case.kv.gather(0, n)
     starts = torch.linspace(n - rows, n - pattern.block_q, tiles).long() // pattern.block_q * pattern.block_q
     worst = 0.0
@@ -186,8 +186,8 @@ def error_of(case: Case, out: Tensor, selection: Selection, pattern: SparsePatte
         start = max(start, -(-(n - rows) // pattern.block_q) * pattern.block_q)
         end = min(start + pattern.block_q, n)
         columns = selection.columns[head, : int(selection.num_columns[head])].cpu()
-        distances = selection.distances[head, : int(selection.num_distances[head])].cpu()
-        keys = merge(columns, distances, tile_start=start, tile_end=end, context_len=n, pattern=pattern).cuda()
+        diagonals = selection.diagonals[head, : int(selection.num_diagonals[head])].cpu()
+        keys = merge(columns, diagonals, tile_start=start, tile_end=end, seq_len=n, pattern=pattern).cuda()
         position = torch.arange(start, end, device="cuda")
         heads = slice(head * GROUP, (head + 1) * GROUP)
         part = slice(start - n + rows, end - n + rows)
@@ -199,10 +199,10 @@ def error_of(case: Case, out: Tensor, selection: Selection, pattern: SparsePatte
 
 
 def attend_row(
-    case: Case, columns: int, distances: int, pattern: SparsePattern, config: Settings | None = None
+    case: Case, columns: int, diagonals: int, pattern: SparsePattern, config: Settings | None = None
 ) -> dict[str, Any]:
     """Time, rate and visited keys of one selection."""
-    selection = random_selection(case.context_len, columns, distances, pattern.window)
+    selection = random_selection(case.seq_len, columns, diagonals, pattern.window)
     index = index_for(case, selection, pattern)
     visited = torch.zeros(1, dtype=torch.int64, device="cuda")
     out = torch.empty_like(case.q)
@@ -235,7 +235,7 @@ def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
     weights, slots = indexer(), case.slots
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     expected = logits.clone()
-    missing = allocate_missing(1, case.context_len, "cuda")
+    missing = allocate_missing(1, case.seq_len, "cuda")
     time = milliseconds(lambda: score_slots(case.kv, slots, weights, logits, config=config))
     some = slots[:: len(slots) // 64]
     score_reference(case.kv, some, weights, expected)
@@ -267,8 +267,8 @@ def select_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     rng = torch.Generator("cuda").manual_seed(3)
     logits = torch.randn(case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS, generator=rng, device="cuda") * 2
     tau = torch.tensor([[0.5] * KV_HEADS, [0.1] * KV_HEADS], dtype=torch.float64, device="cuda")
-    index = allocate_index(1, KV_HEADS, case.context_len, pattern, "cuda")
-    workspace = allocate_select(1, KV_HEADS, case.context_len, "cuda")
+    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
+    workspace = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
 
     def choose(checked: bool = True) -> None:
         select(logits, case.kv, case.batch, tau, index, workspace, checked=checked)
@@ -279,9 +279,9 @@ def select_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
 
     choose(checked=False)
     expected = select_reference(logits, case.kv, case.batch, tau)[0]
-    flags = index.flags[0, :, :, : case.context_len]
+    flags = index.flags[0, :, :, : case.seq_len]
     wrong = int((flags[0].sum(-1) - expected.num_columns).abs().max())
-    wrong = max(wrong, int((flags[1].sum(-1) - expected.num_distances).abs().max()))
+    wrong = max(wrong, int((flags[1].sum(-1) - expected.num_diagonals).abs().max()))
     return {
         "ms": milliseconds(choose, runs=100),
         "with_checks_ms": milliseconds(lambda: choose(checked=False), runs=100),
@@ -290,7 +290,7 @@ def select_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
         "with_index_ms": milliseconds(both, runs=100),
         "with_index_graph_ms": graph_milliseconds(both),
         "columns": int(expected.num_columns[0]),
-        "distances": int(expected.num_distances[0]),
+        "diagonals": int(expected.num_diagonals[0]),
         "largest_difference_of_counts": wrong,
         "correct": wrong <= 2,
     }
@@ -313,9 +313,9 @@ def graph_milliseconds(call: Callable[[], Any]) -> float | None:
 
 def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = None) -> dict[str, Any]:
     """The training-free estimate alone, and with selection."""
-    workspace = allocate_sampled(1, QUERY_HEADS, KV_HEADS, case.context_len, 64, "cuda")
-    into = allocate_select(1, KV_HEADS, case.context_len, "cuda")
-    index = allocate_index(1, KV_HEADS, case.context_len, pattern, "cuda")
+    workspace = allocate_sampled(1, QUERY_HEADS, KV_HEADS, case.seq_len, 64, "cuda")
+    into = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
+    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
     tau = torch.full((2, KV_HEADS), 0.5, dtype=torch.float64, device="cuda")
 
     def estimate() -> None:
@@ -323,10 +323,10 @@ def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = No
 
     def both() -> None:
         estimate()
-        select_gathered(case.kv, case.batch, tau, index, into, max_columns=4096, max_distances=64)
+        select_gathered(case.kv, case.batch, tau, index, into, max_columns=4096, max_diagonals=64)
 
     estimate()
-    sums = into.logits[0, :, :, : case.context_len].exp().sum(-1)
+    sums = into.logits[0, :, :, : case.seq_len].exp().sum(-1)
     # Both add up to the number of (row, head) pairs.
     error = float((sums / (64 * GROUP) - 1).abs().max())
     return {
@@ -341,16 +341,16 @@ def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     """Score, select, index, attend, as a backend calls them from a step's second layer on: which tokens are new, the
     device finds out. Without the guard and the dense last rows, which ``--crossover`` has."""
     weights, slots = indexer(), case.slots
-    missing = allocate_missing(1, case.context_len, "cuda")
+    missing = allocate_missing(1, case.seq_len, "cuda")
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     score_missing(case.kv, case.batch, weights, logits, missing)
-    index = allocate_index(1, KV_HEADS, case.context_len, pattern, "cuda")
-    workspace = allocate_select(1, KV_HEADS, case.context_len, "cuda")
+    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
+    workspace = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
     visited = torch.zeros(1, dtype=torch.int64, device="cuda")
     tau = torch.zeros(2, KV_HEADS, dtype=torch.float64, device="cuda")
     out = torch.empty_like(case.q)
 
-    budgets = {"min_columns": 4096, "max_columns": 4096, "max_distances": 0}
+    budgets = {"min_columns": 4096, "max_columns": 4096, "max_diagonals": 0}
 
     def call(checked: bool = True) -> None:
         forget(logits, slots)
@@ -374,30 +374,28 @@ CROSSOVER_ROWS = (256, 512, 1024, 2048, 4096, 8192)
 DENSE_ROWS = 64  # last ones of a chunk, by default
 
 
-def crossover_row(case: Case, context_len: int, rows: int) -> dict[str, Any]:
+def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
     """One layer's attention of a chunk, called ten times in a row: stock, and as the backend does it.
 
     Columns are a sixteenth of the context, with the window and the sinks of the preset "balanced" and 16 diagonals:
     more than the needle model's indexer chooses. The guard looks at every selection, as it does with the presets.
     """
-    blocks = -(-context_len // BLOCK)
+    blocks = -(-seq_len // BLOCK)
     kv = PagedKV(case.kv.cache, case.kv.block_table[:, :blocks].contiguous())
-    whole = Case(case.q[:rows], kv, Batch.from_lists([rows], [context_len], "cuda"), context_len)
+    whole = Case(case.q[:rows], kv, Batch.from_lists([rows], [seq_len], "cuda"), seq_len)
     pattern = SparsePattern(block_q=16, block_k=4, window=512, sinks=64, dense_last=0)
-    tail = Case(
-        case.q[rows - DENSE_ROWS : rows], kv, Batch.from_lists([DENSE_ROWS], [context_len], "cuda"), context_len
-    )
-    head = Batch.from_lists([rows - DENSE_ROWS], [context_len - DENSE_ROWS], "cuda")
+    tail = Case(case.q[rows - DENSE_ROWS : rows], kv, Batch.from_lists([DENSE_ROWS], [seq_len], "cuda"), seq_len)
+    head = Batch.from_lists([rows - DENSE_ROWS], [seq_len - DENSE_ROWS], "cuda")
     stock, last, none = flash_attention(whole), flash_attention(tail), flash_attention(whole, empty=True)
     if stock is None or last is None or none is None:
         raise RuntimeError("vLLM's FlashAttention is not installed")
-    budgets = {"min_columns": context_len // 16, "max_columns": context_len // 16, "max_distances": 16}
+    budgets = {"min_columns": seq_len // 16, "max_columns": seq_len // 16, "max_diagonals": 16}
     weights, slots = indexer(), whole.slots
     logits = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
-    missing = allocate_missing(1, context_len, "cuda")
-    index = allocate_index(1, KV_HEADS, context_len, pattern, "cuda")
-    workspace = allocate_select(1, KV_HEADS, context_len, "cuda")
-    rows_of = allocate_sampled(1, QUERY_HEADS, KV_HEADS, context_len, 64, "cuda")
+    missing = allocate_missing(1, seq_len, "cuda")
+    index = allocate_index(1, KV_HEADS, seq_len, pattern, "cuda")
+    workspace = allocate_select(1, KV_HEADS, seq_len, "cuda")
+    rows_of = allocate_sampled(1, QUERY_HEADS, KV_HEADS, seq_len, 64, "cuda")
     tau = torch.full((2, KV_HEADS), 0.9, dtype=torch.float64, device="cuda")
     out = torch.empty_like(whole.q)
     limits = torch.zeros(2, 4, dtype=torch.int32, device="cuda")
@@ -419,7 +417,7 @@ def crossover_row(case: Case, context_len: int, rows: int) -> dict[str, Any]:
         last()
 
     dense = ten_in_a_row(stock)
-    found = {"context": context_len, "rows": rows, "stock_ms": dense}
+    found = {"context": seq_len, "rows": rows, "stock_ms": dense}
     for name, trained in (("vsindexer", True), ("sampled", False)):
         layer(trained, checked=False)  # a step's first layer; scores the whole context
         time = ten_in_a_row(lambda trained=trained: layer(trained))  # type: ignore[misc]
@@ -448,7 +446,7 @@ def dense_row(case: Case) -> dict[str, Any]:
     if call is None:
         raise RuntimeError("vLLM's FlashAttention is not installed")
     time = milliseconds(call)
-    rows, n = case.q.shape[0], case.context_len
+    rows, n = case.q.shape[0], case.seq_len
     pairs = rows * n - rows * (rows - 1) / 2
     return {"ms": time, "tflops": pairs * QUERY_HEADS * 4 * SIZE / time / 1e9}
 
@@ -482,23 +480,23 @@ SAMPLED_CANDIDATES = [
 ]
 
 
-def tuning_row(operation: str, config: Settings, context_len: int = LONG, rows: int = CHUNK) -> dict[str, Any]:
+def tuning_row(operation: str, config: Settings, seq_len: int = LONG, rows: int = CHUNK) -> dict[str, Any]:
     """One candidate."""
     if operation == "mass":
-        return mass_row(min(context_len, 32768), config)
-    case = Case.make(context_len, rows)
+        return mass_row(min(seq_len, 32768), config)
+    case = Case.make(seq_len, rows)
     if operation == "score":
         return score_row(case, config)
     if operation == "sampled":
         return sampled_row(case, LOCAL, config)
-    pattern, columns, distances = (LOCAL, 4096, 0) if operation == "attend local" else (SCATTERED, 1024, 64)
-    return attend_row(case, min(columns, context_len // 2), distances, pattern, config)
+    pattern, columns, diagonals = (LOCAL, 4096, 0) if operation == "attend local" else (SCATTERED, 1024, 64)
+    return attend_row(case, min(columns, seq_len // 2), diagonals, pattern, config)
 
 
 def _compile(task: tuple[str, Settings]) -> None:
     """Fills Triton's cache on disk with one candidate; failures show when it is timed."""
     try:
-        tuning_row(*task, context_len=4096, rows=2048)
+        tuning_row(*task, seq_len=4096, rows=2048)
     except Exception:
         return
 

@@ -42,12 +42,12 @@ def settings_of(preset: str, loaded: LoadedIndexer, **changes: Any) -> SparseSet
     ``window-only`` is ``fast`` with a single column and a single distance: what the indexer has to beat.
     """
     if preset == WINDOW_ONLY:
-        values: dict[str, Any] = {**PRESETS["fast"], "tau_columns": 1e-9, "tau_distances": 1e-9}
-        values |= {"min_columns": 0, "max_columns": 1, "min_distances": 0, "max_distances": 1}
+        values: dict[str, Any] = {**PRESETS["fast"], "tau_columns": 1e-9, "tau_diagonals": 1e-9}
+        values |= {"min_columns": 0, "max_columns": 1, "min_diagonals": 0, "max_diagonals": 1}
     else:
         values = dict(PRESETS[preset])
         for name, calibrated in zip(
-            ("tau_columns", "tau_distances"),
+            ("tau_columns", "tau_diagonals"),
             zip(*(loaded.thresholds(preset, layer) for layer in loaded.config.layers), strict=True),
             strict=True,
         ):
@@ -91,7 +91,7 @@ def run_sparse(
         "density": round(attention.density, 5),
         "density_per_layer": attention.layer_densities(),
         "columns_per_layer": attention.mean_counts(attention.columns),
-        "distances_per_layer": attention.mean_counts(attention.distances),
+        "diagonals_per_layer": attention.mean_counts(attention.diagonals),
         "problems": total,
         "correct": right,
         "correct_dense": dense_right,
@@ -160,7 +160,7 @@ def main(
                 typer.echo(
                     f"{name}, chunks of {rows}, {n} tokens: {result['correct']}/{result['problems']} "
                     f"(dense {result['correct_dense']}), density {result['density']:.4f}, "
-                    f"columns {result['columns_per_layer']}, distances {result['distances_per_layer']}"
+                    f"columns {result['columns_per_layer']}, diagonals {result['diagonals_per_layer']}"
                 )
                 write({"attention": "sparse", "runs": runs})
 

@@ -34,7 +34,7 @@ from benchmarks import densities, environment
 ENGINES = ("stock", "everything", "vsindexer", "sampled")
 COMPARED = ("stock", "everything")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "everything": {"tau_columns": 1.0, "tau_distances": 1.0, "max_density": 1.0, "min_context": 256, "min_pairs": 0},
+    "everything": {"tau_columns": 1.0, "tau_diagonals": 1.0, "max_density": 1.0, "min_seq_len": 256, "min_pairs": 0},
     "vsindexer": {"estimator": "vsindexer"},
     "sampled": {"estimator": "sampled"},
 }

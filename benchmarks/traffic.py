@@ -29,7 +29,7 @@ from benchmarks import densities, environment
 
 TASKS = ("single", "multi_key", "multi_query", "variable_tracking")
 ANSWER = 48
-SPARSE = '{"min_context": 1024, "min_pairs": 0, "min_rows": 0}'  # whatever may be, paying or not
+SPARSE = '{"min_seq_len": 1024, "min_pairs": 0, "min_rows": 0}'  # whatever may be, paying or not
 HARMLESS = ("seed", "Enforce eager", "Sampling", "swap", "max_num_seqs", "deprecated")
 
 

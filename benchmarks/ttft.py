@@ -90,7 +90,7 @@ COMMON = {
 BACKENDS = ("stock", "vsindexer", "sampled")
 CHUNK = 8192
 BUDGET_AT = 131072
-COLUMNS, WINDOW, DISTANCES = 4096, 1024, 64
+COLUMNS, WINDOW, DIAGONALS = 4096, 1024, 64
 HIDDEN = 1024
 DECODE_BATCH, DECODE_CONTEXT, DECODE_STEPS = 32, 8192, 128
 THROUGHPUT_PROMPTS, THROUGHPUT_LENGTH = 8, 32768
@@ -130,7 +130,7 @@ def budgets(length: int) -> dict[str, int]:
     return {
         "columns": max(int(COLUMNS * share), 16),
         "window": max(int(WINDOW * share), 16),
-        "distances": max(int(DISTANCES * share), 1),
+        "diagonals": max(int(DIAGONALS * share), 1),
     }
 
 
@@ -187,8 +187,8 @@ class Engine:
 
         options: dict[str, Any] = {}
         if backend != "stock":
-            options = {"tau_columns": 1.0, "tau_distances": 1.0, "min_columns": 0, "estimator": backend}
-            options |= {"max_columns": COLUMNS, "max_distances": DISTANCES, "window": WINDOW}
+            options = {"tau_columns": 1.0, "tau_diagonals": 1.0, "min_columns": 0, "estimator": backend}
+            options |= {"max_columns": COLUMNS, "max_diagonals": DIAGONALS, "window": WINDOW}
             if backend == "vsindexer":
                 options["checkpoint"] = str(indexer)
         started = time.monotonic()
@@ -234,7 +234,7 @@ class Engine:
         runtime.options = runtime.options.model_copy(
             update={
                 "max_columns": found["columns"],
-                "max_distances": found["distances"],
+                "max_diagonals": found["diagonals"],
                 "window": found["window"],
             }
         )
@@ -487,7 +487,7 @@ def main(
             "at_tokens": BUDGET_AT,
             "columns": COLUMNS,
             "window": WINDOW,
-            "distances": DISTANCES,
+            "diagonals": DIAGONALS,
             "rule": "fixed, below at_tokens in proportion to the length; random weights would choose without meaning",
         },
         "weights": "random, normal 0.02, norms 1",

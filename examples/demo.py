@@ -318,7 +318,7 @@ def main(
     if question.is_right(sparse.answer) is False:
         problems.append("the answer is wrong")
     if not sparse.densities.ran_sparse:
-        problems.append("no layer ran sparse (is the prompt below min_context, or are its chunks below min_pairs?)")
+        problems.append("no layer ran sparse (is the prompt below min_seq_len, or are its chunks below min_pairs?)")
     for problem in problems:
         console.print(f"[red]FAILED: {problem}[/red]")
     if problems:

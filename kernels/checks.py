@@ -61,7 +61,7 @@ def check_query_key(q: Tensor, k: Tensor) -> None:
 
 def check_selection(selection: Selection, num_kv_heads: int, device: torch.device) -> None:
     """Checks dtypes, shapes and device of a selection; reads no values."""
-    for items_name, count_name in (("columns", "num_columns"), ("distances", "num_distances")):
+    for items_name, count_name in (("columns", "num_columns"), ("diagonals", "num_diagonals")):
         items = check_tensor(f"selection.{items_name}", getattr(selection, items_name), 2, (torch.int32,))
         counts = check_tensor(f"selection.{count_name}", getattr(selection, count_name), 1, (torch.int32,))
         for name, value in ((items_name, items), (count_name, counts)):

@@ -50,11 +50,11 @@ class PagedKV(NamedTuple):
         """Channels of a head."""
         return self.cache.shape[3] // 2
 
-    def gather(self, request: int, context_len: int) -> tuple[Tensor, Tensor]:
+    def gather(self, request: int, seq_len: int) -> tuple[Tensor, Tensor]:
         """Contiguous keys and values of one context, ``[n, Hkv, D]`` each (for references; not for serving)."""
-        ids = self.block_table[request, : -(-context_len // self.block_size)].long()
+        ids = self.block_table[request, : -(-seq_len // self.block_size)].long()
         # [blocks, Hkv, block, 2D] -> [n, Hkv, 2D]
-        both = self.cache[ids].transpose(1, 2).flatten(0, 1)[:context_len]
+        both = self.cache[ids].transpose(1, 2).flatten(0, 1)[:seq_len]
         k, v = both[..., : self.head_size], both[..., self.head_size :]
         if self.cache.dtype in FP8_DTYPES:
             k = k.float() * (1.0 if self.k_scale is None else self.k_scale)
@@ -68,17 +68,17 @@ class Batch(NamedTuple):
     Attributes:
         row_start: int32 ``[requests]``, first row of the request in the query tensor.
         row_end: int32 ``[requests]``, one past its last row. The last row is the query at position
-            ``context_len - 1``. A request without rows is skipped.
-        context_len: int32 ``[requests]``, tokens in the cache, those of the rows included.
+            ``seq_len - 1``. A request without rows is skipped.
+        seq_len: int32 ``[requests]``, tokens in the cache, those of the rows included.
         max_rows: bound on the rows of a request.
-        max_context: bound on the contexts.
+        max_seq_len: bound on the contexts.
     """
 
     row_start: Tensor
     row_end: Tensor
-    context_len: Tensor
+    seq_len: Tensor
     max_rows: int
-    max_context: int
+    max_seq_len: int
 
     @classmethod
     def from_lists(cls, rows: list[int], contexts: list[int], device: torch.device | str = "cpu") -> Batch:
@@ -118,9 +118,9 @@ def check_paged(kv: PagedKV, batch: Batch, device: torch.device, dtype: torch.dt
         raise ValueError(f"block_table must have contiguous rows, got strides {table.stride()}")
     if table.shape[0] < batch.num_requests:
         raise ValueError(f"block_table has {table.shape[0]} rows but the batch has {batch.num_requests} requests")
-    if table.shape[1] * kv.block_size < batch.max_context:
+    if table.shape[1] * kv.block_size < batch.max_seq_len:
         raise ValueError(
-            f"block_table has room for {table.shape[1] * kv.block_size} tokens but max_context is {batch.max_context}"
+            f"block_table has room for {table.shape[1] * kv.block_size} tokens but max_seq_len is {batch.max_seq_len}"
         )
     for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
         if scale is None:
@@ -130,7 +130,7 @@ def check_paged(kv: PagedKV, batch: Batch, device: torch.device, dtype: torch.dt
             raise ValueError(f"{name} must have one element, got shape {tuple(scale.shape)}")
         if cache.dtype not in FP8_DTYPES:
             raise ValueError(f"{name} is for an fp8 cache, but cache has dtype {cache.dtype}")
-    for name in ("row_start", "row_end", "context_len"):
+    for name in ("row_start", "row_end", "seq_len"):
         value = check_tensor(name, getattr(batch, name), 1, (torch.int32,))
         if value.shape[0] != batch.num_requests:
             raise ValueError(f"{name} has {value.shape[0]} entries but row_start has {batch.num_requests}")
@@ -138,7 +138,7 @@ def check_paged(kv: PagedKV, batch: Batch, device: torch.device, dtype: torch.dt
             raise ValueError(f"{name} must be contiguous")
     tensors: list[tuple[str, Tensor | None]] = [("cache", cache), ("block_table", table)]
     tensors += [("k_scale", kv.k_scale), ("v_scale", kv.v_scale)]
-    tensors += [(name, getattr(batch, name)) for name in ("row_start", "row_end", "context_len")]
+    tensors += [(name, getattr(batch, name)) for name in ("row_start", "row_end", "seq_len")]
     for name, tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")

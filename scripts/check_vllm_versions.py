@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = {"tau_columns": 1.0, "tau_distances": 1.0, "min_context": 512, "max_density": 1.0}
+EVERYTHING = {"tau_columns": 1.0, "tau_diagonals": 1.0, "min_seq_len": 512, "max_density": 1.0}
 PYTHON_ONLY = ("tests/test_registration.py", "tests/backends/test_cuda.py", "tests/backends/test_cuda_layer.py")
-SPARSE = {**EVERYTHING, "tau_columns": 0.3, "tau_distances": 0.01, "min_distances": 0, "max_distances": 2, "window": 64}
+SPARSE = {**EVERYTHING, "tau_columns": 0.3, "tau_diagonals": 0.01, "min_diagonals": 0, "max_diagonals": 2, "window": 64}
 
 
 def generate(backend: str, folder: Path, options: dict[str, Any]) -> tuple[list[list[int]], bool]:

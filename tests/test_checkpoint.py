@@ -98,7 +98,7 @@ def refuse(folder: Path, expected: ModelFingerprint | None = None, *, headers_su
 
 def test_thresholds_per_head_go_to_the_ranks_that_hold_the_heads(tmp_path: Path) -> None:
     by_head = ((0.1, 0.2, 0.3, 0.4), 0.5, (0.6, 0.7, 0.8, 0.9))
-    written = description(thresholds={"fast": Thresholds(tau_columns=by_head, tau_distances=(0.9, 0.8, 0.7))})
+    written = description(thresholds={"fast": Thresholds(tau_columns=by_head, tau_diagonals=(0.9, 0.8, 0.7))})
     path = save_checkpoint(tmp_path / "a", indexer(), written)
     assert load_checkpoint(path).thresholds("fast", LAYERS[0]) == (by_head[0], 0.9)
     part = load_checkpoint(path, kv_head_range=(2, 3))

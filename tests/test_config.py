@@ -46,7 +46,7 @@ def test_preset_sets_what_is_not_given(preset: str, source: str) -> None:
     given_too = VSPrefillConfig.from_sources({"preset": preset, "tau_columns": 0.123, "window": 7})
     assert given_too.tau_columns == 0.123
     assert given_too.window == 7
-    assert given_too.tau_distances == PRESETS[preset]["tau_distances"]
+    assert given_too.tau_diagonals == PRESETS[preset]["tau_diagonals"]
     assert given_too.model_fields_set == {"preset", "tau_columns", "window"}
 
 
@@ -57,9 +57,9 @@ def test_presets_set_the_same_options_and_keep_less_in_order() -> None:
 
 
 def test_additional_config_wins_over_environment_wins_over_preset() -> None:
-    env = {"VSPREFILL_TAU_COLUMNS": "0.5", "VSPREFILL_TAU_DISTANCES": "0.6", "VSPREFILL_PRESET": "fast", "HOME": "x"}
+    env = {"VSPREFILL_TAU_COLUMNS": "0.5", "VSPREFILL_TAU_DIAGONALS": "0.6", "VSPREFILL_PRESET": "fast", "HOME": "x"}
     config = VSPrefillConfig.from_sources({"tau_columns": 0.4}, env)
-    assert (config.tau_columns, config.tau_distances, config.preset) == (0.4, 0.6, "fast")
+    assert (config.tau_columns, config.tau_diagonals, config.preset) == (0.4, 0.6, "fast")
     assert config.max_columns == PRESETS["fast"]["max_columns"]
 
 
@@ -74,7 +74,7 @@ def test_strings_as_dotted_command_line_options_give_them() -> None:
             "tau_columns": " 0.25",
             "min_columns": "3",
             "max_columns": "none",
-            "max_distances": "77",
+            "max_diagonals": "77",
             "checkpoint": "null",
             "dense_layers": " 0-2, 7 ,5",
             "estimator": "Sampled",
@@ -82,7 +82,7 @@ def test_strings_as_dotted_command_line_options_give_them() -> None:
         }
     )
     assert config.enabled is False
-    assert (config.tau_columns, config.min_columns, config.max_columns, config.max_distances) == (0.25, 3, None, 77)
+    assert (config.tau_columns, config.min_columns, config.max_columns, config.max_diagonals) == (0.25, 3, None, 77)
     assert config.checkpoint is None
     assert config.dense_layers == (0, 1, 2, 5, 7)
     assert (config.estimator, config.block_q) == ("sampled", 256)
@@ -115,16 +115,16 @@ def test_empty_and_reserved_variables_are_not_options() -> None:
         ("tau_columns", float("nan"), "a number > 0 and <= 1"),
         ("tau_columns", True, "a number > 0 and <= 1"),
         ("tau_columns", None, "a number > 0 and <= 1"),
-        ("tau_distances", "most", "a number > 0 and <= 1"),
-        ("tau_distances", [0.5], "a number > 0 and <= 1"),
+        ("tau_diagonals", "most", "a number > 0 and <= 1"),
+        ("tau_diagonals", [0.5], "a number > 0 and <= 1"),
         ("min_columns", -1, "an integer from 0 to 2147483647"),
         ("min_columns", 1.5, "an integer from 0 to 2147483647"),
         ("min_columns", True, "an integer from 0 to 2147483647"),
         ("max_columns", 0, "an integer from 1 to 2147483647, or null for no cap"),
         ("max_columns", False, "an integer from 1 to 2147483647, or null for no cap"),
-        ("min_distances", 2**31, "an integer from 0 to 2147483647"),
-        ("max_distances", "all", "an integer from 1 to 2147483647, or null for no cap"),
-        ("min_context", -5, "an integer from 0 to 2147483647"),
+        ("min_diagonals", 2**31, "an integer from 0 to 2147483647"),
+        ("max_diagonals", "all", "an integer from 1 to 2147483647, or null for no cap"),
+        ("min_seq_len", -5, "an integer from 0 to 2147483647"),
         ("dense_layers", "3-1", "layer indices from 0 to 9999"),
         ("dense_layers", [-1], "layer indices from 0 to 9999"),
         ("dense_layers", [True], "layer indices from 0 to 9999"),
@@ -176,15 +176,15 @@ def test_contradictions_name_both_values_and_where_they_come_from() -> None:
         "min_columns must not exceed max_columns: found min_columns = 10 "
         '(additional_config["vsprefill"]), max_columns = 9 (environment variable VSPREFILL_MAX_COLUMNS)'
     ) in message
-    message = refuse({"preset": "fast", "min_distances": 100_000})
-    assert "min_distances must not exceed max_distances" in message
-    assert f"max_distances = {PRESETS['fast']['max_distances']} (preset fast)" in message
+    message = refuse({"preset": "fast", "min_diagonals": 100_000})
+    assert "min_diagonals must not exceed max_diagonals" in message
+    assert f"max_diagonals = {PRESETS['fast']['max_diagonals']} (preset fast)" in message
     assert "estimator 'sampled' uses no checkpoint" in refuse({"estimator": "sampled", "checkpoint": "x"})
 
 
 def test_all_problems_of_both_sources_in_one_message() -> None:
     message = refuse(
-        {"preset": "quick", "tau_colum": 1, "tau_columns": 7, "min_distances": 9, "max_distances": 3, "block_k": 0},
+        {"preset": "quick", "tau_colum": 1, "tau_columns": 7, "min_diagonals": 9, "max_diagonals": 3, "block_k": 0},
         {"VSPREFILL_WINDOW": "abc", "VSPREFILL_FOO": "1", "VSPREFILL_BLOCK_K": "5"},
     )
     assert "7 problems\n" in message
@@ -192,7 +192,7 @@ def test_all_problems_of_both_sources_in_one_message() -> None:
         "preset (additional_config",
         "unknown option 'tau_colum'",
         "tau_columns (additional_config",
-        "min_distances must not exceed max_distances",
+        "min_diagonals must not exceed max_diagonals",
         "block_k (additional_config",
         "window (environment variable VSPREFILL_WINDOW)",
         "VSPREFILL_FOO: unknown option",
@@ -247,15 +247,15 @@ def test_describe_is_one_line_with_what_matters() -> None:
 
 
 def test_a_platform_fills_in_what_is_not_given() -> None:
-    later = PlatformTuning(block_q=32, block_k=2, min_context=16384)
+    later = PlatformTuning(block_q=32, block_k=2, min_seq_len=16384)
     options = VSPrefillConfig.from_sources({"block_k": 8}).resolved(later)
-    assert (options.block_q, options.block_k, options.min_context) == (32, 8, 16384)
+    assert (options.block_q, options.block_k, options.min_seq_len) == (32, 8, 16384)
     assert options.model_fields_set == {"block_k"}
     left_open = VSPrefillConfig.from_sources({"block_k": 8, "min_pairs": None}).resolved(later)
     assert left_open.model_fields_set == {"block_k"}  # null is no choice of the user's
-    assert VSPrefillConfig.from_sources({"min_context": 100}).resolved(later).min_context == 100
-    earlier = PlatformTuning(block_q=32, block_k=2, min_context=1)
-    assert VSPrefillConfig.from_sources().resolved(earlier).min_context == PRESETS["balanced"]["min_context"]
+    assert VSPrefillConfig.from_sources({"min_seq_len": 100}).resolved(later).min_seq_len == 100
+    earlier = PlatformTuning(block_q=32, block_k=2, min_seq_len=1)
+    assert VSPrefillConfig.from_sources().resolved(earlier).min_seq_len == PRESETS["balanced"]["min_seq_len"]
     with pytest.raises(ValueError, match="resolved"):
         VSPrefillConfig.from_sources().pattern()
 
@@ -294,7 +294,7 @@ def test_any_input_gives_options_in_range_or_a_refusal(additional: object, env: 
     except ConfigError:
         return
     assert 0 < config.tau_columns <= 1
-    assert 0 < config.tau_distances <= 1
+    assert 0 < config.tau_diagonals <= 1
     assert config.max_columns is None or config.min_columns <= config.max_columns
     assert config.block_q is None or config.block_q % 16 == 0
     assert config.block_k is None or config.block_k >= 1

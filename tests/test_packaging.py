@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree") / "source"
     tree.mkdir()
     for name in ("vllm_vsprefill", "kernels", "indexer_ckpts"):
-        shutil.copytree(ROOT / name, tree / name, ignore=LEFT_OUT)
+        shutil.copytree(ROOT / name, tree / name, ignore=LEFT_OUT, symlinks=True)
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, tree)
@@ -113,18 +113,18 @@ def test_wheel_works_away_from_and_inside_a_checkout(wheel: Path, tmp_path: Path
     code = "import vllm_vsprefill.kernels.select.naive as m, vllm_vsprefill.indexer_ckpts; print(m.__file__)"
     assert Path(run_python(code, tmp_path, site)).is_relative_to(site)
     # Started in the repository root, that tree is used, and used whole.
-    assert run_python(code, ROOT, site) == str(ROOT / "kernels" / "select" / "naive.py")
+    assert run_python(code, ROOT, site) == str(ROOT / "vllm_vsprefill" / "kernels" / "select" / "naive.py")
 
 
 def test_a_bare_checkout_works(tmp_path: Path) -> None:
     for name in ("vllm_vsprefill", "kernels", "indexer_ckpts"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=LEFT_OUT)
-    shutil.copy(ROOT / "setup.py", tmp_path)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=LEFT_OUT, symlinks=True)
     code = (
         "import vllm_vsprefill.kernels.merge.naive as m, vllm_vsprefill.indexer_ckpts as i\n"
         "print(m.__file__, i.__file__)"
     )
-    expected = f"{tmp_path}/kernels/merge/naive.py {tmp_path}/indexer_ckpts/__init__.py"
+    package = tmp_path / "vllm_vsprefill"
+    expected = f"{package}/kernels/merge/naive.py {package}/indexer_ckpts/__init__.py"
     assert run_python(code, tmp_path) == expected
 
 

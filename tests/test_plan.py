@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm_vsprefill.plan import MIN_ROWS, Gate, RequestRows, plan_step
 from vllm_vsprefill.tuning import cuda_tuning, pairs_worth_choosing
 
-GATE = Gate(min_context=1000, dense_last_rows=64)
+GATE = Gate(min_seq_len=1000, dense_last_rows=64)
 
 
 def starts(rows: list[int]) -> list[int]:
@@ -44,19 +44,19 @@ def test_gate_looks_at_the_whole_context_not_at_the_chunk() -> None:
 
 
 def test_few_rows_stay_dense_whatever_the_options() -> None:
-    gate = Gate(min_context=0, dense_last_rows=0)
+    gate = Gate(min_seq_len=0, dense_last_rows=0)
     assert not plan_step([0, MIN_ROWS - 1], [9000], [True], gate).sparse
     assert plan_step([0, MIN_ROWS], [9000], [True], gate).sparse
 
 
 def test_small_pieces_of_work_stay_dense() -> None:
-    gate = Gate(min_context=1, dense_last_rows=64, min_pairs=2**24)
+    gate = Gate(min_seq_len=1, dense_last_rows=64, min_pairs=2**24)
     for rows, context, sparse in ((1024, 16384, True), (1023, 16384, False), (128, 131072, True), (127, 140000, False)):
         assert gate.admits(rows, context, True) is sparse
 
 
 def test_few_rows_may_be_more_where_choosing_keys_costs_more() -> None:
-    gate = Gate(min_context=1, dense_last_rows=64, min_rows=1024)
+    gate = Gate(min_seq_len=1, dense_last_rows=64, min_rows=1024)
     assert not gate.admits(1023, 10**6, True)
     assert gate.admits(1024, 5000, True)
 
@@ -77,23 +77,23 @@ def test_what_the_documentation_says_of_hopper(rows: int, context: int, trained:
     """With a decode or two in the same step, too."""
     tuning = cuda_tuning((9, 0))
     for least, sparse in ((0, trained), (tuning.min_rows_sampled, sampled)):
-        gate = Gate(tuning.min_context, dense_last_rows=64, min_pairs=tuning.min_pairs, min_rows=least)
+        gate = Gate(tuning.min_seq_len, dense_last_rows=64, min_pairs=tuning.min_pairs, min_rows=least)
         assert gate.admits(rows, context, True) is sparse
         assert gate.admits(rows - 3, context - 3, True) is sparse
 
 
 @given(st.integers(1, 5000), st.integers(0, 3000), st.integers(0, 2**24), st.integers(0, 2000), st.integers(0, 100))
-def test_least_context(rows: int, min_context: int, min_pairs: int, min_rows: int, dense: int) -> None:
-    gate = Gate(min_context, dense, min_pairs=min_pairs, min_rows=min_rows)
-    least = gate.least_context(rows)
+def test_min_seq_len(rows: int, min_seq_len: int, min_pairs: int, min_rows: int, dense: int) -> None:
+    gate = Gate(min_seq_len, dense, min_pairs=min_pairs, min_rows=min_rows)
+    least = gate.shortest_seq_len(rows)
     if least is None:
         assert not gate.admits(rows, 10**9, True)
         return
     assert gate.admits(rows, least, True)
     assert rows >= max(min_rows, dense + MIN_ROWS)
-    assert least >= min_context
+    assert least >= min_seq_len
     assert rows * least >= min_pairs
-    assert least in (rows, min_context) or rows * (least - 1) < min_pairs
+    assert least in (rows, min_seq_len) or rows * (least - 1) < min_pairs
     assert least == rows or not gate.admits(rows, least - 1, True)
 
 
@@ -105,7 +105,7 @@ def test_few_heads_want_longer_chunks() -> None:
 
 
 def test_switched_off() -> None:
-    gate = Gate(min_context=1, dense_last_rows=0, enabled=False)
+    gate = Gate(min_seq_len=1, dense_last_rows=0, enabled=False)
     plan = plan_step([0, 512], [9000], [True], gate)
     assert not plan.sparse
     assert plan.prefill_pairs == RequestRows(0, 0, 512, 9000).causal_pairs
@@ -119,12 +119,12 @@ def test_dense_runs_are_contiguous_and_skip_padding() -> None:
     assert [r.request for r in plan.sparse] == [2, 6]
     assert [[r.request for r in run] for run in plan.dense_runs] == [[0, 1], [2, 3, 5], [6]]
     tail = plan.dense_runs[1][0]
-    assert (tail.row_start, tail.row_end, tail.context_len) == (2 + 512 - 64, 2 + 512, 4000)
+    assert (tail.row_start, tail.row_end, tail.seq_len) == (2 + 512 - 64, 2 + 512, 4000)
     assert plan.sparse[0] == RequestRows(2, 2, 2 + 512 - 64, 4000 - 64)
 
 
 def test_without_dense_rows_nothing_is_left_over() -> None:
-    plan = plan_step([0, 512], [9000], [True], Gate(min_context=1, dense_last_rows=0))
+    plan = plan_step([0, 512], [9000], [True], Gate(min_seq_len=1, dense_last_rows=0))
     assert plan.sparse == (RequestRows(0, 0, 512, 9000),)
     assert plan.dense_runs == ()
 

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"
-OPTIONS = {"min_context": 1024}
+OPTIONS = {"min_seq_len": 1024}
 LIMIT = 8192
 ARGUMENTS = ["--served-model-name", "needle", "--max-model-len", str(LIMIT), "--max-num-batched-tokens", "1024"]
 ARGUMENTS += ["--dtype", "float32"]  # processors without AVX512-BF16 compute bfloat16 several times slower

@@ -6,10 +6,6 @@ Importing this package is cheap on purpose: vLLM's plugin entry point imports it
 on a platform, so neither torch nor vLLM is imported here.
 """
 
-from vllm_vsprefill import _source_tree
-
 __all__ = ["__version__"]
 
 __version__ = "0.1.0"
-
-_source_tree.install()

@@ -96,7 +96,7 @@ class Thresholds(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tau_columns: tuple[_LayerShare, ...] | None = None
-    tau_distances: tuple[_LayerShare, ...] | None = None
+    tau_diagonals: tuple[_LayerShare, ...] | None = None
 
 
 def _known_version(value: Any) -> Any:
@@ -140,7 +140,7 @@ class CheckpointConfig(BaseModel):
         if max(self.layers) >= self.fingerprint.num_layers:
             problems.append(f"layers must be below fingerprint.num_layers = {self.fingerprint.num_layers}")
         for preset, thresholds in self.thresholds.items():
-            for name in ("tau_columns", "tau_distances"):
+            for name in ("tau_columns", "tau_diagonals"):
                 values = getattr(thresholds, name)
                 if values is not None and len(values) != len(self.layers):
                     problems.append(
@@ -199,7 +199,7 @@ class LoadedIndexer:
     def thresholds(
         self, preset: str, layer_index: int
     ) -> tuple[float | tuple[float, ...] | None, float | tuple[float, ...] | None]:
-        """Calibrated ``(tau_columns, tau_distances)`` of a layer; None for each that was not calibrated.
+        """Calibrated ``(tau_columns, tau_diagonals)`` of a layer; None for each that was not calibrated.
 
         Each is a number for all KV heads, or a tuple with one for each of the heads in ``kv_heads``.
         """
@@ -212,7 +212,7 @@ class LoadedIndexer:
             entry = None if entries is None else entries[position]
             return entry[slice(*self.kv_heads)] if isinstance(entry, tuple) else entry
 
-        return own(calibrated.tau_columns), own(calibrated.tau_distances)
+        return own(calibrated.tau_columns), own(calibrated.tau_diagonals)
 
     def module(self, *, trainable: bool = False) -> VSIndexer:
         """The tensors as a module (not copied)."""

@@ -159,7 +159,7 @@ def train(
         float, typer.Option(help="Power that peaks are raised to, with --target peak or mixed.")
     ] = _STUDENT.peak_power,
     exclude_window: Annotated[
-        int, typer.Option(help="Distances below this do not count in the targets.")
+        int, typer.Option(help="Diagonals below this do not count in the targets.")
     ] = _STUDENT.exclude_window,
     seed: Annotated[int, typer.Option(help="Of weights, order of documents, lengths and chunks.")] = _TRAIN.seed,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = _TRAIN.validate_every,
@@ -434,7 +434,7 @@ def _calibrate(
         raise DistilError(f"--length {length}: the model has {longest} positions")
     # Text that is too short for a sparse prompt says nothing about one, unless it is asked for by --length.
     length = max(length, 16)
-    least = min(length, calibration.LEAST_CONTEXT)
+    least = min(length, calibration.MIN_SEQ_LEN)
     settings = train_options({}, max_length=length, min_length=least, steps=1, validation_sequences=count, seed=seed)
     # The held-out stream: the documents of a generated one are not those of training, text is all held out.
     _, source, most = _sources(
@@ -445,9 +445,9 @@ def _calibrate(
     for _ in range(count):
         sequences.append(source.sequence(position, most))
         position = source.after(position, most)
-    if most < calibration.LEAST_CONTEXT:
+    if most < calibration.MIN_SEQ_LEN:
         typer.echo(
-            f"note: contexts below {calibration.LEAST_CONTEXT:,} tokens run dense; thresholds found on shorter ones "
+            f"note: contexts below {calibration.MIN_SEQ_LEN:,} tokens run dense; thresholds found on shorter ones "
             "may not suit longer ones"
         )
     teacher = load(model, place, dtype)
@@ -460,7 +460,7 @@ def _calibrate(
             sequences,
             {name: calibration.preset_budgets(name, tuning) for name in which},
             chunks=chunks,
-            least_context=calibration.LEAST_CONTEXT,
+            min_seq_len=calibration.MIN_SEQ_LEN,
             rows=rows,
             seed=seed,
             progress=bar.update,
@@ -475,10 +475,10 @@ def _calibrate(
             typer.echo(f"  note: {note}")
         for i, layer in enumerate(loaded.config.layers):
             assert c.thresholds.tau_columns is not None
-            assert c.thresholds.tau_distances is not None
+            assert c.thresholds.tau_diagonals is not None
             typer.echo(
                 f"  layer {layer}: columns {_shown(c.thresholds.tau_columns[i])}, "
-                f"distances {_shown(c.thresholds.tau_distances[i])}, "
+                f"diagonals {_shown(c.thresholds.tau_diagonals[i])}, "
                 f"recall {c.recall[i].mean():.1%}, density {c.density[i].mean():.1%}"
             )
     typer.echo(f"stored in {checkpoint}")

@@ -33,32 +33,32 @@ ADDITIONAL_CONFIG = 'additional_config["vsprefill"]'
 PRESETS: dict[str, dict[str, float | int | None]] = {
     "accurate": {
         "tau_columns": 0.97,
-        "tau_distances": 0.97,
+        "tau_diagonals": 0.97,
         "min_columns": 512,
         "max_columns": None,
-        "min_distances": 0,
-        "max_distances": None,
-        "min_context": 8192,
+        "min_diagonals": 0,
+        "max_diagonals": None,
+        "min_seq_len": 8192,
         "window": 1024,
     },
     "balanced": {
         "tau_columns": 0.9,
-        "tau_distances": 0.9,
+        "tau_diagonals": 0.9,
         "min_columns": 128,
         "max_columns": None,
-        "min_distances": 0,
-        "max_distances": None,
-        "min_context": 8192,
+        "min_diagonals": 0,
+        "max_diagonals": None,
+        "min_seq_len": 8192,
         "window": 512,
     },
     "fast": {
         "tau_columns": 0.8,
-        "tau_distances": 0.8,
+        "tau_diagonals": 0.8,
         "min_columns": 64,
         "max_columns": 4096,
-        "min_distances": 0,
-        "max_distances": 512,
-        "min_context": 8192,
+        "min_diagonals": 0,
+        "max_diagonals": 512,
+        "min_seq_len": 8192,
         "window": 256,
     },
 }
@@ -187,8 +187,8 @@ class _Options(BaseModel):
         default_factory=_preset("tau_columns"),
         description="Share of the predicted column mass to keep; 1 keeps every column.",
     )
-    tau_distances: _Share = Field(
-        default_factory=_preset("tau_distances"),
+    tau_diagonals: _Share = Field(
+        default_factory=_preset("tau_diagonals"),
         description="Share of the predicted diagonal mass to keep; 1 keeps every diagonal.",
     )
     min_columns: _Count = Field(
@@ -197,14 +197,14 @@ class _Options(BaseModel):
     max_columns: _Cap = Field(
         default_factory=_preset("max_columns"), description="Most columns per layer and KV head; null: no cap."
     )
-    min_distances: _Count = Field(
-        default_factory=_preset("min_distances"), description="Fewest diagonals per layer and KV head."
+    min_diagonals: _Count = Field(
+        default_factory=_preset("min_diagonals"), description="Fewest diagonals per layer and KV head."
     )
-    max_distances: _Cap = Field(
-        default_factory=_preset("max_distances"), description="Most diagonals per layer and KV head; null: no cap."
+    max_diagonals: _Cap = Field(
+        default_factory=_preset("max_diagonals"), description="Most diagonals per layer and KV head; null: no cap."
     )
-    min_context: _Count = Field(
-        default_factory=_preset("min_context"),
+    min_seq_len: _Count = Field(
+        default_factory=_preset("min_seq_len"),
         description="Tokens of context below which a request runs the stock kernel.",
     )
     min_pairs: Annotated[
@@ -264,9 +264,9 @@ _RELATIONS = (
         "min_columns must not exceed max_columns",
     ),
     _Relation(
-        ("min_distances", "max_distances"),
-        lambda o: o.max_distances is not None and o.min_distances > o.max_distances,
-        "min_distances must not exceed max_distances",
+        ("min_diagonals", "max_diagonals"),
+        lambda o: o.max_diagonals is not None and o.min_diagonals > o.max_diagonals,
+        "min_diagonals must not exceed max_diagonals",
     ),
     _Relation(
         ("estimator", "checkpoint"),
@@ -353,8 +353,8 @@ class VSPrefillConfig(_Options):
             update["block_k"] = tuning.block_k
         if self.min_pairs is None:
             update["min_pairs"] = tuning.min_pairs
-        if "min_context" not in self.model_fields_set and tuning.min_context > self.min_context:
-            update["min_context"] = tuning.min_context
+        if "min_seq_len" not in self.model_fields_set and tuning.min_seq_len > self.min_seq_len:
+            update["min_seq_len"] = tuning.min_seq_len
         given = self.model_fields_set - update.keys()  # null leaves the choice, too
         options = self.model_copy(update=update)
         options.__pydantic_fields_set__.intersection_update(given)  # a platform's choice is not the user's
@@ -394,10 +394,10 @@ class VSPrefillConfig(_Options):
         shown = [
             f"preset={self.preset}",
             f"estimator={self.estimator}",
-            f"tau={self.tau_columns:g}/{self.tau_distances:g}",
+            f"tau={self.tau_columns:g}/{self.tau_diagonals:g}",
             f"columns={_interval(self.min_columns, self.max_columns)}",
-            f"distances={_interval(self.min_distances, self.max_distances)}",
-            f"min_context={self.min_context}",
+            f"diagonals={_interval(self.min_diagonals, self.max_diagonals)}",
+            f"min_seq_len={self.min_seq_len}",
             f"window={self.window}",
             f"sinks={self.sinks}",
             f"dense_last_rows={self.dense_last_rows}",
@@ -419,8 +419,8 @@ def _or_auto(value: int | None) -> str:
     return "auto" if value is None else str(value)
 
 
-def _interval(least: int, most: int | None) -> str:
-    return f"{least}..{'all' if most is None else most}"
+def _interval(minimum: int, maximum: int | None) -> str:
+    return f"{minimum}..{'all' if maximum is None else maximum}"
 
 
 def _suggest(name: str, known: tuple[str, ...], show: Callable[[str], str] = str) -> str:

@@ -129,7 +129,7 @@ class VSIndexer(nn.Module):
             layer_index: attention layer.
 
         Returns:
-            float32 ``[T, H, 2]``: vertical (column), slash (diagonal).
+            float32 ``[T, H, 2]``: column, diagonal.
         """
         return score(k, v, self.layer_weights(layer_index))
 
@@ -146,7 +146,7 @@ def weight_shapes(num_kv_heads: int, head_size: int, hidden_size: int) -> dict[s
 
 def _initial(heads: int, head_size: int, hidden: int, generator: torch.Generator | None) -> IndexerLayerWeights:
     # He initialisation before the ReLU. The second layer starts small, so that training starts from nearly uniform
-    # distributions over columns and distances.
+    # distributions over columns and diagonals.
     w1 = torch.randn(heads, 2 * head_size, hidden, generator=generator) * math.sqrt(1.0 / head_size)
     w2 = torch.randn(heads, hidden, 2, generator=generator) * (0.1 / math.sqrt(hidden))
     return IndexerLayerWeights(w1, torch.zeros(heads, hidden), w2, torch.zeros(heads, 2))

@@ -17,41 +17,41 @@ class Gate:
     """When a request's chunk runs sparse.
 
     Attributes:
-        min_context: tokens of context (cached ones and this chunk's) below which stock attention runs.
+        min_seq_len: tokens of context (cached ones and this chunk's) below which stock attention runs.
         dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
         min_pairs: rows of the chunk times context below which stock attention runs.
         min_rows: rows of the chunk below which it runs; ``MIN_ROWS`` beside the dense last ones in any case.
         enabled: False sends everything to the stock kernel.
     """
 
-    min_context: int
+    min_seq_len: int
     dense_last_rows: int
     min_pairs: int = 0
     min_rows: int = 0
     enabled: bool = True
 
-    def admits(self, rows: int, context_len: int, is_prefilling: bool) -> bool:
-        """Whether ``rows`` new tokens at the end of ``context_len`` run sparse."""
+    def admits(self, rows: int, seq_len: int, is_prefilling: bool) -> bool:
+        """Whether ``rows`` new tokens at the end of ``seq_len`` run sparse."""
         if not is_prefilling:
             return False
-        least = self.least_context(rows)
-        return least is not None and context_len >= least
+        shortest = self.shortest_seq_len(rows)
+        return shortest is not None and seq_len >= shortest
 
-    def least_context(self, rows: int) -> int | None:
+    def shortest_seq_len(self, rows: int) -> int | None:
         """Tokens of context from which a chunk of ``rows`` runs sparse; None if it never does."""
         if not self.enabled or rows < max(self.min_rows, self.dense_last_rows + MIN_ROWS):
             return None
-        return max(self.min_context, -(-self.min_pairs // rows), rows)
+        return max(self.min_seq_len, -(-self.min_pairs // rows), rows)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:
-    """Rows of one request in the step's flat token list; ``context_len`` tokens up to and including the last row."""
+    """Rows of one request in the step's flat token list; ``seq_len`` tokens up to and including the last row."""
 
     request: int
     row_start: int
     row_end: int
-    context_len: int
+    seq_len: int
 
     @property
     def rows(self) -> int:
@@ -61,8 +61,8 @@ class RequestRows:
     @property
     def causal_pairs(self) -> int:
         """(query, key) pairs that dense causal attention computes for these rows, per head."""
-        first = self.context_len - self.rows + 1
-        return self.rows * (first + self.context_len) // 2
+        first = self.seq_len - self.rows + 1
+        return self.rows * (first + self.seq_len) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +106,19 @@ def plan_step(
     dense_pairs = 0
     open_run = False
     prefilling = fresh = 0
-    for request, context_len in enumerate(seq_lens):
-        rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], context_len)
+    for request, seq_len in enumerate(seq_lens):
+        rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], seq_len)
         if rows.rows <= 0:
             continue
         prefilling += is_prefilling[request]
-        fresh += is_prefilling[request] and rows.rows == context_len
-        if gate.admits(rows.rows, context_len, is_prefilling[request]):
+        fresh += is_prefilling[request] and rows.rows == seq_len
+        if gate.admits(rows.rows, seq_len, is_prefilling[request]):
             tail = gate.dense_last_rows
-            sparse.append(RequestRows(request, rows.row_start, rows.row_end - tail, context_len - tail))
+            sparse.append(RequestRows(request, rows.row_start, rows.row_end - tail, seq_len - tail))
             open_run = False
             if not tail:
                 continue
-            rows = RequestRows(request, rows.row_end - tail, rows.row_end, context_len)
+            rows = RequestRows(request, rows.row_end - tail, rows.row_end, seq_len)
         if is_prefilling[request]:
             dense_pairs += rows.causal_pairs
         if not open_run:

@@ -38,7 +38,7 @@ class LayerState:
     Attributes:
         index: layer index in the model.
         weights: this rank's indexer weights, or None for the training-free estimator.
-        tau_columns, tau_distances: thresholds of this layer, numbers or float64 ``[num_kv_heads]``.
+        tau_columns, tau_diagonals: thresholds of this layer, numbers or float64 ``[num_kv_heads]``.
         logits: per-slot cache of index logits, or None where they are computed anew for every chunk.
         shape: query heads, KV heads and head size of this rank (set by the CUDA backend).
         row: row of the layer in counters on a device.
@@ -47,7 +47,7 @@ class LayerState:
     index: int
     weights: IndexerLayerWeights | None
     tau_columns: float | torch.Tensor
-    tau_distances: float | torch.Tensor
+    tau_diagonals: float | torch.Tensor
     logits: Any | None
     shape: tuple[int, int, int] = (0, 0, 0)
     row: int = 0
@@ -66,7 +66,7 @@ class Runtime:
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.indexer = self._load_indexer(vllm_config)
         self.gate = Gate(
-            min_context=self.options.min_context,
+            min_seq_len=self.options.min_seq_len,
             dense_last_rows=self.options.dense_last_rows,
             min_pairs=self._min_pairs(vllm_config),
             min_rows=self._min_rows(),
@@ -130,15 +130,15 @@ class Runtime:
     def add_layer(self, layer_name: str, index: int, logits: Any | None) -> LayerState:
         """Register a layer that runs sparse."""
         weights = None if self.indexer is None else self.indexer.layer_weights(index)
-        columns, distances = (
+        columns, diagonals = (
             torch.tensor(tau, dtype=torch.float64) if isinstance(tau, tuple) else tau for tau in self.thresholds(index)
         )
-        state = LayerState(index, weights, columns, distances, logits)
+        state = LayerState(index, weights, columns, diagonals, logits)
         self.layers[layer_name] = state
         return state
 
     def thresholds(self, index: int) -> tuple[Threshold, Threshold]:
-        """``(tau_columns, tau_distances)`` of a layer: the user's, else the one the checkpoint was calibrated with for
+        """``(tau_columns, tau_diagonals)`` of a layer: the user's, else the one the checkpoint was calibrated with for
         the preset, else the preset's. Each is one number, or one for each KV head of this rank."""
         calibrated: tuple[Threshold | None, Threshold | None] = (None, None)
         if self.indexer is not None:
@@ -149,7 +149,7 @@ class Runtime:
                 return float(getattr(self.options, name))
             return value
 
-        return choose("tau_columns", calibrated[0]), choose("tau_distances", calibrated[1])
+        return choose("tau_columns", calibrated[0]), choose("tau_diagonals", calibrated[1])
 
     def explain_stock(self, reasons: list[str]) -> None:
         """Log why a kind of layer runs the stock backend, once per kind."""
@@ -164,13 +164,13 @@ class Runtime:
 
     @property
     def budgets(self) -> dict[str, int | None]:
-        """Least and most columns and distances, as ``select`` takes them."""
+        """Least and most columns and diagonals, as ``select`` takes them."""
         options = self.options
         return {
             "min_columns": options.min_columns,
             "max_columns": options.max_columns,
-            "min_distances": options.min_distances,
-            "max_distances": options.max_distances,
+            "min_diagonals": options.min_diagonals,
+            "max_diagonals": options.max_diagonals,
         }
 
     def is_last(self, index: int) -> bool:
@@ -186,12 +186,12 @@ class Runtime:
 
     def _min_pairs(self, vllm_config: Any) -> int:
         """Rows times context of the least sparse chunk: the user's choice, else what was measured, for this rank."""
-        least = self.options.min_pairs or 0
+        min_pairs = self.options.min_pairs or 0
         if "min_pairs" in self.options.model_fields_set:
-            return least
+            return min_pairs
         model = vllm_config.model_config
         return pairs_worth_choosing(
-            least, model.get_num_attention_heads(vllm_config.parallel_config), model.get_head_size()
+            min_pairs, model.get_num_attention_heads(vllm_config.parallel_config), model.get_head_size()
         )
 
     def _min_rows(self) -> int:
@@ -233,9 +233,9 @@ class Runtime:
             return "switched off; every layer runs the stock backend"
         if self.indexer is not None:
             taus = [self.thresholds(index) for index in self.indexer.layers]
-            columns, distances = (_interval(values) for values in zip(*taus, strict=True))
+            columns, diagonals = (_interval(values) for values in zip(*taus, strict=True))
             trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
-            estimator = f"{trained}; thresholds by layer: columns {columns}, distances {distances}"
+            estimator = f"{trained}; thresholds by layer: columns {columns}, diagonals {diagonals}"
         elif self.options.estimator == "sampled":
             estimator = "training-free estimator (sampled)"
         else:
@@ -245,7 +245,7 @@ class Runtime:
     def _say_when_sparse(self, vllm_config: Any) -> None:
         longest = vllm_config.model_config.max_model_len
         chunk = min(vllm_config.scheduler_config.max_num_batched_tokens, longest)
-        context = self.gate.least_context(chunk)
+        context = self.gate.shortest_seq_len(chunk)
         if context is not None and context <= longest:
             logger.info("VSPREFILL: chunks of %d prompt tokens run sparse from %d tokens of context.", chunk, context)
             return
@@ -254,7 +254,7 @@ class Runtime:
             "%d (max_num_batched_tokens); for chunks of that size %s. Raise --max-num-batched-tokens, or lower %s.",
             longest, chunk,
             f"it pays from {context} tokens of context" if context else "it does not pay at any context",
-            "min_context or min_pairs" if context else "min_rows or dense_last_rows",
+            "min_seq_len or min_pairs" if context else "min_rows or dense_last_rows",
         )  # fmt: skip
 
 

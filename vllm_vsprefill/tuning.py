@@ -17,7 +17,7 @@ class PlatformTuning:
     Attributes:
         block_q: query tile, in positions.
         block_k: key granule, in positions.
-        min_context: tokens of context below which the stock kernel is faster; a preset that starts later wins.
+        min_seq_len: tokens of context below which the stock kernel is faster; a preset that starts later wins.
         min_pairs: rows of a chunk times context below which it is, with 32 heads of 128 channels.
         min_rows_sampled: rows of a chunk below which it is with the training-free estimate, which takes a pass over the
             context for its own rows however few the others are.
@@ -25,7 +25,7 @@ class PlatformTuning:
 
     block_q: int
     block_k: int
-    min_context: int = 0
+    min_seq_len: int = 0
     min_pairs: int = 0
     min_rows_sampled: int = 0
 
@@ -41,7 +41,7 @@ CPU = PlatformTuning(block_q=128, block_k=64)
 _PAIRS, _ROWS = 60 * 2**20, 960
 CUDA: dict[tuple[int, int], PlatformTuning] = {
     (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
-    (9, 0): PlatformTuning(block_q=16, block_k=4, min_context=12288, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
+    (9, 0): PlatformTuning(block_q=16, block_k=4, min_seq_len=12288, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
 }
 _MEASURED_CHANNELS = 32 * 128  # query heads times head size
 

@@ -73,7 +73,7 @@ def main(
     hidden_size: Annotated[int, typer.Option()] = 256,
     target: Annotated[str, typer.Option(help="mass, peak or mixed.")] = "peak",
     peak_power: Annotated[float, typer.Option(help="Power that peaks are raised to.")] = 2.0,
-    exclude_window: Annotated[int, typer.Option(help="Distances below this do not count.")] = 256,
+    exclude_window: Annotated[int, typer.Option(help="Diagonals below this do not count.")] = 256,
     max_length: Annotated[int, typer.Option()] = 32768,
     min_length: Annotated[int, typer.Option()] = 2048,
     validate_every: Annotated[int, typer.Option()] = 250,
@@ -168,7 +168,7 @@ def _run(
         # The CPU's tiles, the larger ones: a density found with them is not exceeded elsewhere.
         {preset: calibrate.preset_budgets(preset, CPU) for preset in GOALS},
         chunks=(8192, 2048),
-        least_context=calibrate.LEAST_CONTEXT,
+        min_seq_len=calibrate.MIN_SEQ_LEN,
         seed=seed,
     )
     found = calibrate.calibrate(tables, GOALS, per_head)

@@ -29,12 +29,12 @@ class SparseSettings:
 
     # One for all layers, or one per layer; that of a layer is a number, or one number per KV head.
     tau_columns: float | tuple[float | tuple[float, ...], ...] = 0.9
-    tau_distances: float | tuple[float | tuple[float, ...], ...] = 0.9
+    tau_diagonals: float | tuple[float | tuple[float, ...], ...] = 0.9
     min_columns: int = 64
     max_columns: int | None = 1024
-    min_distances: int = 0
-    max_distances: int | None = 16
-    min_context: int = 4096
+    min_diagonals: int = 0
+    max_diagonals: int | None = 16
+    min_seq_len: int = 4096
     window: int = 256
     sinks: int = 64
     dense_last: int = 64
@@ -63,7 +63,7 @@ def tile_keys(selection: Selection, head: int, first_tile: int, tiles: int, n: i
         edges.scatter_add_(1, low.clamp(min=0) // bk, one)
         edges.scatter_add_(1, high.clamp(min=0) // bk + 1, -one)
 
-    d = selection.distances[head, : int(selection.num_distances[head])].long()
+    d = selection.diagonals[head, : int(selection.num_diagonals[head])].long()
     high = last[:, None] - d[None]
     add(starts[:, None] - d[None], high, high >= 0)
     reach = max(pattern.window, 1) - 1
@@ -121,7 +121,7 @@ def sparse_rows(q: Tensor, k: Tensor, v: Tensor, selection: Selection, pattern: 
 class SparseAttention:
     """Attention of a chunked prefill through the indexer, one prompt at a time; counts what it visits.
 
-    Pass it to ``evaluate.generate`` for a batch of one. Contexts shorter than ``min_context`` run dense and count as
+    Pass it to ``evaluate.generate`` for a batch of one. Contexts shorter than ``min_seq_len`` run dense and count as
     such.
     """
 
@@ -131,7 +131,7 @@ class SparseAttention:
         self.visited: dict[int, int] = defaultdict(int)
         self.total: dict[int, int] = defaultdict(int)
         self.columns: dict[int, list[int]] = defaultdict(list)
-        self.distances: dict[int, list[int]] = defaultdict(list)
+        self.diagonals: dict[int, list[int]] = defaultdict(list)
 
     @property
     def density(self) -> float:
@@ -143,7 +143,7 @@ class SparseAttention:
 
     @staticmethod
     def mean_counts(counts: dict[int, list[int]]) -> list[float]:
-        """Mean of ``columns`` or ``distances`` per layer, over KV heads, chunks and prompts."""
+        """Mean of ``columns`` or ``diagonals`` per layer, over KV heads, chunks and prompts."""
         return [round(sum(counts[i]) / max(1, len(counts[i])), 1) for i in sorted(counts)]
 
     def score(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,18 +153,18 @@ class SparseAttention:
 
     def select(self, layer: int, logits: Tensor) -> Selection:
         s = self.settings
-        tau_columns, tau_distances = (
+        tau_columns, tau_diagonals = (
             torch.tensor(tau[layer] if isinstance(tau, tuple) else tau, dtype=torch.float64)
-            for tau in (s.tau_columns, s.tau_distances)
+            for tau in (s.tau_columns, s.tau_diagonals)
         )
         return select(
             *distributions(logits),
             tau_columns=tau_columns,
-            tau_distances=tau_distances,
+            tau_diagonals=tau_diagonals,
             min_columns=s.min_columns,
             max_columns=s.max_columns,
-            min_distances=s.min_distances,
-            max_distances=s.max_distances,
+            min_diagonals=s.min_diagonals,
+            max_diagonals=s.max_diagonals,
         )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ class SparseAttention:
         self._logits[layer] = new if first == 0 else torch.cat((self._logits[layer], new))
         total = hkv * (t * first + t * (t + 1) // 2)
         self.total[layer] += total
-        if n < self.settings.min_context:
+        if n < self.settings.min_seq_len:
             self.visited[layer] += total
             return dense_attention(layer, q, k, v)
         selection = self.select(layer, self._logits[layer])
         self.columns[layer] += selection.num_columns.tolist()
-        self.distances[layer] += selection.num_distances.tolist()
+        self.diagonals[layer] += selection.num_diagonals.tolist()
         out, visited = sparse_rows(q[0], k[0], v[0], selection, self.settings.pattern())
         self.visited[layer] += visited
         return out[None]

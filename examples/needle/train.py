@@ -228,7 +228,7 @@ class Stepper:
         """cos and sin for ``b`` sequences of ``s`` tokens, [b * s, D // 2] each.
 
         Some sequences of middling length skip positions at a few random places, up to the longest length trained:
-        far distances are seen at the price of near ones (positional skip-wise training, arXiv 2309.10400).
+        far diagonals are seen at the price of near ones (positional skip-wise training, arXiv 2309.10400).
         """
         cos, sin = self.tables
         if not SKIP_LENGTHS[0] <= s <= SKIP_LENGTHS[1] or self._random.random() >= self.settings.skip_share:

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Sparse attention over selected columns and diagonals."""
 
-from .tiled import attend
+from .cpu import attend
 
 __all__ = ["attend"]

@@ -544,10 +544,10 @@ def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
     rows: it has none that could be read in place of a missing one."""
     HEADS: gl.constexpr = SHAPE[0]
     POSITIONS: gl.constexpr = SHAPE[3]
-    p_row_start, p_row_end, p_context = batch
+    p_row_start, p_row_end, p_seq_len = batch
     i_h = i_w // num_tiles % HEADS
     i_r = i_w // num_tiles // HEADS
-    row_end, hi = gl.load(p_row_end + i_r), gl.load(p_context + i_r)
+    row_end, hi = gl.load(p_row_end + i_r), gl.load(p_seq_len + i_r)
     lo = hi - (row_end - gl.load(p_row_start + i_r))
     # The latest tiles take longest where the context is short, so they come first.
     i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - i_w % num_tiles) * (2 * POSITIONS)
@@ -598,7 +598,7 @@ def _plan(piece, index, KEYS: gl.constexpr, SHAPE: gl.constexpr):
     ]
 )  # fmt: skip
 def _attend_kernel(
-    p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_context,
+    p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_seq_len,
     p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_flags, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
     stride_block, stride_head, stride_token, stride_table,
@@ -609,7 +609,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """Every so many of all pieces of ``2 * POSITIONS`` positions. ``PACK`` is ``GROUP`` as a power of two."""
     SHAPE: gl.constexpr = (HEADS, GROUP, PACK, POSITIONS, BLOCK_Q, BLOCK_K, RANK)
-    batch = (p_row_start, p_row_end, p_context)
+    batch = (p_row_start, p_row_end, p_seq_len)
     index = (
         p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_flags, rank_width, granule_width,
         granule_rank_width, window, sinks,
@@ -721,7 +721,7 @@ def launch(
     launch_kernel(
         _attend_kernel, (min(total, _multiprocessors(q.device)),),
         (
-            q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.context_len,
+            q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
             index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near, index.flags,
             scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),

@@ -13,22 +13,22 @@ from ..types import Selection, SparsePattern
 
 
 def visible(
-    selection: Selection, pattern: SparsePattern, *, head: int, num_rows: int, context_len: int, device: torch.device
+    selection: Selection, pattern: SparsePattern, *, head: int, num_rows: int, seq_len: int, device: torch.device
 ) -> Tensor:
     """The mask of one KV head for the last ``num_rows`` rows of a context.
 
     Returns:
-        bool ``[num_rows, context_len]``; row ``r`` stands for the query at position
-        ``context_len - num_rows + r``.
+        bool ``[num_rows, seq_len]``; row ``r`` stands for the query at position
+        ``seq_len - num_rows + r``.
     """
-    n = context_len
+    n = seq_len
     columns = selection.columns[head, : int(selection.num_columns[head])]
-    distances = selection.distances[head, : int(selection.num_distances[head])]
+    diagonals = selection.diagonals[head, : int(selection.num_diagonals[head])]
     mask = torch.zeros(num_rows, n, dtype=torch.bool, device=device)
     first_row = n - num_rows
     for tile in range(first_row // pattern.block_q, (n - 1) // pattern.block_q + 1):
         start, end = tile * pattern.block_q, min((tile + 1) * pattern.block_q, n)
-        keys = merge(columns, distances, tile_start=start, tile_end=end, context_len=n, pattern=pattern)
+        keys = merge(columns, diagonals, tile_start=start, tile_end=end, seq_len=n, pattern=pattern)
         mask[max(start - first_row, 0) : end - first_row, keys] = True
     if pattern.dense_last:
         mask[-pattern.dense_last :] = True
@@ -59,7 +59,7 @@ def attend(
         q: ``[T, Hq, D]``, any strides.
         k: ``[n, Hkv, D]`` with ``n >= T``, any strides.
         v: ``[n, Hkv, D]``, any strides.
-        selection: columns and distances per KV head.
+        selection: columns and diagonals per KV head.
         pattern: tile, granule, window, sinks, dense rows.
         scale: factor on ``q . k`` before the softmax.
         out: ``[T, Hq, D]``, written if given.
@@ -73,14 +73,14 @@ def attend(
     """
     check_attend(q, k, v, selection, pattern, scale, out)
     num_rows, num_heads, _ = q.shape
-    context_len, num_kv_heads, _ = k.shape
+    seq_len, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
     dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     visited = 0
     for head in range(num_kv_heads):
-        mask = visible(selection, pattern, head=head, num_rows=num_rows, context_len=context_len, device=q.device)
+        mask = visible(selection, pattern, head=head, num_rows=num_rows, seq_len=seq_len, device=q.device)
         visited += int(mask.sum())
         heads = slice(head * group, (head + 1) * group)
         # [group, T, n]

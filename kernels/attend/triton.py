@@ -230,7 +230,7 @@ def _tile_of(i_p, n, window, dense, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
     ]
 )  # fmt: skip
 def _attend_kernel(
-    p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_context,
+    p_q, p_cache, p_out, p_lse, p_visited, p_table, p_row_start, p_row_end, p_seq_len,
     p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_k_scale, p_v_scale, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
     stride_block, stride_head, stride_token, stride_table,
@@ -243,7 +243,7 @@ def _attend_kernel(
     """``LANES * POSITIONS`` positions of one KV head of one request. ``PACK`` is ``GROUP`` as a power of two."""
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     num_rows = row_end - row_start
     dense_from = tl.maximum(n - dense_last, n - num_rows)
     # Dense programs take longest, so they come first; then the latest tiles.
@@ -560,7 +560,7 @@ def attend(
         one = torch.ones(1, device=q.device)
     strides = cache.stride()
     _attend_kernel[(num_tiles + num_dense, num_kv_heads, batch.num_requests)](
-        q, cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.context_len,
+        q, cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
         index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near,
         one if kv.k_scale is None else kv.k_scale, one if kv.v_scale is None else kv.v_scale,
         scale / math.log(2),
@@ -588,13 +588,13 @@ def attend_reference(
     """
     out = torch.full_like(q, float("nan"))
     visited = []
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.context_len.tolist(), strict=True)
-    for i, (start, end, context_len) in enumerate(bounds):
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    for i, (start, end, seq_len) in enumerate(bounds):
         if start == end:
             visited.append(0)
             continue
-        k, v = (x.to(q.dtype) for x in kv.gather(i, context_len))
-        rows, pairs = naive.attend(q[start:end], k, v, selections[i].below(context_len), index.pattern, scale=scale)
+        k, v = (x.to(q.dtype) for x in kv.gather(i, seq_len))
+        rows, pairs = naive.attend(q[start:end], k, v, selections[i].below(seq_len), index.pattern, scale=scale)
         out[start:end] = rows
         visited.append(pairs)
     return out, visited

@@ -25,14 +25,14 @@ DENSE_PAIRS, DENSE_CHUNKS = 0, 1
 
 @triton.jit(do_not_specialize=["limit", "fixed", "rank_width", "granule_width"])
 def _guard_kernel(
-    p_row_start, p_row_end, p_context, p_rank, p_granule_rank, p_dense_rows, p_sparse_end, p_counts, limit, fixed,
+    p_row_start, p_row_end, p_seq_len, p_rank, p_granule_rank, p_dense_rows, p_sparse_end, p_counts, limit, fixed,
     rank_width, granule_width, HEADS: tl.constexpr, BH: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """One request."""
     i_r = tl.program_id(0)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     rows = row_end - row_start
     if rows <= 0:
         tl.store(p_dense_rows + 2 * i_r, 0)
@@ -118,7 +118,7 @@ def guard(
     launch(
         _guard_kernel, (batch.num_requests,),
         (
-            batch.row_start, batch.row_end, batch.context_len, index.rank, index.granule_rank, dense_rows, sparse_end,
+            batch.row_start, batch.row_end, batch.seq_len, index.rank, index.granule_rank, dense_rows, sparse_end,
             counts, float(max_density), float(pattern.window + pattern.block_q + pattern.block_k),
             index.rank.shape[2], index.granule_rank.shape[2],
         ),

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """True attention mass per column and per diagonal, the targets of distillation."""
 
-from .chunked import mass_sums
+from .cpu import mass_sums
 
 __all__ = ["mass_sums"]

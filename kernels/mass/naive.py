@@ -32,7 +32,7 @@ def mass_sums(
 
     With ``p[g, i, j]`` the causal softmax of ``scale * q_i . k_j`` of query head ``g``, averaged over the rows ``i``
     of the range and the query heads of the group, ``columns[h, j]`` is the sum of ``p[g, i, j]`` and
-    ``distances[h, d]`` that of ``p[g, i, i - d]``. Computed in float64 over the whole ``[rows, n]`` matrix.
+    ``diagonals[h, d]`` that of ``p[g, i, i - d]``. Computed in float64 over the whole ``[rows, n]`` matrix.
 
     Args:
         q: ``[n, Hq, D]``.
@@ -42,7 +42,7 @@ def mass_sums(
         row_end: one past the last row; None for the end of the sequence.
 
     Returns:
-        ``(columns, distances)``, float32 ``[Hkv, n]`` each, every row sums to one.
+        ``(columns, diagonals)``, float32 ``[Hkv, n]`` each, every row sums to one.
 
     Raises:
         ValueError: dtype, shape or device mismatch, or an empty or impossible range.
@@ -55,12 +55,12 @@ def mass_sums(
     distance = rows.unsqueeze(1) - position
     causal = distance >= 0
     columns = torch.empty(num_kv_heads, n, dtype=torch.float32, device=q.device)
-    distances = torch.empty_like(columns)
+    diagonals = torch.empty_like(columns)
     for head in range(num_kv_heads):
         queries = q[row_start:end, head * group : (head + 1) * group].double()
         logits = torch.einsum("tgd,nd->gtn", queries, k[:, head].double()) * scale
         probs = torch.softmax(logits.masked_fill_(~causal, float("-inf")), dim=-1).mean(dim=0) / len(rows)
         columns[head] = probs.sum(dim=0)
         along = torch.zeros(n, dtype=probs.dtype, device=q.device)
-        distances[head] = along.index_add_(0, distance[causal], probs[causal])
-    return columns, distances
+        diagonals[head] = along.index_add_(0, distance[causal], probs[causal])
+    return columns, diagonals

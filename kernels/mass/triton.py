@@ -165,9 +165,9 @@ def _band_kernel(
 
 @triton.jit(do_not_specialize=["n", "width"])
 def _diagonal_kernel(
-    p_bands, p_distances, norm, n, width, POSITIONS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr
+    p_bands, p_diagonals, norm, n, width, POSITIONS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds up the rows of the bands along distances."""
+    """Adds up the rows of the bands along diagonals."""
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_d = i_b * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -176,7 +176,7 @@ def _diagonal_kernel(
         p_row = p_bands + (i_h * POSITIONS + i_r).to(tl.int64) * width
         # [BLOCK]
         b_sum += tl.load(p_row + o_e, mask=(o_e >= 0) & (o_e < width), other=0.0)
-    tl.store(p_distances + i_h.to(tl.int64) * n + o_d, b_sum * norm, mask=o_d < n)
+    tl.store(p_diagonals + i_h.to(tl.int64) * n + o_d, b_sum * norm, mask=o_d < n)
 
 
 def check_tensors(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
@@ -217,11 +217,11 @@ def mass_sums(
         row_end: one past the last row; None for the end of the sequence.
         lse: float32 ``[n, Hq]``, log-sum-exp of the scaled causal logits (natural logarithm) as an attention forward
             returns it; computed if None. Only rows of the range are read.
-        with_columns: False computes distances only.
+        with_columns: False computes diagonals only.
         config: tile sizes; None for those of the table.
 
     Returns:
-        ``(columns, distances)``, float32 ``[Hkv, n]`` each, every row sums to one; columns ``[Hkv, 0]`` if they are
+        ``(columns, diagonals)``, float32 ``[Hkv, n]`` each, every row sums to one; columns ``[Hkv, 0]`` if they are
         not wanted.
 
     Raises:
@@ -240,8 +240,8 @@ def mass_sums(
     compute_lse = lse is None
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    distances = torch.empty(heads, n, dtype=torch.float32, device=q.device)
-    columns = torch.empty_like(distances) if with_columns else distances.new_empty(heads, 0)
+    diagonals = torch.empty(heads, n, dtype=torch.float32, device=q.device)
+    columns = torch.empty_like(diagonals) if with_columns else diagonals.new_empty(heads, 0)
     num_bands = cdiv(n, block_n) + 1
     bands = torch.empty(heads, positions, num_bands * block_n, dtype=torch.float32, device=q.device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), lse.stride(1))
@@ -260,6 +260,6 @@ def mass_sums(
         )
     _band_kernel[(num_bands, heads)](q, k, lse, bands, log2_scale, n, row_start, end, *strides, **shape)
     _diagonal_kernel[(cdiv(n, 1024), heads)](
-        bands, distances, norm, n, bands.shape[2], POSITIONS=positions, BN=block_n, BLOCK=1024
+        bands, diagonals, norm, n, bands.shape[2], POSITIONS=positions, BN=block_n, BLOCK=1024
     )
-    return columns, distances
+    return columns, diagonals

@@ -87,21 +87,21 @@ def listed_sinks(pattern: SparsePattern) -> int:
 
 
 def allocate_index(
-    num_requests: int, num_kv_heads: int, max_context: int, pattern: SparsePattern, device: torch.device | str
+    num_requests: int, num_kv_heads: int, max_seq_len: int, pattern: SparsePattern, device: torch.device | str
 ) -> Index:
     """Room for an index; allocate it once. About ``9 + 5 / block_k`` bytes a position and KV head.
 
     Args:
         num_requests: sparse requests of a step.
         num_kv_heads: KV heads.
-        max_context: longest context.
+        max_seq_len: longest context.
         pattern: its ``block_k`` decides the number of granules.
         device: device.
     """
     check_pattern(pattern)
     # One block more than positions: the rank of a context's end lies behind its last position.
-    width = (cdiv(max_context, BLOCK) + 1) * BLOCK
-    granules = (cdiv(cdiv(max_context, pattern.block_k), BLOCK) + 1) * BLOCK
+    width = (cdiv(max_seq_len, BLOCK) + 1) * BLOCK
+    granules = (cdiv(cdiv(max_seq_len, pattern.block_k), BLOCK) + 1) * BLOCK
     lead = (num_requests, num_kv_heads)
 
     def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -122,11 +122,11 @@ def allocate_index(
 
 @triton.jit(do_not_specialize=["stride_items", "width", "i_kind"])
 def _flag_kernel(
-    p_items, p_num, p_flags, p_context, stride_items, width, i_kind, HEADS: tl.constexpr, BLOCK: tl.constexpr
+    p_items, p_num, p_flags, p_seq_len, stride_items, width, i_kind, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Scatters one kind of a selection of one request into its flags."""
     i_b, i_h = tl.program_id(0), tl.program_id(1)
-    n = tl.load(p_context)
+    n = tl.load(p_seq_len)
     num = tl.load(p_num + i_h)
     o_i = i_b * BLOCK + tl.arange(0, BLOCK)
     # [BLOCK]
@@ -145,12 +145,12 @@ def _merged(p_flags, i_row, o_c, n, sinks, width):
 
 @triton.jit(do_not_specialize=["sinks", "window_granules", "width", "granule_width"])
 def _count_kernel(
-    p_flags, p_near, p_counts, p_context, sinks, window_granules, width, granule_width,
+    p_flags, p_near, p_counts, p_seq_len, sinks, window_granules, width, granule_width,
     HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Computes ``near`` and counts list entries, block by block."""
     i_b, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK > n + BLOCK:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -181,13 +181,13 @@ def _before(p_counts, i_row, i_b, num_blocks, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_table", "sinks", "window_granules", "width", "granule_width"])
 def _list_kernel(
-    p_flags, p_near, p_counts, p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_context, p_table,
+    p_flags, p_near, p_counts, p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_seq_len, p_table,
     stride_table, sinks, window_granules, width, granule_width,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Writes the lists and their rank tables."""
     i_b, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK > n + BLOCK:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -225,8 +225,8 @@ def check_index(index: Index, batch: Batch, num_kv_heads: int, device: torch.dev
         raise ValueError(f"index has room for {flags.shape[2]} KV heads, not {num_kv_heads}")
     if flags.shape[0] < batch.num_requests:
         raise ValueError(f"index has room for {flags.shape[0]} requests, not {batch.num_requests}")
-    if flags.shape[3] < (cdiv(batch.max_context, BLOCK) + 1) * BLOCK:
-        raise ValueError(f"index has no room for contexts of {batch.max_context} tokens")
+    if flags.shape[3] < (cdiv(batch.max_seq_len, BLOCK) + 1) * BLOCK:
+        raise ValueError(f"index has no room for contexts of {batch.max_seq_len} tokens")
 
 
 def set_flags(index: Index, selections: list[Selection], batch: Batch) -> None:
@@ -248,13 +248,13 @@ def set_flags(index: Index, selections: list[Selection], batch: Batch) -> None:
     index.flags[: batch.num_requests].zero_()
     for i, selection in enumerate(selections):
         check_selection(selection, num_heads, device)
-        lists = ((selection.columns, selection.num_columns), (selection.distances, selection.num_distances))
+        lists = ((selection.columns, selection.num_columns), (selection.diagonals, selection.num_diagonals))
         for kind, (items, counts) in enumerate(lists):
             if items.shape[1] == 0:
                 continue
             items, counts = items.contiguous(), counts.contiguous()
             _flag_kernel[(cdiv(items.shape[1], BLOCK), num_heads)](
-                items, counts, index.flags[i], batch.context_len[i:], items.stride(0), width, kind,
+                items, counts, index.flags[i], batch.seq_len[i:], items.stride(0), width, kind,
                 HEADS=num_heads, BLOCK=BLOCK,
             )  # fmt: skip
 
@@ -286,11 +286,11 @@ def build_index(index: Index, kv: PagedKV, batch: Batch, *, checked: bool = Fals
     sinks = listed_sinks(pattern)
     # The last relative granule that the window reaches: the interval of r + 1 begins behind it.
     window_granules = (max(pattern.window, 1) - 1 + block_k - 1) // block_k
-    grid = (cdiv(batch.max_context, BLOCK) + 1, num_heads, batch.num_requests)
+    grid = (cdiv(batch.max_seq_len, BLOCK) + 1, num_heads, batch.num_requests)
     launch(
         _count_kernel, grid,
         (
-            index.flags, index.near, index.counts, batch.context_len, sinks, window_granules, width, granule_width,
+            index.flags, index.near, index.counts, batch.seq_len, sinks, window_granules, width, granule_width,
         ),
         HEADS=num_heads, BLOCK_Q=pattern.block_q, BLOCK_K=block_k, BLOCK=BLOCK,
     )  # fmt: skip
@@ -298,7 +298,7 @@ def build_index(index: Index, kv: PagedKV, batch: Batch, *, checked: bool = Fals
         _list_kernel, grid,
         (
             index.flags, index.near, index.counts, index.columns, index.slots, index.rank, index.granules,
-            index.granule_rank, batch.context_len, kv.block_table, kv.block_table.stride(0), sinks, window_granules,
+            index.granule_rank, batch.seq_len, kv.block_table, kv.block_table.stride(0), sinks, window_granules,
             width, granule_width,
         ),
         HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, BLOCKS=next_power_of_2(width // BLOCK),

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """What the rows of a range give each column at most, or in all, at a least distance."""
 
-from .chunked import column_weights
+from .cpu import column_weights
 
 __all__ = ["column_weights"]

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Training-free estimate of columns and diagonals."""
 
-from .blocked import sampled
+from .cpu import sampled
 
 __all__ = ["sampled"]

@@ -35,7 +35,7 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
         num_rows: rows to look at.
 
     Returns:
-        ``(p_columns, p_distances)``, float32 ``[Hkv, n]`` each, every row sums to one.
+        ``(p_columns, p_diagonals)``, float32 ``[Hkv, n]`` each, every row sums to one.
 
     Raises:
         ValueError: dtype, shape or device mismatch; the message names the argument.
@@ -51,8 +51,8 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
     queries = q[rows].unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).permute(1, 2, 0, 3).float()
     logits = torch.matmul(queries, k.permute(1, 2, 0).float().unsqueeze(1)) * scale
     probs = torch.softmax(logits.masked_fill_(~causal, float("-inf")), dim=-1).mean(dim=1) / len(rows)
-    p_distances = torch.zeros(num_kv_heads, n, dtype=torch.float32, device=q.device)
+    p_diagonals = torch.zeros(num_kv_heads, n, dtype=torch.float32, device=q.device)
     for i in range(len(rows)):
         last = int(distance[i, 0])
-        p_distances[:, : last + 1] += probs[:, i, : last + 1].flip(-1)
-    return probs.sum(dim=1), p_distances
+        p_diagonals[:, : last + 1] += probs[:, i, : last + 1].flip(-1)
+    return probs.sum(dim=1), p_diagonals

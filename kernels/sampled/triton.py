@@ -5,8 +5,8 @@
 
 Two passes over the context with a few of the chunk's own rows: the first gives their log-sum-exp, parts of the context
 in parallel; in the second a program owns a few blocks of keys and takes a tile of rows. Column sums are its own. Its
-probabilities along diagonals belong to distances that other programs share: they are written out, a tile of rows and a
-few heads at a time, and added along distances by a third kernel, which reads them in one order. The logarithms of the
+probabilities along diagonals belong to diagonals that other programs share: they are written out, a tile of rows and a
+few heads at a time, and added along diagonals by a third kernel, which reads them in one order. The logarithms of the
 sums go where the gathered logits of the VSIndexer would lie, in the same form: a softmax over them gives the sums back.
 """
 
@@ -40,7 +40,7 @@ class SampledWorkspace(NamedTuple):
 
     Attributes:
         partial: float32 ``[2, requests, Hkv, SPLITS, rows]``, maximum and sum of each part, base 2.
-        diagonals: float32 ``[requests, Hkv, C]``, sums along distances.
+        diagonals: float32 ``[requests, Hkv, C]``, sums along diagonals.
         bands: float16 ``[heads, positions, C]``, probabilities of a tile of rows of some heads.
         num_rows: rows to look at.
     """
@@ -52,7 +52,7 @@ class SampledWorkspace(NamedTuple):
 
 
 def allocate_sampled(
-    num_requests: int, num_query_heads: int, num_kv_heads: int, max_context: int, num_rows: int,
+    num_requests: int, num_query_heads: int, num_kv_heads: int, max_seq_len: int, num_rows: int,
     device: torch.device | str,
 ) -> SampledWorkspace:  # fmt: skip
     """Room for estimates of ``num_rows`` rows a request.
@@ -63,7 +63,7 @@ def allocate_sampled(
     naive.sampled_rows(1, num_rows)
     pack = next_power_of_2(num_query_heads // num_kv_heads)
     rows = cdiv(num_rows, 128) * 128 * pack
-    width = cdiv(max_context, BLOCK) * BLOCK
+    width = cdiv(max_seq_len, BLOCK) * BLOCK
     positions = cdiv(MOST_ROWS, pack)
     heads = min(num_kv_heads, max(1, BAND_BYTES // (2 * positions * width)))
     return SampledWorkspace(
@@ -110,7 +110,7 @@ def _paged_keys(
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table", "rows"])
 def _partial_kernel(
-    p_q, p_cache, p_table, p_row_start, p_row_end, p_context, p_partial, p_k_scale, scale, num_rows,
+    p_q, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_partial, p_k_scale, scale, num_rows,
     stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, stride_partial, rows,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr,
@@ -120,7 +120,7 @@ def _partial_kernel(
     i_m, i_s = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
@@ -152,7 +152,7 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table", "rows", "width", "i_r", "i_m", "first_head"])
 def _sum_kernel(
-    p_q, p_cache, p_table, p_row_start, p_row_end, p_context, p_partial, p_logits, p_bands, p_k_scale, scale,
+    p_q, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_partial, p_logits, p_bands, p_k_scale, scale,
     num_rows, stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, stride_partial, rows,
     width, i_r, i_m, first_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -163,7 +163,7 @@ def _sum_kernel(
     i_band = tl.program_id(1)
     i_h = first_head + i_band
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     first = tl.program_id(0) * SPAN * BN
     if row_end <= row_start:
         return
@@ -205,13 +205,13 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "width", "i_r", "i_m", "first_head"])
 def _diagonal_kernel(
-    p_bands, p_row_start, p_row_end, p_context, p_diagonals, num_rows, width, i_r, i_m, first_head,
+    p_bands, p_row_start, p_row_end, p_seq_len, p_diagonals, num_rows, width, i_r, i_m, first_head,
     HEADS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the rows of a tile along a block of distances to the sums of the tiles before."""
+    """Adds the rows of a tile along a block of diagonals to the sums of the tiles before."""
     i_band = tl.program_id(1)
     total = tl.load(p_row_end + i_r) - tl.load(p_row_start + i_r)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) * BLOCK >= n:
         return
@@ -232,19 +232,19 @@ def _diagonal_kernel(
 
 
 @triton.jit(do_not_specialize=["width"])
-def _finish_kernel(p_context, p_logits, p_diagonals, p_max, width, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_kernel(p_seq_len, p_logits, p_diagonals, p_max, width, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """Diagonal sums as logarithms, each at the position that speaks for its distance, and block maxima of both."""
     i_b, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
     i_row = (i_r * 2 * HEADS + i_h).to(tl.int64)
     b_sum = tl.load(p_diagonals + (i_r * HEADS + i_h).to(tl.int64) * width + n - 1 - o_c, mask=o_c < n, other=0.0)
     b_slash = tl.log(b_sum)
-    b_vertical = tl.load(p_logits + i_row * width + o_c, mask=o_c < n, other=float("-inf"))
+    b_column = tl.load(p_logits + i_row * width + o_c, mask=o_c < n, other=float("-inf"))
     tl.store(p_logits + (i_row + HEADS) * width + o_c, b_slash, mask=o_c < n)
-    tl.store(p_max + i_row * (width // BLOCK) + i_b, tl.max(b_vertical, 0))
+    tl.store(p_max + i_row * (width // BLOCK) + i_b, tl.max(b_column, 0))
     tl.store(p_max + (i_row + HEADS) * (width // BLOCK) + i_b, tl.max(b_slash, 0))
 
 
@@ -265,8 +265,8 @@ def _check(
     room = into.logits
     if room.device != q.device or room.shape[0] < batch.num_requests or room.shape[2] != heads:
         raise ValueError(f"into is for {tuple(room.shape)} on {room.device}, too small for this batch")
-    if room.shape[3] < batch.max_context or workspace.diagonals.shape[2] != room.shape[3]:
-        raise ValueError("workspace and into must be for the same contexts, of max_context tokens at least")
+    if room.shape[3] < batch.max_seq_len or workspace.diagonals.shape[2] != room.shape[3]:
+        raise ValueError("workspace and into must be for the same contexts, of max_seq_len tokens at least")
     if workspace.diagonals.shape[0] < batch.num_requests or workspace.diagonals.shape[1] != heads:
         raise ValueError(f"workspace is for {tuple(workspace.diagonals.shape[:2])} requests and heads, too small")
     check_device("q", q)
@@ -286,7 +286,7 @@ def sampled(
     """Estimates columns and diagonals of every request from a few of its own rows, for ``select_gathered``.
 
     A softmax over ``into.logits[r, 0, h, :n]`` is ``p_columns`` of ``naive.sampled``, one over
-    ``into.logits[r, 1, h, :n]``, reversed, ``p_distances``, the latter from probabilities rounded to float16.
+    ``into.logits[r, 1, h, :n]``, reversed, ``p_diagonals``, the latter from probabilities rounded to float16.
 
     Args:
         q: ``[rows, Hq, D]``, contiguous channels.
@@ -328,7 +328,7 @@ def sampled(
         "BD": padded(size), "BLOCK_SIZE": kv.block_size, "SPLITS": SPLITS, "TILES": tiles, "FP8": fp8,
         "UPCAST": is_interpreted() and q.dtype == torch.bfloat16,
     }  # fmt: skip
-    places = (q, kv.cache, kv.block_table, batch.row_start, batch.row_end, batch.context_len, workspace.partial)
+    places = (q, kv.cache, kv.block_table, batch.row_start, batch.row_end, batch.seq_len, workspace.partial)
     log2_scale = scale / math.log(2)
     depth = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(
@@ -339,16 +339,16 @@ def sampled(
     for i_r, i_m, head in itertools.product(range(batch.num_requests), range(tiles), range(0, heads, turn)):
         grid_h, which = min(turn, heads - head), (width, i_r, i_m, head)
         launch(
-            _sum_kernel, (cdiv(batch.max_context, SPAN * config.block_n), grid_h),
+            _sum_kernel, (cdiv(batch.max_seq_len, SPAN * config.block_n), grid_h),
             (*places, room, workspace.bands, k_scale, log2_scale, *common, *which),
             **depth, **shape, UNIT=UNIT, SPAN=SPAN,
         )  # fmt: skip
         launch(
-            _diagonal_kernel, (cdiv(batch.max_context, BLOCK), grid_h),
+            _diagonal_kernel, (cdiv(batch.max_seq_len, BLOCK), grid_h),
             (workspace.bands, *places[3:6], workspace.diagonals, workspace.num_rows, *which),
             HEADS=heads, POSITIONS=block_m // pack, BLOCK=BLOCK, UNIT=UNIT,
         )  # fmt: skip
     launch(
-        _finish_kernel, (cdiv(batch.max_context, BLOCK), heads, batch.num_requests),
-        (batch.context_len, room, workspace.diagonals, into.block_max, width), HEADS=heads, BLOCK=BLOCK,
+        _finish_kernel, (cdiv(batch.max_seq_len, BLOCK), heads, batch.num_requests),
+        (batch.seq_len, room, workspace.diagonals, into.block_max, width), HEADS=heads, BLOCK=BLOCK,
     )  # fmt: skip

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Per-token importance logits of the VSIndexer."""
 
-from .blocked import score
+from .cpu import score
 
 __all__ = ["score"]

@@ -39,7 +39,7 @@ def score(k: Tensor, v: Tensor, weights: IndexerLayerWeights) -> Tensor:
         weights: two linear layers per KV head, any floating dtype.
 
     Returns:
-        float32 ``[T, H, 2]``; ``[..., 0]`` vertical (column), ``[..., 1]`` slash (diagonal).
+        float32 ``[T, H, 2]``; ``[..., 0]`` column, ``[..., 1]`` diagonal.
 
     Raises:
         ValueError: dtype, shape or device mismatch; the message names the argument.

@@ -67,7 +67,7 @@ def _score_kernel(
         p_wk = p_w1 + i_h * stride_w1_head + o_d[:, None] * stride_w1_in + o_n[None, :]
         p_wv = p_wk + D * stride_w1_in
         p_out = p_w2 + i_h * stride_w2_head + o_n * stride_w2_in
-        b_vertical = tl.zeros([BM, BN], tl.float32)
+        b_column = tl.zeros([BM, BN], tl.float32)
         b_slash = tl.zeros([BM, BN], tl.float32)
         for i_n in range(0, HIDDEN, BN):
             if D != BD:
@@ -86,9 +86,9 @@ def _score_kernel(
             b_w2v = tl.load(p_out + i_n * stride_w2_in).to(tl.float32)
             b_w2s = tl.load(p_out + i_n * stride_w2_in + stride_w2_out).to(tl.float32)
             b_h = tl.maximum(b_h + b_b1[None, :], 0.0)
-            b_vertical += b_h * b_w2v[None, :]
+            b_column += b_h * b_w2v[None, :]
             b_slash += b_h * b_w2s[None, :]
-        b_one = tl.sum(b_vertical, 1) + tl.load(p_b2 + 2 * i_h).to(tl.float32)
+        b_one = tl.sum(b_column, 1) + tl.load(p_b2 + 2 * i_h).to(tl.float32)
         b_two = tl.sum(b_slash, 1) + tl.load(p_b2 + 2 * i_h + 1).to(tl.float32)
         b_one = tl.where(b_one != b_one, LIMIT, tl.minimum(tl.maximum(b_one, -LIMIT), LIMIT))
         b_two = tl.where(b_two != b_two, LIMIT, tl.minimum(tl.maximum(b_two, -LIMIT), LIMIT))
@@ -101,7 +101,7 @@ class MissingSlots(NamedTuple):
     """Scratch of ``score_missing``, allocated once.
 
     Attributes:
-        slots: int64 ``[requests * max_context]``, in no particular order.
+        slots: int64 ``[requests * max_seq_len]``, in no particular order.
         held: int32 ``[1]``, how many of them hold.
     """
 
@@ -109,22 +109,22 @@ class MissingSlots(NamedTuple):
     held: Tensor
 
 
-def allocate_missing(num_requests: int, max_context: int, device: torch.device | str) -> MissingSlots:
-    """Room for every slot of ``num_requests`` contexts of up to ``max_context`` tokens."""
+def allocate_missing(num_requests: int, max_seq_len: int, device: torch.device | str) -> MissingSlots:
+    """Room for every slot of ``num_requests`` contexts of up to ``max_seq_len`` tokens."""
     return MissingSlots(
-        torch.empty(num_requests * max_context, dtype=torch.int64, device=device),
+        torch.empty(num_requests * max_seq_len, dtype=torch.int64, device=device),
         torch.empty(1, dtype=torch.int32, device=device),
     )
 
 
 @triton.jit(do_not_specialize=["stride_table"])
 def _missing_kernel(
-    p_logits, p_table, p_context, p_slots, p_count, stride_table, stride_slot,
+    p_logits, p_table, p_seq_len, p_slots, p_count, stride_table, stride_slot,
     BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Collects the slots of a block of positions whose first logit is NaN."""
     i_b, i_r = tl.program_id(0), tl.program_id(1)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -188,10 +188,10 @@ def table_settings(kv: PagedKV, weights: IndexerLayerWeights) -> Settings:
 
 
 def _launch(
-    kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor, slots: Tensor, most: int, count: Tensor | None,
+    kv: PagedKV, weights: IndexerLayerWeights, logits: Tensor, slots: Tensor, max_tokens: int, count: Tensor | None,
     config: Settings,
 ) -> None:  # fmt: skip
-    """Scores ``slots``, of which there are ``most`` or, if given, as many as the device finds in ``count``."""
+    """Scores ``slots``, of which there are ``max_tokens`` or, if given, as many as the device finds in ``count``."""
     hidden, size, device = weights.w1.shape[2], kv.head_size, kv.cache.device
     block_n = config.block_n
     while hidden % block_n:
@@ -199,7 +199,7 @@ def _launch(
     fp8 = kv.cache.dtype in FP8_DTYPES
     one = torch.ones(1, device=device) if fp8 and (kv.k_scale is None or kv.v_scale is None) else None
     strides = kv.cache.stride()
-    tiles = cdiv(most, config.block_m)
+    tiles = cdiv(max_tokens, config.block_m)
     if count is not None:
         # Enough programs to fill the device; each takes tiles until there are no more.
         tiles = min(tiles, max(1, 2 * multiprocessors(device) // kv.num_kv_heads))
@@ -208,7 +208,7 @@ def _launch(
         (
             kv.cache, slots, count, weights.w1, weights.b1, weights.w2, weights.b2, logits,
             one if kv.k_scale is None else kv.k_scale, one if kv.v_scale is None else kv.v_scale,
-            most, *strides[:3], logits.stride(0), weights.w1.stride(0), weights.w1.stride(1), *weights.w2.stride(),
+            max_tokens, *strides[:3], logits.stride(0), *weights.w1.stride()[:2], *weights.w2.stride(),
         ),
         num_warps=config.num_warps, num_stages=config.num_stages,
         HIDDEN=hidden, D=size, BD=padded(size), BLOCK_SIZE=kv.block_size, FP8=fp8,
@@ -230,7 +230,7 @@ def score_slots(
         kv: the cache; its block table is not looked at.
         slot_mapping: int64 ``[tokens]``, slots; negative ones are padding and skipped.
         weights: from ``prepare_weights``.
-        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: vertical and slash of head 0, head 1, ...
+        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: column and diagonal of head 0, head 1, ...
             Rows of the given slots are written, NaN as 1e30.
         config: tile sizes; None for those of the table.
 
@@ -259,10 +259,10 @@ def _check_missing(
     check_tensor("missing.held", missing.held, 1, (torch.int32,))
     if missing.slots.device != device or missing.held.device != device:
         raise ValueError(f"missing is on {missing.slots.device}, expected {device}")
-    if missing.slots.shape[0] < batch.num_requests * batch.max_context:
+    if missing.slots.shape[0] < batch.num_requests * batch.max_seq_len:
         raise ValueError(
             f"missing has room for {missing.slots.shape[0]} slots, not for {batch.num_requests} contexts of "
-            f"{batch.max_context}"
+            f"{batch.max_seq_len}"
         )
 
 
@@ -295,19 +295,19 @@ def score_missing(
     """
     if not checked:
         _check_missing(kv, batch, weights, logits, missing)
-    if batch.num_requests == 0 or batch.max_context == 0:
+    if batch.num_requests == 0 or batch.max_seq_len == 0:
         return
     config = config or table_settings(kv, weights)
     missing.held.zero_()
     launch(
-        _missing_kernel, (cdiv(batch.max_context, BLOCK), batch.num_requests),
+        _missing_kernel, (cdiv(batch.max_seq_len, BLOCK), batch.num_requests),
         (
-            logits, kv.block_table, batch.context_len, missing.slots, missing.held, kv.block_table.stride(0),
+            logits, kv.block_table, batch.seq_len, missing.slots, missing.held, kv.block_table.stride(0),
             logits.stride(0),
         ),
         BLOCK_SIZE=kv.block_size, BLOCK=BLOCK,
     )  # fmt: skip
-    _launch(kv, weights, logits, missing.slots, batch.num_requests * batch.max_context, missing.held, config)
+    _launch(kv, weights, logits, missing.slots, batch.num_requests * batch.max_seq_len, missing.held, config)
 
 
 def score_reference(kv: PagedKV, slot_mapping: Tensor, weights: IndexerLayerWeights, logits: Tensor) -> None:

@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Selection of columns and diagonals by cumulative threshold."""
 
-from .cutoff import distributions, select
+from .cpu import distributions, select
 
 __all__ = ["distributions", "select"]

@@ -19,16 +19,16 @@ def check_distributions(logits: Tensor) -> None:
 
 
 def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns the logits of a whole context into distributions over columns and distances.
+    """Turns the logits of a whole context into distributions over columns and diagonals.
 
-    The token at position ``t`` of a context of ``n`` tokens speaks for column ``t`` with its vertical logit and for
-    distance ``n - 1 - t`` with its slash logit.
+    The token at position ``t`` of a context of ``n`` tokens speaks for column ``t`` with its column logit and for
+    distance ``n - 1 - t`` with its diagonal logit.
 
     Args:
         logits: float ``[n, H, 2]`` as returned by ``score``.
 
     Returns:
-        ``(p_columns, p_distances)``, float32 ``[H, n]`` each, every row sums to one.
+        ``(p_columns, p_diagonals)``, float32 ``[H, n]`` each, every row sums to one.
 
     Raises:
         ValueError: wrong dtype or shape, or no token.
@@ -39,12 +39,12 @@ def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probs[0], probs[1].flip(-1)
 
 
-def _check_budget(kind: str, least: int, most: int | None) -> None:
-    for name, value in ((f"min_{kind}", least), (f"max_{kind}", most)):
+def _check_budget(kind: str, minimum: int, maximum: int | None) -> None:
+    for name, value in ((f"min_{kind}", minimum), (f"max_{kind}", maximum)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"{name} must be a non-negative int, got {value!r}")
-    if most is not None and least > most:
-        raise ValueError(f"min_{kind} is {least}, above max_{kind}, which is {most}")
+    if maximum is not None and minimum > maximum:
+        raise ValueError(f"min_{kind} is {minimum}, above max_{kind}, which is {maximum}")
 
 
 def _check_tau(name: str, tau: Tensor | float, heads: int, device: torch.device) -> Tensor:
@@ -58,37 +58,37 @@ def _check_tau(name: str, tau: Tensor | float, heads: int, device: torch.device)
 
 def check_select(
     p_columns: Tensor,
-    p_distances: Tensor,
+    p_diagonals: Tensor,
     tau_columns: Tensor | float,
-    tau_distances: Tensor | float,
+    tau_diagonals: Tensor | float,
     min_columns: int,
     max_columns: int | None,
-    min_distances: int,
-    max_distances: int | None,
+    min_diagonals: int,
+    max_diagonals: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Checks every argument of ``select``; returns both thresholds as float64 ``[H]``."""
     check_tensor("p_columns", p_columns, 2)
-    check_tensor("p_distances", p_distances, 2)
-    check_like("p_distances", p_distances, "p_columns", p_columns, shape=True)
+    check_tensor("p_diagonals", p_diagonals, 2)
+    check_like("p_diagonals", p_diagonals, "p_columns", p_columns, shape=True)
     if p_columns.shape[1] == 0:
         raise ValueError("p_columns must have at least one position")
     _check_budget("columns", min_columns, max_columns)
-    _check_budget("distances", min_distances, max_distances)
+    _check_budget("diagonals", min_diagonals, max_diagonals)
     heads, device = p_columns.shape[0], p_columns.device
     return (
         _check_tau("tau_columns", tau_columns, heads, device),
-        _check_tau("tau_distances", tau_distances, heads, device),
+        _check_tau("tau_diagonals", tau_diagonals, heads, device),
     )
 
 
-def threshold(probs: Tensor, tau: Tensor, least: int, most: int | None) -> tuple[Tensor, Tensor]:
+def threshold(probs: Tensor, tau: Tensor, minimum: int, maximum: int | None) -> tuple[Tensor, Tensor]:
     """Smallest sets of one kind that reach ``tau``, of all heads.
 
     Args:
         probs: float ``[H, n]``.
         tau: float64 ``[H]``.
-        least: entries kept at least.
-        most: entries kept at most; None: no cap.
+        minimum: entries kept at least.
+        maximum: entries kept at most; None: no cap.
 
     Returns:
         int32 ``[H, largest count]``, ascending and filled up with ``n``, and the counts, int32 ``[H]``.
@@ -103,8 +103,8 @@ def threshold(probs: Tensor, tau: Tensor, least: int, most: int | None) -> tuple
     counts = torch.where(reached.any(dim=-1), reached.int().argmax(dim=-1) + 1, n)
     counts = torch.where(tau <= 0, 0, counts)
     counts = torch.where(tau >= 1, n, counts)
-    counts = counts.clamp(min=least)
-    counts = counts.clamp(max=n if most is None else min(most, n))
+    counts = counts.clamp(min=minimum)
+    counts = counts.clamp(max=n if maximum is None else min(maximum, n))
     width = int(counts.max()) if counts.numel() else 0
     rank = torch.arange(width, device=probs.device)
     # Ranks beyond the count become n, which sorts behind every position.
@@ -114,16 +114,16 @@ def threshold(probs: Tensor, tau: Tensor, least: int, most: int | None) -> tuple
 
 def select(
     p_columns: Tensor,
-    p_distances: Tensor,
+    p_diagonals: Tensor,
     *,
     tau_columns: Tensor | float,
-    tau_distances: Tensor | float,
+    tau_diagonals: Tensor | float,
     min_columns: int = 0,
     max_columns: int | None = None,
-    min_distances: int = 0,
-    max_distances: int | None = None,
+    min_diagonals: int = 0,
+    max_diagonals: int | None = None,
 ) -> Selection:
-    """Per KV head, the smallest sets of columns and distances whose probability reaches the thresholds.
+    """Per KV head, the smallest sets of columns and diagonals whose probability reaches the thresholds.
 
     Entries are taken from the largest probability down; equal ones from the lower position or smaller distance up.
     A threshold >= 1 takes everything, whatever the rounding; <= 0 takes the minimum only. Then the budgets apply:
@@ -132,13 +132,13 @@ def select(
 
     Args:
         p_columns: float ``[H, n]``.
-        p_distances: float ``[H, n]``, same dtype and device.
+        p_diagonals: float ``[H, n]``, same dtype and device.
         tau_columns: number, or ``[H]``.
-        tau_distances: number, or ``[H]``.
+        tau_diagonals: number, or ``[H]``.
         min_columns: entries kept at least.
         max_columns: entries kept at most.
-        min_distances: entries kept at least.
-        max_distances: entries kept at most.
+        min_diagonals: entries kept at least.
+        max_diagonals: entries kept at most.
 
     Returns:
         The selection; its arrays are as wide as the largest count.
@@ -147,8 +147,8 @@ def select(
         ValueError: wrong dtype, shape or device, a NaN threshold, or a minimum above its maximum.
     """
     tau_c, tau_d = check_select(
-        p_columns, p_distances, tau_columns, tau_distances, min_columns, max_columns, min_distances, max_distances
+        p_columns, p_diagonals, tau_columns, tau_diagonals, min_columns, max_columns, min_diagonals, max_diagonals
     )
     columns, num_columns = threshold(p_columns, tau_c, min_columns, max_columns)
-    distances, num_distances = threshold(p_distances, tau_d, min_distances, max_distances)
-    return Selection(columns, num_columns, distances, num_distances)
+    diagonals, num_diagonals = threshold(p_diagonals, tau_d, min_diagonals, max_diagonals)
+    return Selection(columns, num_columns, diagonals, num_diagonals)

@@ -44,7 +44,7 @@ class SelectWorkspace(NamedTuple):
     """Scratch of ``select``, allocated once. ``C`` is the room for positions.
 
     Attributes:
-        logits: float32 ``[requests, 2, Hkv, C]``, gathered; vertical, slash.
+        logits: float32 ``[requests, 2, Hkv, C]``, gathered; column, diagonal.
         block_max: float32 ``[requests, 2, Hkv, C // 1024]``.
         bins: int64 ``[requests, 2, Hkv, 2, COPIES, BINS]``, a histogram per pass; zero between calls.
         cuts: int32 ``[requests, 2, Hkv, 4]``: coarse bin, ``u`` of the cut, tokens to take that are equal to it,
@@ -64,16 +64,16 @@ class SelectWorkspace(NamedTuple):
 
 
 def allocate_select(
-    num_requests: int, num_kv_heads: int, max_context: int, device: torch.device | str
+    num_requests: int, num_kv_heads: int, max_seq_len: int, device: torch.device | str
 ) -> SelectWorkspace:
     """Room for selections; 8 bytes a position and KV head, and 512 KiB a head for the histograms.
 
     Raises:
         ValueError: contexts longer than 2**21 - 1 tokens.
     """
-    if max_context > MAX_CONTEXT:
-        raise ValueError(f"max_context must be at most {MAX_CONTEXT}, got {max_context}")
-    width = cdiv(max_context, BLOCK) * BLOCK
+    if max_seq_len > MAX_CONTEXT:
+        raise ValueError(f"max_seq_len must be at most {MAX_CONTEXT}, got {max_seq_len}")
+    width = cdiv(max_seq_len, BLOCK) * BLOCK
     lead = (num_requests, 2, num_kv_heads)
     return SelectWorkspace(
         torch.empty(*lead, width, dtype=torch.float32, device=device),
@@ -88,12 +88,12 @@ def allocate_select(
 
 @triton.jit(do_not_specialize=["stride_table", "width"])
 def _gather_kernel(
-    p_cache, p_table, p_context, p_logits, p_max, stride_slot, stride_table, width,
+    p_cache, p_table, p_seq_len, p_logits, p_max, stride_slot, stride_table, width,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """Logits ``[slot, 2 * HEADS]`` of one block of positions into rows ``[2, HEADS, C]``, and their maxima."""
     i_b, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_context + i_r)
+    n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK >= n:
         return
     o_row = tl.arange(0, ROWS)
@@ -130,13 +130,13 @@ def _order(p_logits, p_max, i_row, o_c, n, width, BLOCK: tl.constexpr, BLOCKS: t
 
 @triton.jit(do_not_specialize=["width"])
 def _histogram_kernel(
-    p_logits, p_max, p_context, p_bins, p_cuts, width,
+    p_logits, p_max, p_seq_len, p_bins, p_cuts, width,
     HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Adds a block of tokens to the bins of one row: the upper 12 bits of ``u``, or the lower within the cut's bin."""
     i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_context + i_row // (2 * HEADS))
+    n = tl.load(p_seq_len + i_row // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -154,18 +154,18 @@ def _histogram_kernel(
     tl.atomic_add(p_row + b_bin, b_part, mask=m_u, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["least_0", "least_1", "most_0", "most_1"])
+@triton.jit(do_not_specialize=["min_0", "min_1", "max_0", "max_1"])
 def _cut_kernel(
-    p_bins, p_context, p_tau, p_cuts, p_above, p_mass, least_0, least_1, most_0, most_1,
+    p_bins, p_seq_len, p_tau, p_cuts, p_above, p_mass, min_0, min_1, max_0, max_1,
     HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Finds the bin in which a row's set ends: as many tokens as reach tau, at least and at most so many."""
     i_row = tl.program_id(0).to(tl.int64)
-    n = tl.load(p_context + i_row // (2 * HEADS)).to(tl.int64)
+    n = tl.load(p_seq_len + i_row // (2 * HEADS)).to(tl.int64)
     i_kind = (i_row // HEADS) % 2
     tau = tl.load(p_tau + i_row % (2 * HEADS))
-    least = tl.where(i_kind == 0, least_0, least_1).to(tl.int64)
-    most = tl.minimum(tl.where(i_kind == 0, most_0, most_1).to(tl.int64), n)
+    minimum = tl.where(i_kind == 0, min_0, min_1).to(tl.int64)
+    maximum = tl.minimum(tl.where(i_kind == 0, max_0, max_1).to(tl.int64), n)
     o_b = tl.arange(0, BINS)
     b_packed = tl.zeros([BINS], tl.int64)
     for i_copy in range(COPIES):
@@ -191,10 +191,12 @@ def _cut_kernel(
         total = tl.sum(b_mass, 0)
         tl.store(p_mass + i_row * 2, total)
     goal = tau * total
-    # A bin is behind the end of the set where the tokens before it reach tau and the least number, or the most.
-    b_done = ((b_sum >= goal) & (b_seen >= least)) | (b_seen >= most)
+    # A bin is behind the end of the set where the tokens before it reach tau and the least number, or the maximum.
+    b_done = ((b_sum >= goal) & (b_seen >= minimum)) | (b_seen >= maximum)
     # tau >= 1 takes everything, tau <= 0 the least number only.
-    b_done = tl.where(tau >= 1.0, b_seen >= most, tl.where(tau <= 0.0, b_seen >= tl.minimum(least, most), b_done))
+    b_done = tl.where(
+        tau >= 1.0, b_seen >= maximum, tl.where(tau <= 0.0, b_seen >= tl.minimum(minimum, maximum), b_done)
+    )
     found = tl.min(tl.where(b_done, o_b, BINS), 0)
     seen = before + tl.sum(tl.where(o_b < found, b_count, 0), 0)
     mass = mass_before + tl.sum(tl.where(o_b < found, b_mass, 0.0), 0)
@@ -206,9 +208,9 @@ def _cut_kernel(
         # No bin completes the set: nothing but unlikely tokens is left, for the least number or all of them.
         u = tl.where(found == BINS, 16777215, coarse * 4096 + found)
         need = tl.where(found == BINS, tl.where((mass >= goal) & (tau < 1.0), 0, n), tl.maximum(need, 1))
-        take = tl.minimum(tl.maximum(seen + need, least), most) - seen
+        take = tl.minimum(tl.maximum(seen + need, minimum), maximum) - seen
         # An empty set.
-        take = tl.where(most == 0, 0, tl.where((tau <= 0.0) & (least == 0), 0, take))
+        take = tl.where(maximum == 0, 0, tl.where((tau <= 0.0) & (minimum == 0), 0, take))
         tl.store(p_cuts + i_row * 4 + 1, u)
         tl.store(p_cuts + i_row * 4 + 2, take.to(tl.int32))
     else:
@@ -219,12 +221,12 @@ def _cut_kernel(
 
 @triton.jit(do_not_specialize=["width"])
 def _tie_kernel(
-    p_logits, p_max, p_context, p_cuts, p_ties, width,
+    p_logits, p_max, p_seq_len, p_cuts, p_ties, width,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Counts the tokens of a block that are equal to the cut."""
     i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_context + i_row // (2 * HEADS))
+    n = tl.load(p_seq_len + i_row // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -235,20 +237,20 @@ def _tie_kernel(
 
 @triton.jit(do_not_specialize=["width", "flag_width"])
 def _flag_kernel(
-    p_logits, p_max, p_context, p_cuts, p_ties, p_flags, p_bins, width, flag_width,
+    p_logits, p_max, p_seq_len, p_cuts, p_ties, p_flags, p_bins, width, flag_width,
     HEADS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Marks the members of the set: at their position (columns) or their distance from the end (distances).
+    """Marks the members of the set: at their position (columns) or their distance from the end (diagonals).
 
     Clears the row's ``ROOM`` bins for the next call, which saves that call a launch.
     """
     i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for i_bin in range(i_b * BLOCK, ROOM, tl.num_programs(0) * BLOCK):
         tl.store(p_bins + i_row * ROOM + i_bin + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int64))
-    n = tl.load(p_context + i_row // (2 * HEADS))
+    n = tl.load(p_seq_len + i_row // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
-    distances = (i_row // HEADS) % 2 == 1
+    diagonals = (i_row // HEADS) % 2 == 1
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < n
     b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
@@ -257,31 +259,31 @@ def _flag_kernel(
     o_b = tl.arange(0, BLOCKS)
     # [BLOCKS]
     b_ties = tl.load(p_ties + i_row * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=0)
-    # How many equal tokens are preferred to this one: lower positions; for distances those behind it.
+    # How many equal tokens are preferred to this one: lower positions; for diagonals those behind it.
     b_upto = tl.sum(tl.where(o_b < i_b, b_ties, 0), 0) + tl.cumsum(m_tie.to(tl.int32), 0)
-    b_rank = tl.where(distances, tl.sum(b_ties, 0) - b_upto, b_upto - 1)
+    b_rank = tl.where(diagonals, tl.sum(b_ties, 0) - b_upto, b_upto - 1)
     m_kept = (m_c & (b_u < cut)) | (m_tie & (b_rank < take))
     m_kept = m_kept & (take > 0)
-    b_place = tl.where(distances, n - 1 - o_c, o_c)
+    b_place = tl.where(diagonals, n - 1 - o_c, o_c)
     tl.store(p_flags + i_row * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
 
 
-def _budget(kind: str, least: int, most: int | None) -> tuple[int, int]:
-    for name, value in ((f"min_{kind}", least), (f"max_{kind}", most)):
+def _budget(kind: str, minimum: int, maximum: int | None) -> tuple[int, int]:
+    for name, value in ((f"min_{kind}", minimum), (f"max_{kind}", maximum)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= NO_CAP):
             raise ValueError(f"{name} must be an int from 0 to {NO_CAP}, got {value!r}")
-    if most is not None and least > most:
-        raise ValueError(f"min_{kind} is {least}, above max_{kind}, which is {most}")
-    return least, NO_CAP if most is None else most
+    if maximum is not None and minimum > maximum:
+        raise ValueError(f"min_{kind} is {minimum}, above max_{kind}, which is {maximum}")
+    return minimum, NO_CAP if maximum is None else maximum
 
 
 def _budgets(
-    min_columns: int, max_columns: int | None, min_distances: int, max_distances: int | None
+    min_columns: int, max_columns: int | None, min_diagonals: int, max_diagonals: int | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Least and most entries, of columns and distances each."""
+    """Least and maximum entries, of columns and diagonals each."""
     columns = _budget("columns", min_columns, max_columns)
-    distances = _budget("distances", min_distances, max_distances)
-    return (columns[0], distances[0]), (columns[1], distances[1])
+    diagonals = _budget("diagonals", min_diagonals, max_diagonals)
+    return (columns[0], diagonals[0]), (columns[1], diagonals[1])
 
 
 def _check(
@@ -297,8 +299,8 @@ def _check(
     room = workspace.logits
     if room.device != device or room.shape[0] < batch.num_requests or room.shape[2] != heads:
         raise ValueError(f"workspace is for {tuple(room.shape)} on {room.device}, too small for this batch")
-    if room.shape[3] < batch.max_context:
-        raise ValueError(f"workspace has no room for contexts of {batch.max_context} tokens")
+    if room.shape[3] < batch.max_seq_len:
+        raise ValueError(f"workspace has no room for contexts of {batch.max_seq_len} tokens")
 
 
 def select(
@@ -311,27 +313,27 @@ def select(
     *,
     min_columns: int = 0,
     max_columns: int | None = None,
-    min_distances: int = 0,
-    max_distances: int | None = None,
+    min_diagonals: int = 0,
+    max_diagonals: int | None = None,
     checked: bool = False,
 ) -> None:
-    """Chooses columns and distances of every request and writes them into the flags of an index.
+    """Chooses columns and diagonals of every request and writes them into the flags of an index.
 
     The sets are those that ``naive.select`` takes from ``naive.distributions`` of each request's logits, but for
     differences of 4e-6 in the logits, which count as ties, and a sum within rounding of the threshold. A NaN logit
     counts as the largest one.
 
     Args:
-        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: vertical and slash of head 0, of head 1, ...
+        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: column and diagonal of head 0, of head 1, ...
         kv: its block table says in which slots a context lies.
         batch: the requests; rows are not looked at.
-        tau: float64 ``[2, Hkv]``, thresholds of columns and of distances.
+        tau: float64 ``[2, Hkv]``, thresholds of columns and of diagonals.
         index: its flags are written. ``build_index`` makes the lists.
         workspace: from ``allocate_select``.
         min_columns: entries kept at least.
         max_columns: entries kept at most.
-        min_distances: entries kept at least.
-        max_distances: entries kept at most.
+        min_diagonals: entries kept at least.
+        max_diagonals: entries kept at most.
         checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Raises:
@@ -346,19 +348,19 @@ def select(
         if logits.stride(1) != 1:
             raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
         check_device("logits", logits)
-    least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
+    minimum, maximum = _budgets(min_columns, max_columns, min_diagonals, max_diagonals)
     if batch.num_requests == 0:
         return
     room = workspace.logits
     launch(
-        _gather_kernel, (cdiv(batch.max_context, BLOCK), batch.num_requests),
+        _gather_kernel, (cdiv(batch.max_seq_len, BLOCK), batch.num_requests),
         (
-            logits, kv.block_table, batch.context_len, room, workspace.block_max, logits.stride(0),
+            logits, kv.block_table, batch.seq_len, room, workspace.block_max, logits.stride(0),
             kv.block_table.stride(0), room.shape[3],
         ),
         HEADS=heads, ROWS=next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
     )  # fmt: skip
-    _choose(heads, batch, tau, index, workspace, least, most)
+    _choose(heads, batch, tau, index, workspace, minimum, maximum)
 
 
 def select_gathered(
@@ -370,8 +372,8 @@ def select_gathered(
     *,
     min_columns: int = 0,
     max_columns: int | None = None,
-    min_distances: int = 0,
-    max_distances: int | None = None,
+    min_diagonals: int = 0,
+    max_diagonals: int | None = None,
     checked: bool = False,
 ) -> None:
     """``select`` from logits that lie in the workspace already, with their block maxima, as ``sampled`` leaves them.
@@ -382,21 +384,21 @@ def select_gathered(
     if not checked:
         _check(kv, batch, tau, index, workspace, workspace.logits.device)
         check_device("workspace", workspace.logits)
-    least, most = _budgets(min_columns, max_columns, min_distances, max_distances)
+    minimum, maximum = _budgets(min_columns, max_columns, min_diagonals, max_diagonals)
     if batch.num_requests:
-        _choose(kv.num_kv_heads, batch, tau, index, workspace, least, most)
+        _choose(kv.num_kv_heads, batch, tau, index, workspace, minimum, maximum)
 
 
 def _choose(
-    heads: int, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, least: tuple[int, int],
-    most: tuple[int, int],
+    heads: int, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, minimum: tuple[int, int],
+    maximum: tuple[int, int],
 ) -> None:  # fmt: skip
     """Flags from gathered logits; arguments have been checked."""
     room = workspace.logits
     width = room.shape[3]
-    grid = (cdiv(batch.max_context, BLOCK), batch.num_requests * 2 * heads)
+    grid = (cdiv(batch.max_seq_len, BLOCK), batch.num_requests * 2 * heads)
     blocks = next_power_of_2(width // BLOCK)
-    rows = (room, workspace.block_max, batch.context_len)
+    rows = (room, workspace.block_max, batch.seq_len)
     for fine in (False, True):
         launch(
             _histogram_kernel, grid, (*rows, workspace.bins, workspace.cuts, width),
@@ -404,7 +406,7 @@ def _choose(
         )  # fmt: skip
         launch(
             _cut_kernel, (grid[1],),
-            (workspace.bins, batch.context_len, tau, workspace.cuts, workspace.above, workspace.mass, *least, *most),
+            (workspace.bins, batch.seq_len, tau, workspace.cuts, workspace.above, workspace.mass, *minimum, *maximum),
             num_warps=8, HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES,
         )  # fmt: skip
     launch(_tie_kernel, grid, (*rows, workspace.cuts, workspace.ties, width), HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks)
@@ -418,15 +420,15 @@ def _choose(
 def select_reference(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[Selection]:
     """What ``select`` chooses, by the plain reference, one selection per request."""
     selections = []
-    for i, n in enumerate(batch.context_len.tolist()):
+    for i, n in enumerate(batch.seq_len.tolist()):
         position = torch.arange(n, device=logits.device)
         slots = kv.block_table[i].long()[position // kv.block_size] * kv.block_size + position % kv.block_size
-        columns, distances = naive.distributions(logits[slots].float().unflatten(1, (kv.num_kv_heads, 2)))
+        columns, diagonals = naive.distributions(logits[slots].float().unflatten(1, (kv.num_kv_heads, 2)))
         chosen = naive.select(
             columns,
-            distances,
+            diagonals,
             tau_columns=tau[0],
-            tau_distances=tau[1],
+            tau_diagonals=tau[1],
             **budgets,  # type: ignore[arg-type]
         )
         selections.append(chosen)

@@ -21,17 +21,17 @@ from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.runtime import Workspace
 
 OPTIONS: dict[str, Any] = {
-    "min_context": 256,
+    "min_seq_len": 256,
     "window": 48,
     "sinks": 16,
     "dense_last_rows": 16,
     "block_q": 64,
     "block_k": 16,
     "tau_columns": 0.5,
-    "tau_distances": 0.02,
+    "tau_diagonals": 0.02,
     "min_columns": 8,
-    "min_distances": 1,
-    "max_distances": 4,
+    "min_diagonals": 1,
+    "max_diagonals": 4,
     "max_density": 1.0,
 }
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -66,7 +66,7 @@ def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tenso
     options = layer.impl._runtime.options
     query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
     if layer.impl._state.weights is None:
-        columns, distances = sampled(query, key, scale=layer.impl.scale, num_rows=options.sampled_rows)
+        columns, diagonals = sampled(query, key, scale=layer.impl.scale, num_rows=options.sampled_rows)
     else:
         expected = score(key, value, layer.impl._state.weights)
         logits = expected
@@ -75,16 +75,16 @@ def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tenso
             logits = layer.cached_logits(request)
             close = 1e-4 if layer.dtype == torch.float32 else 0.1
             torch.testing.assert_close(logits, expected, atol=close, rtol=close)
-        columns, distances = distributions(logits)
+        columns, diagonals = distributions(logits)
     selection = select(
         columns,
-        distances,
+        diagonals,
         tau_columns=options.tau_columns,
-        tau_distances=options.tau_distances,
+        tau_diagonals=options.tau_diagonals,
         min_columns=options.min_columns,
         max_columns=options.max_columns,
-        min_distances=options.min_distances,
-        max_distances=options.max_distances,
+        min_diagonals=options.min_diagonals,
+        max_diagonals=options.max_diagonals,
     )
     pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
     tail = options.dense_last_rows
@@ -140,7 +140,7 @@ def test_chunks(make_layer: Any, estimator: str, dtype: str) -> None:
     layer = make_layer(estimator, dtype=dtype)
     request = layer.request(1000)
     ran = [check(layer, [(request, rows)]) for rows in (100, 200, 1, 323, 80, 296)]
-    # under min_context; sparse; one row; sparse; sparse; sparse
+    # under min_seq_len; sparse; one row; sparse; sparse; sparse
     assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
 
 
@@ -238,7 +238,7 @@ def test_random_traffic(make_layer: Any, seed: int) -> None:
 
 
 def test_thresholds_of_one_equal_dense(make_layer: Any) -> None:
-    layer = make_layer(options={"tau_columns": 1.0, "tau_distances": 1.0, "max_distances": None})
+    layer = make_layer(options={"tau_columns": 1.0, "tau_diagonals": 1.0, "max_diagonals": None})
     request = layer.request(700)
     for rows in (450, 250):
         (output,) = layer.step([(request, rows)])

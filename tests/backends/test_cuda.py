@@ -194,7 +194,7 @@ def test_slots_that_kinds_of_caches_share(monkeypatch: pytest.MonkeyPatch) -> No
     def least(**kinds: int) -> int:
         layers = dict(enumerate(kind for kind, count in kinds.items() for _ in range(count)))
         found = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-        return cuda.least_layers_of_a_slot(found, kinds["full"])
+        return cuda.min_layers_of_a_slot(found, kinds["full"])
 
     assert least(full=36) == 36
     assert least(full=10, window=52) == 10

@@ -28,7 +28,7 @@ def test_sleep_and_wake_change_no_answer(single_process: Path) -> None:
     llm = LLM(
         str(NEEDLE_MODEL),
         attention_backend="VSPREFILL",
-        additional_config={"vsprefill": {"estimator": "vsindexer", "min_context": 4096, "min_pairs": 0}},
+        additional_config={"vsprefill": {"estimator": "vsindexer", "min_seq_len": 4096, "min_pairs": 0}},
         enable_sleep_mode=True,
         enforce_eager=True,
         max_model_len=20480,

@@ -24,7 +24,7 @@ from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
 pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
 
 OPTIONS: dict[str, Any] = {
-    "min_context": 128,
+    "min_seq_len": 128,
     "min_pairs": 0,
     "min_rows": 0,
     "window": 24,
@@ -33,10 +33,10 @@ OPTIONS: dict[str, Any] = {
     "block_q": 32,
     "block_k": 8,
     "tau_columns": 0.5,
-    "tau_distances": 0.02,
+    "tau_diagonals": 0.02,
     "min_columns": 8,
-    "min_distances": 1,
-    "max_distances": 4,
+    "min_diagonals": 1,
+    "max_diagonals": 4,
     "max_density": 1.0,
     "sampled_rows": 16,
 }
@@ -78,7 +78,7 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Any, Spa
     options = layer.impl._runtime.options
     query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
     if layer.impl._state.weights is None:
-        columns, distances = sampled(query.float(), key.float(), scale=layer.impl.scale, num_rows=options.sampled_rows)
+        columns, diagonals = sampled(query.float(), key.float(), scale=layer.impl.scale, num_rows=options.sampled_rows)
     else:
         weights = IndexerLayerWeights(*(part.cpu() for part in layer.impl._state.weights))
         expected = score(key, value, weights)
@@ -88,12 +88,12 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Any, Spa
             logits = layer.cached_logits(request)
             close = 1e-4 if layer.dtype == torch.float32 else 0.1
             torch.testing.assert_close(logits, expected, atol=close, rtol=close)
-        columns, distances = distributions(logits)
+        columns, diagonals = distributions(logits)
     selection = select(
         columns,
-        distances,
+        diagonals,
         tau_columns=layer.layer.vsprefill_tau[0].cpu(),
-        tau_distances=layer.layer.vsprefill_tau[1].cpu(),
+        tau_diagonals=layer.layer.vsprefill_tau[1].cpu(),
         **layer.impl._runtime.budgets,
     )
     pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
@@ -165,7 +165,7 @@ def test_chunks(make_layer: Any, estimator: str) -> None:
     layer = make_layer(estimator)
     request = layer.request(500)
     ran = [check(layer, [(request, rows)]) for rows in (100, 90, 1, 145, 80, 84)]
-    # under min_context; sparse; one row; sparse; sparse; sparse
+    # under min_seq_len; sparse; one row; sparse; sparse; sparse
     assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
 
 
@@ -307,7 +307,7 @@ def test_uploads_are_aligned(make_layer: Any) -> None:
     layer.step([(layer.request(length), length) for length in (140, 150, 160)])
     (part,) = layer.metadata.vsprefill.rounds
     for batch in (part.whole, part.rows):
-        for tensor in (batch.row_start, batch.row_end, batch.context_len):
+        for tensor in (batch.row_start, batch.row_end, batch.seq_len):
             assert tensor.data_ptr() % 16 == 0
 
 
@@ -319,7 +319,7 @@ def test_guard_sends_wide_selections_to_the_stock_kernel(
     make_layer: Any, limit: float, lengths: tuple[int, int], expected: list[bool]
 ) -> None:
     """Request by request; the two paths in one round, and the counts of both."""
-    options = {"max_density": limit, "tau_columns": 0.4, "max_distances": 2, "tau_distances": 0.9}
+    options = {"max_density": limit, "tau_columns": 0.4, "max_diagonals": 2, "tau_diagonals": 0.9}
     layer = make_layer(options=options)
     work = [(layer.request(length), length) for length in lengths]
     check(layer, work)
@@ -338,7 +338,7 @@ def test_guard_sends_wide_selections_to_the_stock_kernel(
 
 
 def test_no_guard_where_budgets_make_it_needless(make_layer: Any) -> None:
-    options = {"max_density": 0.9, "max_columns": 16, "max_distances": 1}
+    options = {"max_density": 0.9, "max_columns": 16, "max_diagonals": 1}
     layer = make_layer(options=options)
     request = layer.request(600)
     check(layer, [(request, 600)])

@@ -24,14 +24,14 @@ from vllm_vsprefill.stats import LayerCounts, read_counts
 
 pytestmark = pytest.mark.slow
 
-EVERYTHING = {"tau_columns": 1.0, "tau_distances": 1.0, "min_context": 512, "max_density": 1.0}
+EVERYTHING = {"tau_columns": 1.0, "tau_diagonals": 1.0, "min_seq_len": 512, "max_density": 1.0}
 SPARSE = {
     "tau_columns": 0.3,
-    "tau_distances": 0.01,
+    "tau_diagonals": 0.01,
     "min_columns": 16,
-    "min_distances": 0,
-    "max_distances": 2,
-    "min_context": 512,
+    "min_diagonals": 0,
+    "max_diagonals": 2,
+    "min_seq_len": 512,
     "window": 64,
     "block_k": 16,
     "max_density": 1.0,
@@ -169,7 +169,7 @@ def test_auto_takes_sampled_where_no_indexer_fits(engine: Any, plugin_log: list[
 
 
 def test_short_prompts_run_stock(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
-    ours = engine("VSPREFILL", {**SPARSE, "min_context": 4096, "checkpoint": str(random_indexer)})
+    ours = engine("VSPREFILL", {**SPARSE, "min_seq_len": 4096, "checkpoint": str(random_indexer)})
     assert "chunks of 1024 prompt tokens run sparse from 4096 tokens of context" in "\n".join(plugin_log)
     prompts = [prompt(n) for n in (10, 900, 3000)]
     tokens = ours.tokens(prompts)

@@ -58,7 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
+        patch.setattr("vllm_vsprefill.distil.trainer.MIN_SEQ_LEN", 0)
         code, output = run("train", "--model", model_folder, "--data", text, "--out", out, *SMALL)
     assert code == 0, output
     return out
@@ -88,11 +88,11 @@ def test_train_writes_what_the_server_reads(trained: Path, model_folder: Path) -
 def test_resume_of_a_finished_run_changes_nothing(trained: Path, model_folder: Path, text: Path) -> None:
     # As if somebody had calibrated the preset since
     config = read_config(trained)
-    theirs = Thresholds(tau_columns=(0.25, 0.5), tau_distances=(0.01, 0.02))
+    theirs = Thresholds(tau_columns=(0.25, 0.5), tau_diagonals=(0.01, 0.02))
     calibrate.store(load_checkpoint(trained), {"balanced": theirs})
     before = (trained / "indexer.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
+        patch.setattr("vllm_vsprefill.distil.trainer.MIN_SEQ_LEN", 0)
         code, output = run("train", "--model", model_folder, "--data", text, "--out", trained, *SMALL, "--resume")
     assert code == 0, output
     assert "the run was complete" in output

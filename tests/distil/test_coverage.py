@@ -46,11 +46,11 @@ def test_shares_are_those_of_the_selection_and_the_kernels_semantics(budgets: Bu
     selection = select(
         *distributions(logits[:, :end].transpose(0, 1)),
         tau_columns=COLUMN_GRID[pair[0]],
-        tau_distances=DISTANCE_GRID[pair[1]],
+        tau_diagonals=DISTANCE_GRID[pair[1]],
         min_columns=budgets.min_columns,
         max_columns=budgets.max_columns,
-        min_distances=budgets.min_distances,
-        max_distances=budgets.max_distances,
+        min_diagonals=budgets.min_diagonals,
+        max_diagonals=budgets.max_diagonals,
     )
     # With values that are one-hot in the position, attention's output names the keys it used.
     eye = torch.eye(end).unsqueeze(1).expand(end, HEADS, end)

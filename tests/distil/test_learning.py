@@ -42,9 +42,9 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     found = compute(call, part, kinds)
     options = {"scale": 0.4, "row_start": 20}
     q, k = call.q[:45], call.k[:45]
-    columns, distances = mass.mass_sums(q, k, **options)
+    columns, diagonals = mass.mass_sums(q, k, **options)
     torch.testing.assert_close(found[kinds[0]].columns, columns, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[kinds[0]].distances, distances, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[kinds[0]].diagonals, diagonals, rtol=1e-4, atol=1e-7)
     far = peak.column_weights(q, k, reduce="sum", min_distance=6, **options)
     most = peak.column_weights(q, k, reduce="max", min_distance=6, **options)
     far, most = (x / x.sum(-1, keepdim=True) for x in (far, most))
@@ -54,8 +54,8 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     squared = most.square() / most.square().sum(-1, keepdim=True)
     torch.testing.assert_close(found[kinds[4]].columns, squared, rtol=1e-4, atol=1e-7)
     for kind in kinds[1:]:
-        assert not found[kind].distances[:, :6].any()
-        torch.testing.assert_close(found[kind].distances.sum(-1), torch.ones(2))
+        assert not found[kind].diagonals[:, :6].any()
+        torch.testing.assert_close(found[kind].diagonals.sum(-1), torch.ones(2))
 
 
 def test_a_high_power_of_small_peaks_still_orders_them() -> None:
@@ -89,9 +89,9 @@ def test_ranges_are_chunks_of_the_prompt(length: int, chunks: list[int], most: i
 
 def test_chunks_are_spread_over_the_contexts_that_matter() -> None:
     assert spread_ranges(100, 10, 3) == [Range(0, 10), Range(40, 50), Range(90, 100)]
-    assert spread_ranges(100, 10, 3, least_context=60) == [Range(50, 60), Range(70, 80), Range(90, 100)]
-    assert spread_ranges(100, 0, 3, least_context=60) == [Range(0, 100)]
-    assert spread_ranges(50, 10, 3, least_context=60) == [Range(40, 50)]
+    assert spread_ranges(100, 10, 3, min_seq_len=60) == [Range(50, 60), Range(70, 80), Range(90, 100)]
+    assert spread_ranges(100, 0, 3, min_seq_len=60) == [Range(0, 100)]
+    assert spread_ranges(50, 10, 3, min_seq_len=60) == [Range(40, 50)]
 
 
 @given(length=st.integers(1, 3000), chunk=st.integers(0, 900))
@@ -165,7 +165,7 @@ def test_gradients_are_those_of_the_plain_loss() -> None:
     indexer = VSIndexer.from_weights({0: IndexerLayerWeights(*(w.detach() for w in student.layer(0)))}, trainable=True)
     terms = []
     for part, target in zip(ranges, true, strict=True):
-        # As the server normalises: over the context at the end of the chunk, distances from its end.
+        # As the server normalises: over the context at the end of the chunk, diagonals from its end.
         predicted = torch.log_softmax(indexer(call.k[: part.end], call.v[: part.end], 0), dim=0)
         both = (predicted[..., 0].T, predicted[..., 1].T.flip(-1))
         terms.append(sum((t * ((t + 1e-30).log() - p)).sum(-1).mean() for t, p in zip(target, both, strict=True)))

@@ -79,7 +79,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_a_checkpoint_logs_and_a_report(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_vsprefill.distil.trainer.LEAST_CONTEXT", 0)
+    monkeypatch.setattr("vllm_vsprefill.distil.trainer.MIN_SEQ_LEN", 0)
     out = tmp_path / "run"
     trainer(teacher, out, calibrate=True, accumulation=2).run()
     loaded = load_checkpoint(out, expected=teacher.fingerprint)

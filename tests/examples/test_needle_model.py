@@ -273,7 +273,7 @@ def test_the_evaluators_sparse_attention_is_that_of_the_kernels(
     q, k, v = torch.randn(8, rows, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
     pattern = SparsePattern(128, 64, window, sinks, dense_last)
     probabilities = distributions(torch.randn(n, 2, 2) * 3)
-    selection = select(*probabilities, tau_columns=0.5, tau_distances=0.3, max_distances=5)
+    selection = select(*probabilities, tau_columns=0.5, tau_diagonals=0.3, max_diagonals=5)
     out, visited = sparse_rows(q, k, v, selection, pattern)
     flat = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     expected, count = attend(*flat, selection, pattern, scale=16**-0.5)
@@ -283,13 +283,13 @@ def test_the_evaluators_sparse_attention_is_that_of_the_kernels(
 
 def test_sparse_prefill_answers_and_counts(model: NeedleModel) -> None:
     loaded = load_checkpoint(CHECKPOINT, dtype=torch.float32)
-    settings = SparseSettings(tau_columns=0.05, tau_distances=0.01, window=64, min_context=512, max_distances=2)
+    settings = SparseSettings(tau_columns=0.05, tau_diagonals=0.01, window=64, min_seq_len=512, max_diagonals=2)
     attention = SparseAttention(loaded.module(), settings)
     for task in ("multi_query", "variable_tracking"):
         p = make_problem(np.random.default_rng(8), task, "repeat", 1536)  # type: ignore[arg-type]
         assert p.is_correct(answer_all(model, [p], attention=attention, chunk=512)[0])
     assert 0.1 < attention.density < 0.6
     assert len(attention.layer_densities()) == 6
-    dense = SparseAttention(loaded.module(), SparseSettings(min_context=10**6))
+    dense = SparseAttention(loaded.module(), SparseSettings(min_seq_len=10**6))
     answer_all(model, [p], attention=dense, chunk=512)
     assert dense.density == 1.0

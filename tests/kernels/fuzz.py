@@ -277,7 +277,7 @@ FLAG_KINDS = ("none", "one", "one", "few", "some", "many", "all", "run", "ends")
 
 
 def draw_flags(rng: random.Random, gen: torch.Generator, heads: int, n: int, kind: str | None) -> tuple[Tensor, str]:
-    """bool ``[heads, n]``: which columns or distances are selected."""
+    """bool ``[heads, n]``: which columns or diagonals are selected."""
     flags = torch.rand(heads, n, generator=gen, device=DEVICE)
     kinds = [kind or rng.choice(FLAG_KINDS) for _ in range(heads)]
     density = {"none": 0.0, "few": 6 / n, "some": 0.05, "many": 0.5, "all": 2.0}
@@ -293,7 +293,7 @@ def draw_flags(rng: random.Random, gen: torch.Generator, heads: int, n: int, kin
     return chosen, "/".join(kinds)
 
 
-def as_selection(columns: Tensor, distances: Tensor, stale: int) -> Selection:
+def as_selection(columns: Tensor, diagonals: Tensor, stale: int) -> Selection:
     """Ascending lists of what is flagged, in front of stale entries."""
 
     def lists(flags: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,25 +303,25 @@ def as_selection(columns: Tensor, distances: Tensor, stale: int) -> Selection:
         items = F.pad(torch.where(inside, order, stale), (0, 3), value=stale)
         return items[:, : int(counts.max()) + 3].contiguous(), counts
 
-    return Selection(*lists(columns), *lists(distances))
+    return Selection(*lists(columns), *lists(diagonals))
 
 
 class Chosen(NamedTuple):
     """A selection of one request, as flags ``[heads, n]`` and as lists."""
 
     columns: Tensor
-    distances: Tensor
+    diagonals: Tensor
     selection: Selection
     kinds: str
 
 
 def choose(rng: random.Random, gen: torch.Generator, heads: int, n: int) -> Chosen:
     extra = rng.choice((0, 0, 9))  # made for a longer context: later entries are to be left out
-    everything = rng.choice((None,) * 10 + ("columns", "distances"))
+    everything = rng.choice((None,) * 10 + ("columns", "diagonals"))
     columns, one = draw_flags(rng, gen, heads, n + extra, "all" if everything == "columns" else None)
-    distances, two = draw_flags(rng, gen, heads, n + extra, "all" if everything == "distances" else None)
-    selection = as_selection(columns, distances, rng.choice(STALE))
-    return Chosen(columns[:, :n], distances[:, :n], selection, f"{one} {two}")
+    diagonals, two = draw_flags(rng, gen, heads, n + extra, "all" if everything == "diagonals" else None)
+    selection = as_selection(columns, diagonals, rng.choice(STALE))
+    return Chosen(columns[:, :n], diagonals[:, :n], selection, f"{one} {two}")
 
 
 def make_index(rng: random.Random, config: Params, kv: PagedKV, batch: Batch, chosen: list[Chosen],
@@ -337,7 +337,7 @@ def make_index(rng: random.Random, config: Params, kv: PagedKV, batch: Batch, ch
 # Attention
 
 
-def visible(columns: Tensor, distances: Tensor, pattern: SparsePattern, rows: int) -> Tensor:
+def visible(columns: Tensor, diagonals: Tensor, pattern: SparsePattern, rows: int) -> Tensor:
     """bool ``[Hkv, rows, n]`` from flags ``[Hkv, n]``: what ``attend.naive`` defines, without its loop over tiles."""
     n, block_q, block_k = columns.shape[1], pattern.block_q, pattern.block_k
     place = torch.arange(n, device=DEVICE)
@@ -346,9 +346,9 @@ def visible(columns: Tensor, distances: Tensor, pattern: SparsePattern, rows: in
     start = torch.arange(first_tile, (n - 1) // block_q + 1, device=DEVICE) * block_q
     end = (start + block_q).clamp(max=n)
     granule = torch.arange(-(-n // block_k), device=DEVICE) * block_k
-    kept = distances.clone()
+    kept = diagonals.clone()
     kept[:, : max(pattern.window, 1)] = True
-    below = F.pad(kept.cumsum(1), (1, 0))  # [Hkv, n + 1]: kept distances below d
+    below = F.pad(kept.cumsum(1), (1, 0))  # [Hkv, n + 1]: kept diagonals below d
     # Pairs of a row of the tile and a key of the granule are apart by every distance from low to high - 1.
     low = (start.unsqueeze(1) - granule - block_k + 1).clamp(0, n)
     high = (end.unsqueeze(1) - granule).clamp(0, n)
@@ -493,9 +493,9 @@ def solve_attend(
             continue
         part = q[start : start + count]
         k, v = contiguous(kv, i, n, dtype)
-        mask = visible(chosen[i].columns, chosen[i].distances, pattern, count)
+        mask = visible(chosen[i].columns, chosen[i].diagonals, pattern, count)
         pairs.append(5 + int(mask.sum()))
-        if bool(chosen[i].columns.all()) or bool(chosen[i].distances.all()) or pattern.window >= n:
+        if bool(chosen[i].columns.all()) or bool(chosen[i].diagonals.all()) or pattern.window >= n:
             check.equal("pairs with everything selected", pairs[-1] - 5, heads * causal_pairs(count, n))
         wanted, wanted_lse = masked_attention(part, k, v, mask, scale * k_scale)
         wanted *= v_scale
@@ -551,10 +551,10 @@ def run_merge(config: Params, rng: random.Random, gen: torch.Generator, check: C
         columns[:, :sinks] = True
         slots = slots_of(kv, i, n)
         granules = n // block_k + 2
-        # Distances from r * block_k - block_k + 1 on, block_q + block_k - 1 of them: the first one selected.
+        # Diagonals from r * block_k - block_k + 1 on, block_q + block_k - 1 of them: the first one selected.
         span = block_q + block_k - 1
         room = granules * block_k + span
-        flags = F.pad(chosen[i].distances, (block_k - 1, max(room - n, 0)))[:, :room]
+        flags = F.pad(chosen[i].diagonals, (block_k - 1, max(room - n, 0)))[:, :room]
         windows = flags.unfold(1, span, block_k)[:, :granules]
         near = torch.where(windows.any(-1), windows.to(torch.uint8).argmax(-1), NONE)
         check.same("near", index.near[i, :, :granules].long(), near)
@@ -577,8 +577,8 @@ def run_merge(config: Params, rng: random.Random, gen: torch.Generator, check: C
             head = rng.randrange(heads)
             one = chosen[i].selection.below(n)
             wanted = naive_merge.merge(
-                one.columns[head, : int(one.num_columns[head])], one.distances[head, : int(one.num_distances[head])],
-                tile_start=start, tile_end=end, context_len=n, pattern=pattern,
+                one.columns[head, : int(one.num_columns[head])], one.diagonals[head, : int(one.num_diagonals[head])],
+                tile_start=start, tile_end=end, seq_len=n, pattern=pattern,
             )  # fmt: skip
             position = torch.arange(end, device=DEVICE)
             apart = start // block_k - position // block_k  # relative granules; the tile's own are negative or 0
@@ -657,7 +657,7 @@ def run_score(config: Params, rng: random.Random, gen: torch.Generator, check: C
     kept = int(every[0])
     if kept != broken:
         logits[kept] = 5.0  # what is there already stays
-    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_context, DEVICE), config=tiles)
+    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_seq_len, DEVICE), config=tiles)
     compare("missing slots", torch.ones_like(done), kept)
     check.holds("a logit was scored again", kept == broken or bool((logits[kept] == 5).all()))
     nobody = torch.ones(logits.shape[0], dtype=torch.bool, device=DEVICE)
@@ -682,7 +682,7 @@ def draw_select(rng: random.Random, tiny: bool) -> Params:
 
 def draw_budgets(rng: random.Random, reach: int) -> dict[str, int | None]:
     budgets: dict[str, int | None] = {}
-    for name in ("columns", "distances"):
+    for name in ("columns", "diagonals"):
         most = rng.choice([None, None, None, 0, 1, 64, reach + 900])
         least = rng.choice([0, 0, 0, 1, 50, reach // 2])
         budgets |= {f"min_{name}": least if most is None else min(least, most), f"max_{name}": most}
@@ -730,7 +730,7 @@ def check_choice(
     value = torch.where(logits.isnan(), 1e30, logits.clamp(max=1e30))
     behind = ((value.amax(-1, keepdim=True) - value) * 2.0**18).clamp(max=2.0**24 - 1).nan_to_num(nan=0.0).long()
     position = torch.arange(n, device=DEVICE)
-    place = torch.stack((position, n - 1 - position)).unsqueeze(1)  # distances: nearest first
+    place = torch.stack((position, n - 1 - position)).unsqueeze(1)  # diagonals: nearest first
     order = (behind * 2**22 + place).argsort(-1)
     mass = value.double().softmax(-1).gather(-1, order).cumsum(-1)
     goal = tau.unsqueeze(-1)
@@ -738,7 +738,7 @@ def check_choice(
     for slack in (-SELECT_SLACK, SELECT_SLACK):
         count = ((mass < goal + slack).sum(-1) + 1).clamp(max=n)
         count = torch.where(tau <= 0, 0, torch.where(tau >= 1, n, count))
-        for kind, name in enumerate(("columns", "distances")):
+        for kind, name in enumerate(("columns", "diagonals")):
             least, most = budgets[f"min_{name}"] or 0, budgets[f"max_{name}"]
             count[kind] = count[kind].clamp(min=least).clamp(max=n if most is None else min(most, n))
         bounds.append(count)
@@ -780,7 +780,7 @@ def run_select(config: Params, rng: random.Random, gen: torch.Generator, check: 
         if bool(mine.isnan().any()):
             continue  # the plain reference keeps everything then, this one the broken token
         one = reference[i]
-        lists = ((one.columns, one.num_columns), (one.distances, one.num_distances))
+        lists = ((one.columns, one.num_columns), (one.diagonals, one.num_diagonals))
         for kind, (items, counts) in enumerate(lists):
             wanted = torch.zeros(heads, n + 1, dtype=torch.bool, device=DEVICE)
             inside = torch.arange(items.shape[1], device=DEVICE) < counts.unsqueeze(1)
@@ -838,16 +838,16 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
         distance = (row + n - count).unsqueeze(1) - torch.arange(n, device=DEVICE)
         causal = distance >= 0
         columns = torch.empty(heads, n, dtype=torch.float64, device=DEVICE)
-        distances = torch.zeros_like(columns)
+        diagonals = torch.zeros_like(columns)
         for head in range(heads):
             queries = q[start + row, head * group : (head + 1) * group].double()
             logits = torch.einsum("tgd,nd->gtn", queries, k[:, head].double()) * (scale * k_scale)
             probs = logits.masked_fill_(~causal, float("-inf")).softmax(-1).mean(0) / len(row)
             columns[head] = probs.sum(0)
-            distances[head].index_add_(0, distance.clamp(min=0).flatten(), probs.flatten())
+            diagonals[head].index_add_(0, distance.clamp(min=0).flatten(), probs.flatten())
         found = into.logits[i, :, :, :n].double().softmax(-1)
-        for name, one, wanted in (("columns", found[0], columns), ("distances", found[1].flip(-1), distances)):
-            # Relative to the probability, or to a twentieth of the mean one. Those along distances are rounded to
+        for name, one, wanted in (("columns", found[0], columns), ("diagonals", found[1].flip(-1), diagonals)):
+            # Relative to the probability, or to a twentieth of the mean one. Those along diagonals are rounded to
             # float16 once, 2**-11; nothing else is but to float32, so both get the limit of the tests.
             error = (one - wanted).abs() / (wanted + 0.05 / n)
             check.measure(name, float(error.nan_to_num(nan=math.inf).max()), 2e-3)
@@ -858,7 +858,7 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
             by_naive = naive_sampled.sampled(
                 q[start : start + count].float(), k.float(), scale=scale * k_scale, num_rows=config["num_rows"]
             )
-            for one, wanted in zip(by_naive, (columns, distances), strict=True):
+            for one, wanted in zip(by_naive, (columns, diagonals), strict=True):
                 check.measure("between the references", float(((one - wanted).abs() / (wanted + 0.05 / n)).max()), 1e-3)
             check.by_naive += 1
     if min(rows):
@@ -974,12 +974,12 @@ def check_mass(check: Check, name: str, found: Tensor, wanted: Tensor) -> None:
 def run_mass(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
     q, k, options, lse, tiles = make_sequence(config, rng, gen, told)
     wanted = naive_mass.mass_sums(q, k, **options)  # float64 inside, a matrix a head
-    columns, distances = mass_sums(q, k, **options, lse=lse, config=tiles, with_columns=config["maximum"])
+    columns, diagonals = mass_sums(q, k, **options, lse=lse, config=tiles, with_columns=config["maximum"])
     if config["maximum"]:
         check_mass(check, "columns", columns, wanted[0])
     else:
         check.equal("shape without columns", tuple(columns.shape), (config["heads"], 0))
-    check_mass(check, "distances", distances, wanted[1])
+    check_mass(check, "diagonals", diagonals, wanted[1])
     check.by_naive += 1
 
 

@@ -30,7 +30,7 @@ class PagedProblem:
         return float(self.q.shape[2]) ** -0.5
 
     def contexts(self) -> list[int]:
-        return [int(n) for n in self.batch.context_len]
+        return [int(n) for n in self.batch.seq_len]
 
 
 def paged_cache(
@@ -53,14 +53,14 @@ def paged_cache(
     return PagedKV(cache.to(dtype).to(DEVICE), table.to(DEVICE))
 
 
-def random_selection(n: int, heads: int, columns: int, distances: int, rng: torch.Generator) -> Selection:
+def random_selection(n: int, heads: int, columns: int, diagonals: int, rng: torch.Generator) -> Selection:
     """Up to that many of each per head; short lists in front of stale entries."""
 
     def some(most: int) -> list[int]:
         count = int(torch.randint(0, min(most, n) + 1, (), generator=rng))
         return sorted(torch.randperm(n, generator=rng)[:count].tolist())
 
-    selection = make_selection([some(columns) for _ in range(heads)], [some(distances) for _ in range(heads)])
+    selection = make_selection([some(columns) for _ in range(heads)], [some(diagonals) for _ in range(heads)])
     return Selection(*(x.to(DEVICE) for x in selection))
 
 
@@ -79,7 +79,7 @@ def make_batch(rows: list[int], contexts: list[int]) -> tuple[Batch, int]:
 
 def make_paged(
     *, contexts: list[int], rows: list[int], pattern: SparsePattern, heads: int = 2, group: int = 4, size: int = 64,
-    block: int = 16, columns: int = 20, distances: int = 4, layout: str = "NHD", dtype: torch.dtype = torch.float32,
+    block: int = 16, columns: int = 20, diagonals: int = 4, layout: str = "NHD", dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PagedProblem:  # fmt: skip
     rng = torch.Generator().manual_seed(seed)
@@ -91,5 +91,5 @@ def make_paged(
     for start, count in zip(batch.row_start.tolist(), rows, strict=True):
         used[start : start + count] = True
     q[~used.to(DEVICE)] = float("nan")
-    selections = [random_selection(n, heads, columns, distances, rng) for n in contexts]
+    selections = [random_selection(n, heads, columns, diagonals, rng) for n in contexts]
     return PagedProblem(q, kv, batch, selections, pattern)

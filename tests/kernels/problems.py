@@ -18,7 +18,7 @@ from vllm_vsprefill.kernels.types import Selection, SparsePattern
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def make_selection(columns: list[list[int]], distances: list[list[int]], *, stale: int = 2**31 - 1) -> Selection:
+def make_selection(columns: list[list[int]], diagonals: list[list[int]], *, stale: int = 2**31 - 1) -> Selection:
     """A selection from one list per KV head; rows are longer than needed and end in ``stale``."""
 
     def pad(lists: list[list[int]]) -> Tensor:
@@ -28,7 +28,7 @@ def make_selection(columns: list[list[int]], distances: list[list[int]], *, stal
     def count(lists: list[list[int]]) -> Tensor:
         return torch.tensor(list(map(len, lists)), dtype=torch.int32)
 
-    return Selection(pad(columns), count(columns), pad(distances), count(distances))
+    return Selection(pad(columns), count(columns), pad(diagonals), count(diagonals))
 
 
 def tile_of(i: int, n: int, pattern: SparsePattern) -> range:
@@ -36,14 +36,14 @@ def tile_of(i: int, n: int, pattern: SparsePattern) -> range:
     return range(start, min(start + pattern.block_q, n))
 
 
-def granules_of(tile: range, n: int, distances: list[int], pattern: SparsePattern) -> set[int]:
-    kept = {*distances, *range(max(pattern.window, 1))}
+def granules_of(tile: range, n: int, diagonals: list[int], pattern: SparsePattern) -> set[int]:
+    kept = {*diagonals, *range(max(pattern.window, 1))}
     along = {(i - d) // pattern.block_k for i in tile for d in kept if i >= d}
     return along | {p // pattern.block_k for p in range(min(pattern.sinks, n))}
 
 
 def brute_force_mask(
-    n: int, num_rows: int, columns: list[int], distances: list[int], pattern: SparsePattern
+    n: int, num_rows: int, columns: list[int], diagonals: list[int], pattern: SparsePattern
 ) -> npt.NDArray[np.bool_]:
     """bool ``[num_rows, n]`` for one KV head, straight from the definition."""
     mask = np.zeros((num_rows, n), dtype=bool)
@@ -52,7 +52,7 @@ def brute_force_mask(
         i = n - num_rows + r
         tile = tile_of(i, n, pattern)
         if tile not in granules:
-            granules[tile] = granules_of(tile, n, distances, pattern)
+            granules[tile] = granules_of(tile, n, diagonals, pattern)
         for j in range(i + 1):
             mask[r, j] = j in columns or j // pattern.block_k in granules[tile] or i >= n - pattern.dense_last
     return mask
@@ -88,22 +88,22 @@ class Problem:
     k: Tensor
     v: Tensor
     columns: list[list[int]]
-    distances: list[list[int]]
+    diagonals: list[list[int]]
     pattern: SparsePattern
     scale: float
 
     @property
     def selection(self) -> Selection:
-        return make_selection(self.columns, self.distances)
+        return make_selection(self.columns, self.diagonals)
 
     @property
-    def context_len(self) -> int:
+    def seq_len(self) -> int:
         return self.k.shape[0]
 
     def masks(self) -> list[npt.NDArray[np.bool_]]:
         return [
-            brute_force_mask(self.context_len, self.q.shape[0], columns, distances, self.pattern)
-            for columns, distances in zip(self.columns, self.distances, strict=True)
+            brute_force_mask(self.seq_len, self.q.shape[0], columns, diagonals, self.pattern)
+            for columns, diagonals in zip(self.columns, self.diagonals, strict=True)
         ]
 
     def with_pattern(self, **changes: int) -> Problem:
@@ -119,11 +119,11 @@ def make_problem(
     size: int = 64,
     dtype: torch.dtype = torch.float32,
     num_columns: int = 10,
-    num_distances: int = 3,
+    num_diagonals: int = 3,
     pattern: SparsePattern | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Normal q, k, v; per KV head up to that many columns and distances."""
+    """Normal q, k, v; per KV head up to that many columns and diagonals."""
     rng = torch.Generator().manual_seed(seed)
     num_rows = n if num_rows is None else num_rows
 
@@ -139,7 +139,7 @@ def make_problem(
         k=normal(n, num_kv_heads),
         v=normal(n, num_kv_heads),
         columns=[some(num_columns) for _ in range(num_kv_heads)],
-        distances=[some(num_distances) for _ in range(num_kv_heads)],
+        diagonals=[some(num_diagonals) for _ in range(num_kv_heads)],
         pattern=pattern or SparsePattern(block_q=16, block_k=8, window=10, sinks=4, dense_last=0),
         scale=size**-0.5,
     )
@@ -159,11 +159,11 @@ def patterns(draw: st.DrawFn) -> SparsePattern:
 @st.composite
 def problems(
     draw: st.DrawFn,
-    max_context: int,
+    max_seq_len: int,
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
     sizes: tuple[int, ...] = (16,),
 ) -> Problem:
-    n = draw(st.integers(1, max_context))
+    n = draw(st.integers(1, max_seq_len))
     return make_problem(
         n=n,
         num_rows=draw(st.integers(1, n)),
@@ -171,8 +171,8 @@ def problems(
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
         size=draw(st.sampled_from(sizes)),
         dtype=draw(st.sampled_from(dtypes)),
-        num_columns=draw(st.sampled_from([0, 1, 12, max_context])),
-        num_distances=draw(st.sampled_from([0, 1, 4, max_context])),
+        num_columns=draw(st.sampled_from([0, 1, 12, max_seq_len])),
+        num_diagonals=draw(st.sampled_from([0, 1, 4, max_seq_len])),
         pattern=draw(patterns()),
         seed=draw(st.integers(1, 10**6)),
     )

@@ -27,11 +27,11 @@ from tests.kernels.problems import (
     tile_of,
 )
 from vllm_vsprefill.kernels import attend as package
-from vllm_vsprefill.kernels.attend import naive, tiled
+from vllm_vsprefill.kernels.attend import cpu, naive
 from vllm_vsprefill.kernels.types import Selection, SparsePattern
 
 Attend = Callable[..., tuple[Tensor, int]]
-BOTH = pytest.mark.parametrize("attend", [naive.attend, tiled.attend], ids=["naive", "tiled"])
+BOTH = pytest.mark.parametrize("attend", [naive.attend, cpu.attend], ids=["naive", "cpu"])
 
 
 def run(attend: Attend, problem: Problem, **changes: Any) -> tuple[Tensor, int]:
@@ -41,20 +41,20 @@ def run(attend: Attend, problem: Problem, **changes: Any) -> tuple[Tensor, int]:
 
 def dense(problem: Problem) -> Tensor:
     """Causal attention in float64."""
-    num_rows, n = problem.q.shape[0], problem.context_len
+    num_rows, n = problem.q.shape[0], problem.seq_len
     causal = np.tril(np.ones((num_rows, n), dtype=bool), n - num_rows)
     return masked_softmax_attention(problem.q, problem.k, problem.v, [causal] * problem.k.shape[1], problem.scale)
 
 
 def causal_pairs(problem: Problem) -> int:
-    n = problem.context_len
+    n = problem.seq_len
     return problem.k.shape[1] * sum(i + 1 for i in range(n - problem.q.shape[0], n))
 
 
 def check(problem: Problem) -> None:
-    """tiled against naive: same count, same output within the dtype's rounding."""
+    """cpu against naive: same count, same output within the dtype's rounding."""
     expected, expected_visited = run(naive.attend, problem)
-    actual, visited = run(tiled.attend, problem)
+    actual, visited = run(cpu.attend, problem)
     assert actual.dtype == problem.q.dtype
     assert actual.shape == problem.q.shape
     assert visited == expected_visited
@@ -63,7 +63,7 @@ def check(problem: Problem) -> None:
 
 @BOTH
 @settings(max_examples=200)
-@given(problem=problems(max_context=70))
+@given(problem=problems(max_seq_len=70))
 def test_definition(attend: Attend, problem: Problem) -> None:
     masks = problem.masks()
     out, visited = run(attend, problem)
@@ -76,25 +76,25 @@ def test_definition(attend: Attend, problem: Problem) -> None:
 @settings(max_examples=500)
 @given(
     problem=problems(
-        max_context=400,
+        max_seq_len=400,
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         sizes=(64, 80, 96, 128, 256),
     )
 )
-def test_tiled_equals_naive(problem: Problem) -> None:
+def test_cpu_equals_naive(problem: Problem) -> None:
     check(problem)
 
 
 @BOTH
-@given(problem=problems(max_context=90), data=st.data())
+@given(problem=problems(max_seq_len=90), data=st.data())
 def test_diagonals_and_all_remaining_columns_are_dense(attend: Attend, problem: Problem, data: st.DataObject) -> None:
-    n, pattern = problem.context_len, problem.pattern
+    n, pattern = problem.seq_len, problem.pattern
     first_row = n - problem.q.shape[0]
     columns = []
-    for distances in problem.distances:
+    for diagonals in problem.diagonals:
         remaining = set()
         for tile in {tile_of(i, n, pattern) for i in range(first_row, n)}:
-            granules = granules_of(tile, n, distances, pattern)
+            granules = granules_of(tile, n, diagonals, pattern)
             remaining |= {j for j in range(tile.stop) if j // pattern.block_k not in granules}
         columns.append(sorted(remaining))
     out, visited = run(attend, replace(problem, columns=columns))
@@ -103,10 +103,10 @@ def test_diagonals_and_all_remaining_columns_are_dense(attend: Attend, problem: 
 
 
 @BOTH
-@pytest.mark.parametrize("everything", ["columns", "distances", "window", "sinks", "dense_last"])
+@pytest.mark.parametrize("everything", ["columns", "diagonals", "window", "sinks", "dense_last"])
 def test_everything_selected_is_dense(attend: Attend, everything: str) -> None:
-    problem = make_problem(n=150, num_rows=100, dtype=torch.float64, num_columns=0, num_distances=0)
-    if everything in ("columns", "distances"):
+    problem = make_problem(n=150, num_rows=100, dtype=torch.float64, num_columns=0, num_diagonals=0)
+    if everything in ("columns", "diagonals"):
         problem = replace(problem, **{everything: [list(range(150))] * 2})
     else:
         problem = problem.with_pattern(**{everything: 1000})
@@ -119,7 +119,7 @@ def test_everything_selected_is_dense(attend: Attend, everything: str) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_query_always_sees_itself(attend: Attend, dtype: torch.dtype) -> None:
     nothing = SparsePattern(block_q=1, block_k=1, window=0, sinks=0, dense_last=0)
-    problem = make_problem(n=9, num_columns=0, num_distances=0, dtype=dtype, pattern=nothing)
+    problem = make_problem(n=9, num_columns=0, num_diagonals=0, dtype=dtype, pattern=nothing)
     out, visited = run(attend, problem)
     torch.testing.assert_close(out, problem.v.repeat_interleave(4, dim=1), rtol=0, atol=0)
     assert visited == 9 * 2
@@ -129,7 +129,7 @@ def test_a_query_always_sees_itself(attend: Attend, dtype: torch.dtype) -> None:
 def test_budget_of_one(attend: Attend) -> None:
     nothing = SparsePattern(block_q=1, block_k=1, window=0, sinks=0, dense_last=0)
     problem = make_problem(n=40, dtype=torch.float64, pattern=nothing)
-    problem = replace(problem, columns=[[3], []], distances=[[], [5]])
+    problem = replace(problem, columns=[[3], []], diagonals=[[], [5]])
     out, visited = run(attend, problem)
     # Head 0: itself and column 3 once it is in the past; head 1: itself and the key 5 places back.
     assert visited == (40 + 36) + (40 + 35)
@@ -144,7 +144,7 @@ def test_budget_of_one(attend: Attend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_odd_lengths(n: int, dtype: torch.dtype) -> None:
     pattern = SparsePattern(block_q=128, block_k=64, window=100, sinks=5, dense_last=3)
-    check(make_problem(n=n, dtype=dtype, num_columns=60, num_distances=4, pattern=pattern))
+    check(make_problem(n=n, dtype=dtype, num_columns=60, num_diagonals=4, pattern=pattern))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 63, 64, 65, 200, 299, 300])
@@ -170,14 +170,14 @@ def test_groups_and_head_sizes(group: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "distances"),
+    ("columns", "diagonals"),
     [([[], []], [[], []]), ([[0, 50], []], [[], [30]]), ([[], list(range(120))], [[1, 119], []])],
 )
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_empty_and_uneven_heads(columns: list[list[int]], distances: list[list[int]], dtype: torch.dtype) -> None:
+def test_empty_and_uneven_heads(columns: list[list[int]], diagonals: list[list[int]], dtype: torch.dtype) -> None:
     problem = make_problem(n=120, num_rows=100, dtype=dtype)
-    check(replace(problem, columns=columns, distances=distances))
-    check(replace(problem, columns=columns, distances=distances).with_pattern(window=0, sinks=0))
+    check(replace(problem, columns=columns, diagonals=diagonals))
+    check(replace(problem, columns=columns, diagonals=diagonals).with_pattern(window=0, sinks=0))
 
 
 def test_tiles_longer_than_a_block() -> None:
@@ -190,12 +190,12 @@ def test_tiles_longer_than_a_block() -> None:
 def test_batches_and_shared_keys_change_no_result(
     monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], min_common: int
 ) -> None:
-    monkeypatch.setattr(tiled, "BATCH_ROWS", limits[0])
-    monkeypatch.setattr(tiled, "BATCH_BLOCKS", limits[1])
-    monkeypatch.setattr(tiled, "MIN_COMMON", min_common)
-    check(make_problem(n=700, num_rows=650, num_columns=100, num_distances=5))
+    monkeypatch.setattr(cpu, "BATCH_ROWS", limits[0])
+    monkeypatch.setattr(cpu, "BATCH_BLOCKS", limits[1])
+    monkeypatch.setattr(cpu, "MIN_COMMON", min_common)
+    check(make_problem(n=700, num_rows=650, num_columns=100, num_diagonals=5))
     # Some blocks of a batch have no past, or nothing but shared keys.
-    columns = make_problem(n=300, num_columns=64, num_distances=0).with_pattern(window=0, sinks=0)
+    columns = make_problem(n=300, num_columns=64, num_diagonals=0).with_pattern(window=0, sinks=0)
     check(columns)
     check(replace(columns, columns=[list(range(100, 164)), []]))
 
@@ -205,7 +205,7 @@ def test_batches_and_shared_keys_change_no_result(
 def test_entries_beyond_the_counts_are_not_read(attend: Attend, stale: int) -> None:
     problem = make_problem(n=100, dtype=torch.float64)
     expected, visited = run(attend, problem)
-    out, count = run(attend, problem, selection=make_selection(problem.columns, problem.distances, stale=stale))
+    out, count = run(attend, problem, selection=make_selection(problem.columns, problem.diagonals, stale=stale))
     assert count == visited
     assert torch.equal(out, expected)
 
@@ -213,12 +213,12 @@ def test_entries_beyond_the_counts_are_not_read(attend: Attend, stale: int) -> N
 def test_keys_that_nobody_sees_are_not_read() -> None:
     # Not even position 0 is seen.
     problem = make_problem(n=300, num_rows=40).with_pattern(sinks=0)
-    problem = replace(problem, columns=[[33, 101, 102], [7]], distances=[[90], [150]])
+    problem = replace(problem, columns=[[33, 101, 102], [7]], diagonals=[[90], [150]])
     unseen = torch.from_numpy(~np.stack([mask.any(axis=0) for mask in problem.masks()], axis=1))
     assert unseen[0].all()
-    expected, _ = run(tiled.attend, problem)
+    expected, _ = run(cpu.attend, problem)
     out, _ = run(
-        tiled.attend,
+        cpu.attend,
         problem,
         k=problem.k.masked_fill(unseen.unsqueeze(-1), float("nan")),
         v=problem.v.masked_fill(unseen.unsqueeze(-1), float("nan")),
@@ -256,20 +256,20 @@ def test_large_logits_stay_finite(dtype: torch.dtype) -> None:
     problem = make_problem(n=260, num_rows=200, dtype=dtype, num_columns=40)
     problem = replace(problem, q=problem.q * 30, scale=1.0)
     expected, _ = run(naive.attend, problem)
-    out, _ = run(tiled.attend, problem)
+    out, _ = run(cpu.attend, problem)
     assert relative_error(out, expected) < 3 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_close_to_float64(dtype: torch.dtype) -> None:
-    problem = make_problem(n=900, num_rows=600, size=128, dtype=dtype, num_columns=200, num_distances=5)
+    problem = make_problem(n=900, num_rows=600, size=128, dtype=dtype, num_columns=200, num_diagonals=5)
     exact = replace(problem, q=problem.q.double(), k=problem.k.double(), v=problem.v.double())
-    out, _ = run(tiled.attend, problem)
+    out, _ = run(cpu.attend, problem)
     assert relative_error(out, run(naive.attend, exact)[0]) < TOLERANCE[dtype]
 
 
 def test_the_package_offers_the_fast_version() -> None:
-    assert package.attend is tiled.attend
+    assert package.attend is cpu.attend
 
 
 def changed(selection: Selection, **changes: Any) -> Selection:
@@ -297,14 +297,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "selection.columns must have dtype",
     ),
     ({"selection": changed(GOOD.selection, columns=GOOD.selection.columns[:1])}, "selection.columns has 1 rows"),
-    ({"selection": changed(GOOD.selection, distances=GOOD.selection.distances[0])}, "selection.distances must have 2"),
+    ({"selection": changed(GOOD.selection, diagonals=GOOD.selection.diagonals[0])}, "selection.diagonals must have 2"),
     (
         {"selection": changed(GOOD.selection, num_columns=torch.zeros(3, dtype=torch.int32))},
         "selection.num_columns has 3",
     ),
     (
-        {"selection": changed(GOOD.selection, num_distances=GOOD.selection.num_distances.to("meta"))},
-        "selection.num_distances is on meta",
+        {"selection": changed(GOOD.selection, num_diagonals=GOOD.selection.num_diagonals.to("meta"))},
+        "selection.num_diagonals is on meta",
     ),
     ({"pattern": {"block_q": 3}}, "pattern must be a SparsePattern"),
     ({"scale": float("nan")}, "scale must be"),
@@ -322,11 +322,11 @@ def test_bad_argument_is_named(attend: Attend, bad: dict[str, Any], message: str
         run(attend, GOOD, **bad)
 
 
-def test_tiled_refuses_other_devices() -> None:
+def test_cpu_refuses_other_devices() -> None:
     meta = {name: getattr(GOOD, name).to("meta") for name in ("q", "k", "v")}
     selection = Selection(*(x.to("meta") for x in GOOD.selection))
     with pytest.raises(ValueError, match="q is on meta; this version runs on the CPU only"):
-        run(tiled.attend, GOOD, **meta, selection=selection)
+        run(cpu.attend, GOOD, **meta, selection=selection)
 
 
 @BOTH

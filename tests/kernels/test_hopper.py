@@ -61,7 +61,7 @@ def test_equals_the_reference(seed: int) -> None:
         layout=rng.choice(["NHD", "HND"]),
         seed=seed,
     )
-    index = allocate_index(len(rows), problem.kv.num_kv_heads, problem.batch.max_context, pattern, DEVICE)
+    index = allocate_index(len(rows), problem.kv.num_kv_heads, problem.batch.max_seq_len, pattern, DEVICE)
     set_flags(index, problem.selections, problem.batch)
     build_index(index, problem.kv, problem.batch)
     out = torch.full_like(problem.q, float("nan"))

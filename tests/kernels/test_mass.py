@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_vsprefill.kernels import mass as package
-from vllm_vsprefill.kernels.mass import chunked, naive
+from vllm_vsprefill.kernels.mass import cpu, naive
 
 MassSums = Callable[..., tuple[Tensor, Tensor]]
-BOTH = pytest.mark.parametrize("mass_sums", [naive.mass_sums, chunked.mass_sums], ids=["naive", "chunked"])
+BOTH = pytest.mark.parametrize("mass_sums", [naive.mass_sums, cpu.mass_sums], ids=["naive", "cpu"])
 
 
 def random_qk(
@@ -35,7 +35,7 @@ def by_hand(q: Tensor, k: Tensor, scale: float, rows: range) -> tuple[Tensor, Te
     queries, keys = q.double().numpy(), k.double().numpy()
     n, num_kv_heads, _ = keys.shape
     group = queries.shape[1] // num_kv_heads
-    columns, distances = np.zeros((num_kv_heads, n)), np.zeros((num_kv_heads, n))
+    columns, diagonals = np.zeros((num_kv_heads, n)), np.zeros((num_kv_heads, n))
     for g in range(queries.shape[1]):
         for i in rows:
             logits = keys[: i + 1, g // group] @ queries[i, g] * scale
@@ -43,8 +43,8 @@ def by_hand(q: Tensor, k: Tensor, scale: float, rows: range) -> tuple[Tensor, Te
             probs /= probs.sum() * len(rows) * group
             for j, p in enumerate(probs):
                 columns[g // group, j] += p
-                distances[g // group, i - j] += p
-    return torch.from_numpy(columns).float(), torch.from_numpy(distances).float()
+                diagonals[g // group, i - j] += p
+    return torch.from_numpy(columns).float(), torch.from_numpy(diagonals).float()
 
 
 @BOTH
@@ -67,10 +67,10 @@ def test_definition(mass_sums: MassSums, n: int, num_kv_heads: int, group: int, 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 200, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_chunked_equals_naive_across_step_boundaries(n: int, dtype: torch.dtype) -> None:
+def test_cpu_equals_naive_across_step_boundaries(n: int, dtype: torch.dtype) -> None:
     q, k = random_qk(n, dtype=dtype)
     for start, end in ((0, None), (n // 3, n - n // 4), (n - 1, n)):
-        actual = chunked.mass_sums(q, k, scale=0.25, row_start=start, row_end=end)
+        actual = cpu.mass_sums(q, k, scale=0.25, row_start=start, row_end=end)
         expected = naive.mass_sums(q, k, scale=0.25, row_start=start, row_end=end)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -103,29 +103,29 @@ def test_a_key_that_everyone_looks_at_and_one_fixed_distance(mass_sums: MassSums
     # Query i points at key 0 with head 0, at key i - 1 with head 1 (key 0 for query 0).
     k = torch.eye(n).unsqueeze(1) * 100
     q = torch.stack((k[torch.zeros(n, dtype=torch.long), 0], k[torch.arange(n).sub(1).clamp(min=0), 0]), dim=1)
-    columns, distances = mass_sums(q, k, scale=1.0)
+    columns, diagonals = mass_sums(q, k, scale=1.0)
     assert float(columns[0, 0]) == pytest.approx(0.5 + 0.5 * 2 / n)
-    assert float(distances[0, 1]) == pytest.approx(0.5 * (n - 1) / n + 0.5 / n)
+    assert float(diagonals[0, 1]) == pytest.approx(0.5 * (n - 1) / n + 0.5 / n)
     assert float(columns[0, n - 1]) == 0.0
 
 
 def test_steps_of_any_size_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = random_qk(70)
-    expected = chunked.mass_sums(q, k, scale=0.25)
+    expected = cpu.mass_sums(q, k, scale=0.25)
     for rows in (1, 7, 1000):
-        monkeypatch.setattr(chunked, "ROWS", rows)
-        for a, b in zip(chunked.mass_sums(q, k, scale=0.25), expected, strict=True):
+        monkeypatch.setattr(cpu, "ROWS", rows)
+        for a, b in zip(cpu.mass_sums(q, k, scale=0.25), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_diagonal_sums() -> None:
     probs = torch.tensor([[1.0, 2.0, 3.0, 0.0], [4.0, 5.0, 6.0, 7.0]])
     # Rows at positions 2 and 3
-    assert chunked.diagonal_sums(probs, 2).tolist() == [3 + 7, 2 + 6, 1 + 5, 4]
+    assert cpu.diagonal_sums(probs, 2).tolist() == [3 + 7, 2 + 6, 1 + 5, 4]
 
 
 def test_the_package_offers_the_fast_version() -> None:
-    assert package.mass_sums is chunked.mass_sums
+    assert package.mass_sums is cpu.mass_sums
 
 
 Q, K = random_qk(10)

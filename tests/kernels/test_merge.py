@@ -17,13 +17,13 @@ from vllm_vsprefill.kernels.merge import merge
 from vllm_vsprefill.kernels.types import SparsePattern
 
 
-def run(columns: list[int], distances: list[int], tile: range, n: int, pattern: SparsePattern) -> list[int]:
+def run(columns: list[int], diagonals: list[int], tile: range, n: int, pattern: SparsePattern) -> list[int]:
     keys = merge(
         torch.tensor(columns, dtype=torch.int32),
-        torch.tensor(distances, dtype=torch.int32),
+        torch.tensor(diagonals, dtype=torch.int32),
         tile_start=tile.start,
         tile_end=tile.stop,
-        context_len=n,
+        seq_len=n,
         pattern=pattern,
     )
     assert keys.dtype == torch.int64
@@ -33,14 +33,14 @@ def run(columns: list[int], distances: list[int], tile: range, n: int, pattern: 
 @given(data=st.data(), n=st.integers(1, 200), pattern=patterns())
 def test_each_key_once_sorted_causal_and_as_defined(data: st.DataObject, n: int, pattern: SparsePattern) -> None:
     positions = st.lists(st.integers(0, n - 1), unique=True, max_size=12).map(sorted)
-    columns, distances = data.draw(positions), data.draw(positions)
+    columns, diagonals = data.draw(positions), data.draw(positions)
     first = data.draw(st.integers(0, (n - 1) // pattern.block_q)) * pattern.block_q
     tile = range(first, min(first + pattern.block_q, n))
-    keys = run(columns, distances, tile, n, pattern)
+    keys = run(columns, diagonals, tile, n, pattern)
     assert keys == sorted(set(keys))
     assert 0 <= keys[0]
     assert keys[-1] < tile.stop
-    granules = granules_of(tile, n, distances, pattern)
+    granules = granules_of(tile, n, diagonals, pattern)
     assert keys == [j for j in range(tile.stop) if j in columns or j // pattern.block_k in granules]
     assert set(tile) <= set(keys)
 
@@ -64,10 +64,10 @@ def test_granule_is_cut_at_the_end_of_the_context() -> None:
 PATTERN = SparsePattern(block_q=4, block_k=2)
 GOOD: dict[str, Any] = {
     "columns": torch.tensor([1], dtype=torch.int32),
-    "distances": torch.tensor([2], dtype=torch.int32),
+    "diagonals": torch.tensor([2], dtype=torch.int32),
     "tile_start": 4,
     "tile_end": 8,
-    "context_len": 9,
+    "seq_len": 9,
     "pattern": PATTERN,
 }
 
@@ -78,9 +78,9 @@ GOOD: dict[str, Any] = {
         ({"columns": torch.tensor([9], dtype=torch.int32)}, "columns must lie in"),
         ({"columns": torch.tensor([-1], dtype=torch.int32)}, "columns must lie in"),
         ({"columns": torch.tensor([1.0])}, "columns must have dtype"),
-        ({"distances": torch.tensor([[1]])}, "distances must have 1 axes"),
-        ({"distances": torch.tensor([9])}, "distances must lie in"),
-        ({"distances": [1]}, "distances must be a tensor"),
+        ({"diagonals": torch.tensor([[1]])}, "diagonals must have 1 axes"),
+        ({"diagonals": torch.tensor([9])}, "diagonals must lie in"),
+        ({"diagonals": [1]}, "diagonals must be a tensor"),
         ({"tile_start": 8}, "tile_start"),
         ({"tile_end": 10}, "tile_end"),
         ({"tile_start": -1}, "tile_start"),
@@ -94,6 +94,6 @@ def test_bad_argument_is_named(bad: dict[str, Any], message: str) -> None:
 
 
 def test_64_bit_positions_are_accepted() -> None:
-    wide = {name: GOOD[name].long() for name in ("columns", "distances")}
+    wide = {name: GOOD[name].long() for name in ("columns", "diagonals")}
     assert torch.equal(merge(**{**GOOD, **wide}), merge(**GOOD))
     assert replace(PATTERN) == PATTERN

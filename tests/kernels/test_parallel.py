@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.problems import TOLERANCE, make_problem, relative_error
 from vllm_vsprefill.kernels import parallel
-from vllm_vsprefill.kernels.attend import naive, tiled
+from vllm_vsprefill.kernels.attend import cpu, naive
 from vllm_vsprefill.kernels.parallel import run_pieces
 
 
@@ -108,9 +108,9 @@ def test_attend_is_the_same_in_pieces(dtype: torch.dtype) -> None:
     problem = problem.with_pattern(block_q=64, block_k=32, dense_last=300)
     arguments = problem.q, problem.k, problem.v, problem.selection, problem.pattern
     with torch.inference_mode():
-        out, visited = tiled.attend(*arguments, scale=problem.scale)
+        out, visited = cpu.attend(*arguments, scale=problem.scale)
     torch.set_num_threads(1)
-    alone, visited_alone = tiled.attend(*arguments, scale=problem.scale)
+    alone, visited_alone = cpu.attend(*arguments, scale=problem.scale)
     assert visited == visited_alone
     assert relative_error(out, alone) < TOLERANCE[dtype]
     expected, expected_visited = naive.attend(*arguments, scale=problem.scale)

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_vsprefill.kernels.mass.naive import mass_sums
-from vllm_vsprefill.kernels.peak import chunked, naive
+from vllm_vsprefill.kernels.peak import cpu, naive
 
 ColumnWeights = Callable[..., Tensor]
-BOTH = pytest.mark.parametrize(
-    "column_weights", [naive.column_weights, chunked.column_weights], ids=["naive", "chunked"]
-)
+BOTH = pytest.mark.parametrize("column_weights", [naive.column_weights, cpu.column_weights], ids=["naive", "cpu"])
 
 
 def random_qk(n: int, heads: int = 2, group: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -57,8 +55,8 @@ def test_a_key_that_one_row_asks_for_has_the_largest_maximum_and_a_small_sum() -
     n, size = 128, 16
     q, k = torch.zeros(n, 1, size), torch.zeros(n, 1, size)
     k[20, 0, 0] = q[100, 0, 0] = 6.0
-    most = chunked.column_weights(q, k, scale=1.0, min_distance=16)[0]
-    total = chunked.column_weights(q, k, scale=1.0, reduce="sum", min_distance=16)[0]
+    most = cpu.column_weights(q, k, scale=1.0, min_distance=16)[0]
+    total = cpu.column_weights(q, k, scale=1.0, reduce="sum", min_distance=16)[0]
     assert most.argmax() == 20
     assert most[20] > 0.99
     assert most[20] > 10 * most[0]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vllm_vsprefill.kernels import sampled as package
 from vllm_vsprefill.kernels.mass.naive import mass_sums
-from vllm_vsprefill.kernels.sampled import blocked, naive
+from vllm_vsprefill.kernels.sampled import cpu, naive
 
 Sampled = Callable[..., tuple[Tensor, Tensor]]
-BOTH = pytest.mark.parametrize("sampled", [naive.sampled, blocked.sampled], ids=["naive", "blocked"])
+BOTH = pytest.mark.parametrize("sampled", [naive.sampled, cpu.sampled], ids=["naive", "cpu"])
 
 
 def random_qk(n: int, num_kv_heads: int = 2, group: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,17 +69,17 @@ def test_sums_to_one_and_is_finite(sampled: Sampled, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blocked_is_close_to_naive_in_half_precision(dtype: torch.dtype) -> None:
+def test_cpu_is_close_to_naive_in_half_precision(dtype: torch.dtype) -> None:
     q, k = (x.to(dtype) for x in random_qk(700))
     k = k.transpose(0, 1).contiguous().transpose(0, 1)
-    actual = blocked.sampled(q[-300:], k, scale=0.3, num_rows=20)
+    actual = cpu.sampled(q[-300:], k, scale=0.3, num_rows=20)
     for a, b in zip(actual, naive.sampled(q[-300:], k, scale=0.3, num_rows=20), strict=True):
         # Probability mass that is somewhere else, of a total of one
         assert float((a - b).abs().sum(dim=-1).max()) < 0.02
 
 
 def test_the_package_offers_the_fast_version() -> None:
-    assert package.sampled is blocked.sampled
+    assert package.sampled is cpu.sampled
 
 
 Q, K = random_qk(10)

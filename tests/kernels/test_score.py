@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vllm_vsprefill.kernels import score as package
-from vllm_vsprefill.kernels.score import blocked, naive
+from vllm_vsprefill.kernels.score import cpu, naive
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
 Score = Callable[[Tensor, Tensor, IndexerLayerWeights], Tensor]
-BOTH = pytest.mark.parametrize("score", [naive.score, blocked.score], ids=["naive", "blocked"])
+BOTH = pytest.mark.parametrize("score", [naive.score, cpu.score], ids=["naive", "cpu"])
 
 
 def make(
@@ -70,7 +70,7 @@ def test_half_precision(score: Score, dtype: torch.dtype, weight_dtype: torch.dt
     expected = naive.score(k.double(), v.double(), weights)
     assert logits.dtype == torch.float32
     # Rounded hidden activations of order one, 256 of them with weights of 1/16
-    assert float((logits - expected).abs().max()) < (0.03 if score is blocked.score else 1e-4)
+    assert float((logits - expected).abs().max()) < (0.03 if score is cpu.score else 1e-4)
     # Logits are not rounded to half precision themselves.
     assert not torch.equal(logits, logits.to(dtype).float())
 
@@ -95,7 +95,7 @@ def test_any_strides(score: Score) -> None:
 
 
 def test_the_package_offers_the_fast_version() -> None:
-    assert package.score is blocked.score
+    assert package.score is cpu.score
 
 
 @BOTH

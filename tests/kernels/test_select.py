@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_vsprefill.kernels import select as package
-from vllm_vsprefill.kernels.select import cutoff, naive
+from vllm_vsprefill.kernels.select import cpu, naive
 from vllm_vsprefill.kernels.types import Selection
 
 Select = Callable[..., Selection]
-BOTH = pytest.mark.parametrize("select", [naive.select, cutoff.select], ids=["naive", "cutoff"])
+BOTH = pytest.mark.parametrize("select", [naive.select, cpu.select], ids=["naive", "cpu"])
 
 Distributions = Callable[[Tensor], tuple[Tensor, Tensor]]
-EITHER = pytest.mark.parametrize("distributions", [naive.distributions, cutoff.distributions], ids=["naive", "cutoff"])
+EITHER = pytest.mark.parametrize("distributions", [naive.distributions, cpu.distributions], ids=["naive", "cpu"])
 
 # Multiples of 1/64 add up without rounding, so that "reaches tau" is exact; many of them are equal.
 exact_probs = st.lists(st.integers(0, 20).map(lambda x: x / 64), min_size=1, max_size=60)
@@ -33,15 +33,17 @@ def kept(items: Tensor, counts: Tensor) -> list[list[int]]:
     return [row[: int(count)].tolist() for row, count in zip(items, counts, strict=True)]
 
 
-def columns_of(select: Select, probs: list[float], tau: float, least: int = 0, most: int | None = None) -> list[int]:
+def columns_of(
+    select: Select, probs: list[float], tau: float, minimum: int = 0, maximum: int | None = None
+) -> list[int]:
     p = torch.tensor([probs])
-    result = select(p, p, tau_columns=tau, tau_distances=tau, min_columns=least, max_columns=most)
+    result = select(p, p, tau_columns=tau, tau_diagonals=tau, min_columns=minimum, max_columns=maximum)
     return kept(result.columns, result.num_columns)[0]
 
 
 @BOTH
-@given(probs=exact_probs, tau=taus, least=st.integers(0, 70), extra=st.one_of(st.none(), st.integers(0, 70)))
-def test_definition(select: Select, probs: list[float], tau: float, least: int, extra: int | None) -> None:
+@given(probs=exact_probs, tau=taus, minimum=st.integers(0, 70), extra=st.one_of(st.none(), st.integers(0, 70)))
+def test_definition(select: Select, probs: list[float], tau: float, minimum: int, extra: int | None) -> None:
     ranking = sorted(range(len(probs)), key=lambda t: (-probs[t], t))
     if tau >= 1.0:
         count = len(probs)
@@ -52,20 +54,20 @@ def test_definition(select: Select, probs: list[float], tau: float, least: int, 
         while count < len(probs) and mass < tau:
             mass += probs[ranking[count]]
             count += 1
-    most = None if extra is None else least + extra
-    count = min(max(count, least), len(probs) if most is None else most, len(probs))
-    assert columns_of(select, probs, tau, least, most) == sorted(ranking[:count])
+    maximum = None if extra is None else minimum + extra
+    count = min(max(count, minimum), len(probs) if maximum is None else maximum, len(probs))
+    assert columns_of(select, probs, tau, minimum, maximum) == sorted(ranking[:count])
 
 
 @BOTH
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 300), tau=st.floats(0.01, 0.99), sharpness=st.floats(0, 8))
 def test_mass_is_reached_by_the_fewest(select: Select, seed: int, n: int, tau: float, sharpness: float) -> None:
     logits = torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(seed)) * sharpness
-    p_columns, p_distances = naive.distributions(logits)
-    result = select(p_columns, p_distances, tau_columns=tau, tau_distances=torch.tensor([tau, tau / 2]))
+    p_columns, p_diagonals = naive.distributions(logits)
+    result = select(p_columns, p_diagonals, tau_columns=tau, tau_diagonals=torch.tensor([tau, tau / 2]))
     for probs, items, counts, limits in (
         (p_columns, result.columns, result.num_columns, (tau, tau)),
-        (p_distances, result.distances, result.num_distances, (tau, tau / 2)),
+        (p_diagonals, result.diagonals, result.num_diagonals, (tau, tau / 2)),
     ):
         assert items.dtype == counts.dtype == torch.int32
         assert items.shape == (2, int(counts.max()))
@@ -87,22 +89,24 @@ def test_mass_is_reached_by_the_fewest(select: Select, seed: int, n: int, tau: f
         max_size=50,
     ),
     tau=taus,
-    least=st.integers(0, 30),
+    minimum=st.integers(0, 30),
     extra=st.one_of(st.none(), st.integers(0, 30)),
 )
-def test_cutoff_equals_naive(probs: list[float], tau: float, least: int, extra: int | None) -> None:
-    most = None if extra is None else least + extra
-    assert columns_of(cutoff.select, probs, tau, least, most) == columns_of(naive.select, probs, tau, least, most)
+def test_cpu_equals_naive(probs: list[float], tau: float, minimum: int, extra: int | None) -> None:
+    maximum = None if extra is None else minimum + extra
+    assert columns_of(cpu.select, probs, tau, minimum, maximum) == columns_of(
+        naive.select, probs, tau, minimum, maximum
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_cutoff_equals_naive_on_a_long_context(dtype: torch.dtype) -> None:
+def test_cpu_equals_naive_on_a_long_context(dtype: torch.dtype) -> None:
     logits = torch.randn(20_000, 3, 2, generator=torch.Generator().manual_seed(0)) * 3
     probs = [p.to(dtype) for p in naive.distributions(logits)]
-    budgets: dict[str, Any] = {"min_columns": 100, "max_columns": 900, "min_distances": 10, "max_distances": None}
+    budgets: dict[str, Any] = {"min_columns": 100, "max_columns": 900, "min_diagonals": 10, "max_diagonals": None}
     for tau in (0.0, 0.3, 0.95, 1.0):
-        fast = cutoff.select(*probs, tau_columns=tau, tau_distances=tau, **budgets)
-        reference = naive.select(*probs, tau_columns=tau, tau_distances=tau, **budgets)
+        fast = cpu.select(*probs, tau_columns=tau, tau_diagonals=tau, **budgets)
+        reference = naive.select(*probs, tau_columns=tau, tau_diagonals=tau, **budgets)
         for a, b in zip(fast, reference, strict=True):
             assert torch.equal(a, b)
 
@@ -112,7 +116,7 @@ def test_ties_go_to_the_lower_position(select: Select) -> None:
     assert columns_of(select, [0.25, 0.25, 0.25, 0.25], 0.5) == [0, 1]
     assert columns_of(select, [0.125, 0.25, 0.125, 0.25, 0.25], 0.75) == [1, 3, 4]
     assert columns_of(select, [0.125, 0.25, 0.125, 0.25, 0.25], 0.8) == [0, 1, 3, 4]
-    assert columns_of(select, [0.2] * 5, 0.0, least=2) == [0, 1]
+    assert columns_of(select, [0.2] * 5, 0.0, minimum=2) == [0, 1]
 
 
 @BOTH
@@ -120,14 +124,14 @@ def test_one_token(select: Select) -> None:
     for tau in (0.5, 1.0):
         assert columns_of(select, [1.0], tau) == [0]
     assert columns_of(select, [1.0], 0.0) == []
-    assert columns_of(select, [1.0], 0.0, least=5) == [0]
+    assert columns_of(select, [1.0], 0.0, minimum=5) == [0]
 
 
 @BOTH
 def test_threshold_of_one_takes_everything_whatever_the_rounding(select: Select) -> None:
     probs = torch.softmax(torch.linspace(0, 40, 1000), dim=0).tolist()
     assert len(columns_of(select, probs, 1.0)) == 1000
-    assert len(columns_of(select, probs, 1.0, most=7)) == 7
+    assert len(columns_of(select, probs, 1.0, maximum=7)) == 7
     # Just below: as few as float32 says.
     assert len(columns_of(select, probs, 1 - 1e-3)) < 1000
 
@@ -140,20 +144,20 @@ def test_sums_that_fall_short_take_everything(select: Select) -> None:
 @BOTH
 def test_a_head_with_nan_keeps_everything_and_leaves_the_others_alone(select: Select) -> None:
     p = torch.tensor([[0.5, float("nan"), 0.25, 0.25], [0.5, 0.25, 0.25, 0.0]])
-    result = select(p, p, tau_columns=0.5, tau_distances=0.5, max_distances=3)
+    result = select(p, p, tau_columns=0.5, tau_diagonals=0.5, max_diagonals=3)
     assert kept(result.columns, result.num_columns) == [[0, 1, 2, 3], [0]]
-    assert kept(result.distances, result.num_distances) == [[0, 1, 2], [0]]
+    assert kept(result.diagonals, result.num_diagonals) == [[0, 1, 2], [0]]
 
 
 @BOTH
 def test_thresholds_per_head_and_repeatable(select: Select) -> None:
     p = torch.softmax(torch.randn(4, 500, generator=torch.Generator().manual_seed(1)), dim=-1)
     tau = torch.tensor([0.0, 0.2, 0.7, 1.0])
-    first = select(p, p.flip(0), tau_columns=tau, tau_distances=0.3, min_columns=2)
+    first = select(p, p.flip(0), tau_columns=tau, tau_diagonals=0.3, min_columns=2)
     assert first.num_columns[0] == 2
     assert 2 < first.num_columns[1] < first.num_columns[2] < 500
     assert first.num_columns[3] == 500
-    again = select(p.clone(), p.flip(0).clone(), tau_columns=tau.double(), tau_distances=0.3, min_columns=2)
+    again = select(p.clone(), p.flip(0).clone(), tau_columns=tau.double(), tau_diagonals=0.3, min_columns=2)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
@@ -162,13 +166,13 @@ def test_thresholds_per_head_and_repeatable(select: Select) -> None:
 @pytest.mark.parametrize("n", [1, 2, 77])
 def test_distributions(distributions: Distributions, n: int) -> None:
     logits = torch.randn(n, 3, 2, generator=torch.Generator().manual_seed(n)) * 5
-    columns, distances = distributions(logits)
-    assert columns.shape == distances.shape == (3, n)
+    columns, diagonals = distributions(logits)
+    assert columns.shape == diagonals.shape == (3, n)
     weights = np.exp(logits.double().numpy())
     for h in range(3):
         for t in range(n):
             assert float(columns[h, t]) == pytest.approx(weights[t, h, 0] / weights[:, h, 0].sum(), rel=1e-5)
-            assert float(distances[h, n - 1 - t]) == pytest.approx(weights[t, h, 1] / weights[:, h, 1].sum(), rel=1e-5)
+            assert float(diagonals[h, n - 1 - t]) == pytest.approx(weights[t, h, 1] / weights[:, h, 1].sum(), rel=1e-5)
 
 
 @EITHER
@@ -197,30 +201,30 @@ P = torch.full((2, 4), 0.25)
     [
         ({"p_columns": P.int()}, "p_columns must have dtype"),
         ({"p_columns": P[0]}, "p_columns must have 2 axes"),
-        ({"p_columns": P[:, :0], "p_distances": P[:, :0]}, "p_columns must have at least one position"),
-        ({"p_distances": P[:, :3]}, "p_distances has shape"),
-        ({"p_distances": P.double()}, "p_distances has dtype"),
-        ({"p_distances": P.to("meta")}, "p_distances is on meta"),
+        ({"p_columns": P[:, :0], "p_diagonals": P[:, :0]}, "p_columns must have at least one position"),
+        ({"p_diagonals": P[:, :3]}, "p_diagonals has shape"),
+        ({"p_diagonals": P.double()}, "p_diagonals has dtype"),
+        ({"p_diagonals": P.to("meta")}, "p_diagonals is on meta"),
         ({"tau_columns": float("nan")}, "tau_columns must not be NaN"),
-        ({"tau_distances": torch.tensor([0.5, 0.5, 0.5])}, "tau_distances must be a number or have shape"),
+        ({"tau_diagonals": torch.tensor([0.5, 0.5, 0.5])}, "tau_diagonals must be a number or have shape"),
         ({"min_columns": -1}, "min_columns must be a non-negative int"),
         ({"max_columns": 1.5}, "max_columns must be a non-negative int"),
-        ({"min_distances": 5, "max_distances": 4}, "min_distances is 5, above max_distances"),
-        ({"max_distances": True}, "max_distances must be a non-negative int"),
+        ({"min_diagonals": 5, "max_diagonals": 4}, "min_diagonals is 5, above max_diagonals"),
+        ({"max_diagonals": True}, "max_diagonals must be a non-negative int"),
     ],
 )
 def test_bad_argument_is_named(select: Select, bad: dict[str, Any], message: str) -> None:
-    good: dict[str, Any] = {"p_columns": P, "p_distances": P, "tau_columns": 0.5, "tau_distances": 0.5}
+    good: dict[str, Any] = {"p_columns": P, "p_diagonals": P, "tau_columns": 0.5, "tau_diagonals": 0.5}
     select(**good)
     with pytest.raises(ValueError, match=message):
         select(**{**good, **bad})
 
 
-def test_cutoff_refuses_other_devices() -> None:
+def test_cpu_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="p_columns is on meta; this version runs on the CPU only"):
-        cutoff.select(P.to("meta"), P.to("meta"), tau_columns=0.5, tau_distances=0.5)
+        cpu.select(P.to("meta"), P.to("meta"), tau_columns=0.5, tau_diagonals=0.5)
 
 
 def test_the_package_offers_the_fast_version() -> None:
-    assert package.select is cutoff.select
-    assert package.distributions is cutoff.distributions
+    assert package.select is cpu.select
+    assert package.distributions is cpu.distributions

@@ -31,7 +31,7 @@ PATTERN = SparsePattern(block_q=16, block_k=4, window=20, sinks=5, dense_last=0)
 def index_of(problem: PagedProblem) -> Index:
     heads = problem.kv.num_kv_heads
     requests = problem.batch.num_requests
-    index = allocate_index(requests, heads, problem.batch.max_context, problem.pattern, DEVICE)
+    index = allocate_index(requests, heads, problem.batch.max_seq_len, problem.pattern, DEVICE)
     for tensor in index[:-1]:  # everything that is read has to be written first
         tensor.fill_(77)
     set_flags(index, problem.selections, problem.batch)
@@ -90,7 +90,7 @@ def test_random_problems(seed: int) -> None:
         size=rng.choice([16, 24, 64]),
         block=rng.choice([16, 48]),
         columns=rng.choice([0, 1, 20, 300]),
-        distances=rng.choice([0, 1, 4, 300]),
+        diagonals=rng.choice([0, 1, 4, 300]),
         layout=rng.choice(["NHD", "HND"]),
         seed=seed,
     )
@@ -113,8 +113,8 @@ def test_everything_selected_is_dense(config: Settings) -> None:
     everything = make_selection([list(range(100))] * 2, [list(range(100))] * 2)
     pairs = 2 * sum(range(40, 101))
     for selection in (
-        Selection(everything.columns, everything.num_columns, everything.distances, everything.num_distances * 0),
-        Selection(everything.columns, everything.num_columns * 0, everything.distances, everything.num_distances),
+        Selection(everything.columns, everything.num_columns, everything.diagonals, everything.num_diagonals * 0),
+        Selection(everything.columns, everything.num_columns * 0, everything.diagonals, everything.num_diagonals),
         everything,
     ):
         moved = Selection(*(x.to(DEVICE) for x in selection))
@@ -126,7 +126,7 @@ def test_two_tiles_share_columns_but_not_diagonals() -> None:
     assert packing(4, 32, TWO_TILES) == (4, 16, 2)
     assert packing(1, 16, TWO_TILES) == (1, 16, 2)
     assert packing(7, 64, NARROW) == (8, 8, 1)
-    problem = make_paged(contexts=[200], rows=[150], pattern=replace(PATTERN, block_k=1, window=3), distances=0)
+    problem = make_paged(contexts=[200], rows=[150], pattern=replace(PATTERN, block_k=1, window=3), diagonals=0)
     selection = make_selection([list(range(0, 180, 3))] * 2, [[7, 8, 60, 61, 120], []])
     check(replace(problem, selections=[Selection(*(x.to(DEVICE) for x in selection))]), TWO_TILES)
 
@@ -211,8 +211,8 @@ def test_bad_caches_are_named() -> None:
     ):
         with pytest.raises(ValueError, match="^" + re.escape(name)):
             attend(problem.q, bad, index, batch, scale=1.0)
-    with pytest.raises(ValueError, match=r"^context_len"):
-        attend(problem.q, kv, index, batch._replace(context_len=batch.context_len.repeat(2)), scale=1.0)
+    with pytest.raises(ValueError, match=r"^seq_len"):
+        attend(problem.q, kv, index, batch._replace(seq_len=batch.seq_len.repeat(2)), scale=1.0)
     long = kv._replace(block_table=kv.block_table.repeat(1, 100))
     with pytest.raises(ValueError, match=r"^index has no room"):
-        attend(problem.q, long, index, batch._replace(max_context=5000), scale=1.0)
+        attend(problem.q, long, index, batch._replace(max_seq_len=5000), scale=1.0)

@@ -68,10 +68,10 @@ def test_masks_equal_the_definition() -> None:
         config = {"reach": n, **fuzz.draw_pattern_shape(rng, False)}
         pattern = fuzz.draw_pattern(rng, config, (0, 0, 3, 500))
         one = fuzz.choose(rng, gen, 2, n)
-        found = fuzz.visible(one.columns, one.distances, pattern, rows)
+        found = fuzz.visible(one.columns, one.diagonals, pattern, rows)
         selection = one.selection.below(n)
         for head in range(2):
             wanted = fuzz.naive_attend.visible(
-                selection, pattern, head=head, num_rows=rows, context_len=n, device=torch.device(fuzz.DEVICE)
+                selection, pattern, head=head, num_rows=rows, seq_len=n, device=torch.device(fuzz.DEVICE)
             )
             assert torch.equal(found[head], wanted), (pattern, n, rows)

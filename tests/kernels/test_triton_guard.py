@@ -22,7 +22,7 @@ if USABLE:
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-def random_selection(seed: int, n: int, heads: int, columns: int, distances: int) -> Selection:
+def random_selection(seed: int, n: int, heads: int, columns: int, diagonals: int) -> Selection:
     rng = torch.Generator().manual_seed(seed)
 
     def some(most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def random_selection(seed: int, n: int, heads: int, columns: int, distances: int
             items[head, :count] = torch.randperm(n, generator=rng)[:count].sort().values.int()
         return items, counts.int()
 
-    return Selection(*some(min(columns, n)), *some(min(distances, n)))
+    return Selection(*some(min(columns, n)), *some(min(diagonals, n)))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -41,13 +41,13 @@ def test_granules_are_those_that_hold_a_selected_distance(seed: int) -> None:
     block_k = rng.choice([1, 2, 4, 8, 16])
     pattern = SparsePattern(block_k * rng.choice([1, 2, 4]), block_k, rng.randrange(40), 0, 0)
     n = rng.randrange(1, 200)
-    distances = torch.tensor(sorted(rng.sample(range(n), rng.randrange(min(n, 6) + 1))), dtype=torch.int32)
+    diagonals = torch.tensor(sorted(rng.sample(range(n), rng.randrange(min(n, 6) + 1))), dtype=torch.int32)
     near = max(pattern.window, 1) - 1
     count = 0
     for granule in range(n + 2):
         low, high = granule * block_k - block_k + 1, granule * block_k + pattern.block_q - 1
-        count += low > near and any(low <= d <= high for d in distances.tolist())
-    assert granules_of(distances, pattern, n) == count
+        count += low > near and any(low <= d <= high for d in diagonals.tolist())
+    assert granules_of(diagonals, pattern, n) == count
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -42,12 +42,12 @@ def test_equals_the_reference(seed: int) -> None:
         torch.testing.assert_close(one.sum(-1), torch.ones(heads, device=DEVICE), rtol=1e-4, atol=0)
 
 
-def test_distances_alone() -> None:
+def test_diagonals_alone() -> None:
     rng = torch.Generator().manual_seed(0)
     q, k = (torch.randn(70, heads, 16, generator=rng).to(DEVICE) for heads in (4, 2))
-    columns, distances = mass_sums(q, k, scale=0.3, row_start=9, with_columns=False)
+    columns, diagonals = mass_sums(q, k, scale=0.3, row_start=9, with_columns=False)
     assert columns.shape == (2, 0)
-    assert torch.equal(distances, mass_sums(q, k, scale=0.3, row_start=9)[1])
+    assert torch.equal(diagonals, mass_sums(q, k, scale=0.3, row_start=9)[1])
 
 
 def test_bad_arguments_are_named() -> None:

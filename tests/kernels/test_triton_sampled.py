@@ -39,7 +39,7 @@ def test_equals_the_reference(seed: int) -> None:
         layout=rng.choice(["NHD", "HND"]),
         seed=seed,
     )
-    heads, longest, count = problem.kv.num_kv_heads, problem.batch.max_context, rng.choice([1, 5, 16, 64])
+    heads, longest, count = problem.kv.num_kv_heads, problem.batch.max_seq_len, rng.choice([1, 5, 16, 64])
     workspace = allocate_sampled(len(rows), problem.q.shape[1], heads, longest, count, DEVICE)
     into = allocate_select(len(rows), heads, longest, DEVICE)
     workspace.partial.fill_(float("nan"))
@@ -49,10 +49,10 @@ def test_equals_the_reference(seed: int) -> None:
     for i, n in enumerate(contexts):
         k, _ = problem.kv.gather(i, n)
         start = int(problem.batch.row_start[i])
-        columns, distances = naive.sampled(problem.q[start : start + rows[i]], k, scale=problem.scale, num_rows=count)
+        columns, diagonals = naive.sampled(problem.q[start : start + rows[i]], k, scale=problem.scale, num_rows=count)
         found = into.logits[i, :, :, :n].softmax(-1)
         torch.testing.assert_close(found[0], columns, rtol=2e-3, atol=1e-6)
-        torch.testing.assert_close(found[1].flip(-1), distances, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(found[1].flip(-1), diagonals, rtol=2e-3, atol=1e-6)
         torch.testing.assert_close(into.block_max[i, ..., 0], into.logits[i, :, :, :n].amax(-1))
 
 
@@ -61,8 +61,8 @@ def test_heads_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -
     found = []
     for room in (BAND_BYTES, 1):
         monkeypatch.setattr("vllm_vsprefill.kernels.sampled.triton.BAND_BYTES", room)
-        workspace = allocate_sampled(2, problem.q.shape[1], 3, problem.batch.max_context, 40, DEVICE)
-        into = allocate_select(2, 3, problem.batch.max_context, DEVICE)
+        workspace = allocate_sampled(2, problem.q.shape[1], 3, problem.batch.max_seq_len, 40, DEVICE)
+        into = allocate_select(2, 3, problem.batch.max_seq_len, DEVICE)
         sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale)
         found.append((workspace.bands.shape[0], [into.logits[i, :, :, :n].clone() for i, n in enumerate((150, 90))]))
     assert [heads for heads, _ in found] == [3, 1]
@@ -72,15 +72,15 @@ def test_heads_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -
 
 def test_feeds_the_selection() -> None:
     problem = make_paged(contexts=[120], rows=[64], pattern=PATTERN, heads=2)
-    workspace = allocate_sampled(1, 8, 2, problem.batch.max_context, 16, DEVICE)
-    into = allocate_select(1, 2, problem.batch.max_context, DEVICE)
-    index = allocate_index(1, 2, problem.batch.max_context, PATTERN, DEVICE)
+    workspace = allocate_sampled(1, 8, 2, problem.batch.max_seq_len, 16, DEVICE)
+    into = allocate_select(1, 2, problem.batch.max_seq_len, DEVICE)
+    index = allocate_index(1, 2, problem.batch.max_seq_len, PATTERN, DEVICE)
     sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale)
     tau = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
-    select_gathered(problem.kv, problem.batch, tau, index, into, min_columns=10, min_distances=7)
+    select_gathered(problem.kv, problem.batch, tau, index, into, min_columns=10, min_diagonals=7)
     k, _ = problem.kv.gather(0, 120)
-    columns, distances = naive.sampled(problem.q[1:65], k, scale=problem.scale, num_rows=16)
-    for kind, (probs, count) in enumerate(((columns, 10), (distances, 7))):
+    columns, diagonals = naive.sampled(problem.q[1:65], k, scale=problem.scale, num_rows=16)
+    for kind, (probs, count) in enumerate(((columns, 10), (diagonals, 7))):
         for head in range(2):
             best = set(probs[head].topk(count).indices.tolist())
             assert set(index.flags[0, kind, head, :120].nonzero().flatten().tolist()) == best

@@ -58,7 +58,7 @@ def test_slots_and_missing(seed: int) -> None:
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
     # What is missing, and nothing else.
     logits[every[0]] = 5.0
-    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_context, DEVICE), config=config)
+    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_seq_len, DEVICE), config=config)
     score_reference(kv, every, weights, expected)
     expected[every[0]] = 5.0
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
@@ -72,7 +72,7 @@ def test_a_broken_token_is_not_missing_afterwards() -> None:
     slot = int(kv.block_table[0, 0]) * 16 + 2
     kv.cache[slot // 16, :, slot % 16] = float("nan")
     batch, _ = make_batch([1], [20])
-    score_missing(kv, batch, weights, logits, allocate_missing(1, batch.max_context, DEVICE))
+    score_missing(kv, batch, weights, logits, allocate_missing(1, batch.max_seq_len, DEVICE))
     # The interpreter's maximum, unlike the device's, lets NaN pass.
     assert not logits[slot].isnan().any()
 

@@ -44,10 +44,10 @@ def make(contexts: list[int], heads: int, kind: str, seed: int) -> tuple[Tensor,
 
 
 def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[list[set[int]]]:
-    """Sets of each request: columns of every head, then distances of every head."""
+    """Sets of each request: columns of every head, then diagonals of every head."""
     heads, requests = kv.num_kv_heads, batch.num_requests
-    index = allocate_index(requests, heads, batch.max_context, PATTERN, DEVICE)
-    workspace = allocate_select(requests, heads, batch.max_context, DEVICE)
+    index = allocate_index(requests, heads, batch.max_seq_len, PATTERN, DEVICE)
+    workspace = allocate_select(requests, heads, batch.max_seq_len, DEVICE)
     index.flags.fill_(77)
     for name, tensor in workspace._asdict().items():
         if name != "bins":
@@ -56,7 +56,7 @@ def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: in
     assert not workspace.bins.any(), "bins must be left empty for the next call"
     return [
         [set(row[:n].nonzero().flatten().tolist()) for row in index.flags[i].flatten(0, 1)]
-        for i, n in enumerate(batch.context_len.tolist())
+        for i, n in enumerate(batch.seq_len.tolist())
     ]
 
 
@@ -64,8 +64,8 @@ def expected(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: 
     found = []
     for one in select_reference(logits, kv, batch, tau, **budgets):
         columns = [set(row[:count].tolist()) for row, count in zip(one.columns, one.num_columns, strict=True)]
-        distances = [set(row[:count].tolist()) for row, count in zip(one.distances, one.num_distances, strict=True)]
-        found.append(columns + distances)
+        diagonals = [set(row[:count].tolist()) for row, count in zip(one.diagonals, one.num_diagonals, strict=True)]
+        found.append(columns + diagonals)
     return found
 
 
@@ -82,7 +82,7 @@ def test_equals_the_reference(kind: str, seed: int) -> None:
         device=DEVICE,
     )
     budgets: dict[str, int | None] = {}
-    for name in ("columns", "distances"):
+    for name in ("columns", "diagonals"):
         most = rng.choice([None, None, 0, 1, 64, 5000])
         least = rng.choice([0, 0, 1, 50, 3000])
         budgets |= {f"min_{name}": least if most is None else min(least, most), f"max_{name}": most}
@@ -90,10 +90,10 @@ def test_equals_the_reference(kind: str, seed: int) -> None:
     assert chosen(logits, kv, batch, tau, **budgets) == expected(logits, kv, batch, tau, **budgets)
 
 
-def test_ties_go_to_lower_positions_and_smaller_distances() -> None:
+def test_ties_go_to_lower_positions_and_smaller_diagonals() -> None:
     logits, kv, batch = make([1500], 1, "equal", 0)
     tau = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
-    assert chosen(logits, kv, batch, tau, min_columns=1100, min_distances=1030) == [
+    assert chosen(logits, kv, batch, tau, min_columns=1100, min_diagonals=1030) == [
         [set(range(1100)), set(range(1030))]
     ]
 
@@ -125,10 +125,10 @@ def test_bad_arguments_are_named() -> None:
         ("tau must have dtype", {"tau": tau.float()}, {}),
         ("tau must be contiguous", {"tau": tau[:1]}, {}),
         ("max_columns must be", {}, {"max_columns": -1}),
-        ("min_distances is 4", {}, {"min_distances": 4, "max_distances": 3}),
+        ("min_diagonals is 4", {}, {"min_diagonals": 4, "max_diagonals": 3}),
     ):
         arguments = {"logits": logits, "kv": kv, "batch": batch, "tau": tau, **change}
         with pytest.raises(ValueError, match="^" + re.escape(name)):
             chosen(**arguments, **budgets)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^max_context"):
+    with pytest.raises(ValueError, match=r"^max_seq_len"):
         allocate_select(1, 1, 2**21, DEVICE)

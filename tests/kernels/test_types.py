@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_vsprefill.kernels import SparsePattern
+from vllm_vsprefill.kernels.types import SparsePattern
 
 
 def test_defaults_are_valid_and_fixed() -> None:

@@ -54,14 +54,14 @@ class SparseStep:
         dense_runs: stock metadata of the other rows; empty if all rows are dense.
         fallbacks: for each sparse request, stock metadata of its rows, for layers where sparse would not pay.
         block_ids: for each sparse request, its blocks.
-        context_lens: for each sparse request, its tokens including those of this step.
+        seq_lens: for each sparse request, its tokens including those of this step.
     """
 
     plan: StepPlan
     dense_runs: tuple[DenseRun, ...]
     fallbacks: tuple[DenseRun, ...]
     block_ids: tuple[list[int], ...]
-    context_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
 
 
 class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -109,11 +109,11 @@ class VSPrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             common,
             query_start_loc=starts,
             query_start_loc_cpu=starts,
-            seq_lens=torch.tensor([rows.context_len for rows in run], dtype=common.seq_lens.dtype),
+            seq_lens=torch.tensor([rows.seq_len for rows in run], dtype=common.seq_lens.dtype),
             num_reqs=len(run),
             num_actual_tokens=row_end - row_start,
             max_query_len=max(rows.rows for rows in run),
-            max_seq_len=max(rows.context_len for rows in run),
+            max_seq_len=max(rows.seq_len for rows in run),
             block_table_tensor=common.block_table_tensor[requests],
             slot_mapping=common.slot_mapping[row_start:row_end],
         )
@@ -193,32 +193,32 @@ class VSPrefillCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
         """Sparse rows of the ``i``-th sparse request; columns and diagonals are chosen with the whole context in view,
         the chunk's dense last rows included. Returns the pairs computed, or None, with nothing computed, where sparse
         attention would not pay."""
-        request, block_ids, context_len = step.plan.sparse[i], step.block_ids[i], step.context_lens[i]
+        request, block_ids, seq_len = step.plan.sparse[i], step.block_ids[i], step.seq_lens[i]
         runtime = self._runtime
         assert runtime is not None
         options = runtime.options
         if self._reader is None:
             self._reader = self._infer_layout(layer, kv_cache)
-        keys, values = _WORKSPACE.keys_values(self.num_kv_heads, context_len, self.head_size, kv_cache.dtype)
+        keys, values = _WORKSPACE.keys_values(self.num_kv_heads, seq_len, self.head_size, kv_cache.dtype)
         self._reader.read(kv_cache, block_ids, keys, values)
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [n, H, D]
         if state.weights is None:
-            chunk = query[request.row_start : request.row_end + context_len - request.context_len]
-            columns, distances = sampled(chunk, keys, scale=self.scale, num_rows=options.sampled_rows)
+            chunk = query[request.row_start : request.row_end + seq_len - request.seq_len]
+            columns, diagonals = sampled(chunk, keys, scale=self.scale, num_rows=options.sampled_rows)
         else:
             logits = self._logits(state, keys, values, block_ids, kv_cache.shape[2])
-            columns, distances = distributions(logits)
+            columns, diagonals = distributions(logits)
         selection = select(
             columns,
-            distances,
+            diagonals,
             tau_columns=state.tau_columns,
-            tau_distances=state.tau_distances,
+            tau_diagonals=state.tau_diagonals,
             min_columns=options.min_columns,
             max_columns=options.max_columns,
-            min_distances=options.min_distances,
-            max_distances=options.max_distances,
+            min_diagonals=options.min_diagonals,
+            max_diagonals=options.max_diagonals,
         )
-        rows, n = slice(request.row_start, request.row_end), request.context_len
+        rows, n = slice(request.row_start, request.row_end), request.seq_len
         selection = selection.below(n)
         if expected_density(selection, runtime.pattern, request.rows, n) > options.max_density:
             return None

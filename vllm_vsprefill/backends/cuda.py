@@ -182,15 +182,15 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> SparseRound:
         runtime = self._runtime
         tail = runtime.gate.dense_last_rows
-        most_rows = max(rows.rows for rows in requests)
-        longest = max(rows.context_len for rows in requests)
+        max_rows = max(rows.rows for rows in requests)
+        longest = max(rows.seq_len for rows in requests)
         row_start = sent.take(places["row_start"])
-        context_len = sent.take(places["context_len"])
+        seq_len = sent.take(places["seq_len"])
         whole = Batch(
-            row_start, sent.take(places["whole_end"]), sent.take(places["whole_context"]), most_rows + tail,
+            row_start, sent.take(places["whole_end"]), sent.take(places["whole_seq_len"]), max_rows + tail,
             longest + tail,
         )  # fmt: skip
-        batch = Batch(row_start, sent.take(places["row_end"]), context_len, most_rows, longest)
+        batch = Batch(row_start, sent.take(places["row_end"]), seq_len, max_rows, longest)
         table = tables.index_select(0, sent.take(places["request"]))
         guarded, fallbacks = None, []
         if any(self._may_exceed(rows) for rows in requests):
@@ -202,8 +202,8 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
                     num_actual_tokens=rows.rows,
                     max_query_len=rows.rows,
                     query_start_loc=buffers.dense_rows[2 * i : 2 * i + 2],  # all rows or none, as `guard` decides
-                    max_seq_len=rows.context_len,
-                    seq_lens=context_len[i : i + 1],
+                    max_seq_len=rows.seq_len,
+                    seq_lens=seq_len[i : i + 1],
                     block_table=table[i : i + 1],
                     slot_mapping=metadata.slot_mapping[rows.row_start : rows.row_end],
                     scheduler_metadata=None,
@@ -217,10 +217,8 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         options = self._runtime.options
         if options.max_density >= 1.0:
             return False
-        most = upper_bound(
-            self._runtime.pattern, rows.rows, rows.context_len, options.max_columns, options.max_distances
-        )
-        return most > options.max_density
+        bound = upper_bound(self._runtime.pattern, rows.rows, rows.seq_len, options.max_columns, options.max_diagonals)
+        return bound > options.max_density
 
 
 _NOTHING = StepPlan((), (), 0)
@@ -239,9 +237,9 @@ def _describe(
     return {
         "row_start": upload.add([rows.row_start for rows in requests]),
         "row_end": upload.add([rows.row_end for rows in requests]),
-        "context_len": upload.add([rows.context_len for rows in requests]),
+        "seq_len": upload.add([rows.seq_len for rows in requests]),
         "whole_end": upload.add([starts[rows.request + 1] for rows in requests]),
-        "whole_context": upload.add([lengths[rows.request] for rows in requests]),
+        "whole_seq_len": upload.add([lengths[rows.request] for rows in requests]),
         "request": upload.add([rows.request for rows in requests]),
     }
 
@@ -259,7 +257,7 @@ def _dense_run(
         num_actual_tokens=row_end - row_start,
         max_query_len=max(rows.rows for rows in run),
         query_start_loc=query_start_loc,
-        max_seq_len=max(rows.context_len for rows in run),
+        max_seq_len=max(rows.seq_len for rows in run),
         seq_lens=metadata.seq_lens[first : last + 1],
         block_table=tables[first : last + 1],
         slot_mapping=metadata.slot_mapping[row_start:row_end],
@@ -318,8 +316,8 @@ def device_buffers(runtime: Runtime, vllm_config: Any, device: torch.device) -> 
             device=device,
         )
         if any(layer.weights is not None and layer.logits is None for layer in layers) and device.type == "cuda":
-            share = least_layers_of_a_slot(vllm_config, len(layers))
-            slots = _most_slots(vllm_config, device, share * num_kv_heads * 2 * head_size)
+            share = min_layers_of_a_slot(vllm_config, len(layers))
+            slots = _max_slots(vllm_config, device, share * num_kv_heads * 2 * head_size)
             buffers.scratch = torch.empty(slots, 2 * num_kv_heads, dtype=torch.float32, device=device)
         runtime.device = buffers
         runtime.counts_reader = CountsReader(runtime.recorder, [layer.index for layer in layers])
@@ -332,7 +330,7 @@ def device_buffers(runtime: Runtime, vllm_config: Any, device: torch.device) -> 
     return found
 
 
-def least_layers_of_a_slot(vllm_config: Any, sparse: int) -> int:
+def min_layers_of_a_slot(vllm_config: Any, sparse: int) -> int:
     """How many layers at least share a slot number, of ``sparse`` ones: the more, the fewer slots fit into memory.
 
     Caches of several kinds share one pool of blocks, in groups of as many layers as the rarest kind has.
@@ -341,13 +339,13 @@ def least_layers_of_a_slot(vllm_config: Any, sparse: int) -> int:
     return min(sparse, *kinds.values()) if kinds else sparse
 
 
-def _most_slots(vllm_config: Any, device: torch.device, values_per_token: int) -> int:
+def _max_slots(vllm_config: Any, device: torch.device, values_per_token: int) -> int:
     """Slots that the KV cache cannot exceed, asked for before vLLM has sized it."""
     cache = vllm_config.cache_config
     size = 1 if str(cache.cache_dtype).startswith("fp8") else 2
     share = cache.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
-    most = getattr(cache, "kv_cache_memory_bytes", None) or share
-    return int(most) // (values_per_token * size) + 1
+    max_bytes = getattr(cache, "kv_cache_memory_bytes", None) or share
+    return int(max_bytes) // (values_per_token * size) + 1
 
 
 class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
@@ -385,7 +383,7 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
         state.row = len(runtime.layers) - 1
         device = torch.device(current_platform.device_type)
         tau = torch.empty(2, self.num_kv_heads, dtype=torch.float64)
-        for row, value in zip(tau, (state.tau_columns, state.tau_distances), strict=True):
+        for row, value in zip(tau, (state.tau_columns, state.tau_diagonals), strict=True):
             # Not in PyTorch's default dtype, which is the model's while weights are loaded.
             row.copy_(torch.as_tensor(value, dtype=torch.float64))
         layer.register_buffer("vsprefill_tau", tau.to(device), persistent=False)

@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     num_heads: int
     num_kv_heads: int
-    max_context: int
+    max_seq_len: int
     num_layers: int
     sampled_rows: int | None
     """None: the trained indexer is used."""
@@ -61,7 +61,7 @@ def requests_per_round(shape: Shape, pattern: SparsePattern, max_num_seqs: int, 
 def _allocate(
     requests: int, shape: Shape, pattern: SparsePattern, device: torch.device
 ) -> tuple[SelectWorkspace, Index, MissingSlots, SampledWorkspace | None]:
-    heads, longest = shape.num_kv_heads, shape.max_context
+    heads, longest = shape.num_kv_heads, shape.max_seq_len
     sampled = None
     if shape.sampled_rows is not None:
         sampled = allocate_sampled(requests, shape.num_heads, heads, longest, shape.sampled_rows, device)

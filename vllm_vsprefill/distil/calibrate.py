@@ -30,7 +30,7 @@ Weights = Mapping[int, Sequence[Tensor]]  # layer -> w1, b1, w2, b2
 
 ROWS = 32
 # Shorter contexts run dense with every preset.
-LEAST_CONTEXT = min(int(values["min_context"] or 0) for values in PRESETS.values())
+MIN_SEQ_LEN = min(int(values["min_seq_len"] or 0) for values in PRESETS.values())
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def platform_tuning(device: torch.device) -> PlatformTuning:
 def preset_budgets(preset: str, tuning: PlatformTuning) -> Budgets:
     """What a preset keeps on a platform besides what its thresholds choose."""
     config = VSPrefillConfig.from_sources({"preset": preset}).resolved(tuning)
-    return Budgets(config.pattern(), config.min_columns, config.max_columns, config.min_distances, config.max_distances)
+    return Budgets(config.pattern(), config.min_columns, config.max_columns, config.min_diagonals, config.max_diagonals)
 
 
 def sample_rows(part: Range, count: int, rng: np.random.Generator, device: torch.device) -> Tensor:
@@ -101,7 +101,7 @@ def measure(
     *,
     chunks: Sequence[int],
     chunks_per_sequence: int = 4,
-    least_context: int = 0,
+    min_seq_len: int = 0,
     rows: int = ROWS,
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -116,7 +116,7 @@ def measure(
         budgets: by name.
         chunks: prefill chunk lengths, taken in turns; 0 is the whole sequence.
         chunks_per_sequence: chunks measured of each sequence, evenly spread.
-        least_context: contexts shorter than this are left out: they run dense.
+        min_seq_len: contexts shorter than this are left out: they run dense.
         rows: rows sampled of each chunk.
         seed: of the rows.
         dtype: of the indexer's products; None for bfloat16 on CUDA and float32 elsewhere.
@@ -129,7 +129,7 @@ def measure(
     tables = {name: Coverage(len(covered), heads, b, device) for name, b in budgets.items()}
     rng = np.random.default_rng([seed, 3])
     for number, ids in enumerate(sequences):
-        parts = spread_ranges(len(ids), chunks[number % len(chunks)], chunks_per_sequence, least_context)
+        parts = spread_ranges(len(ids), chunks[number % len(chunks)], chunks_per_sequence, min_seq_len)
         picked = [sample_rows(part, rows, rng, device) for part in parts]
 
         def layer(call: LayerCall, parts: Sequence[Range] = parts, picked: Sequence[Tensor] = picked) -> None:
@@ -174,7 +174,7 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
     """Thresholds for a goal.
 
     Args:
-        table: ``[layers, H, 3, columns + 1, distances + 1]``, from ``Coverage``.
+        table: ``[layers, H, 3, columns + 1, diagonals + 1]``, from ``Coverage``.
         goal: what to reach.
         per_head: one pair of thresholds for each KV head instead of one for a layer.
 
@@ -206,7 +206,7 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
     )
     width = len(DISTANCE_GRID)
     columns = torch.tensor(COLUMN_GRID, dtype=torch.float64)[pick // width].view(layers, -1)
-    distances = torch.tensor(DISTANCE_GRID, dtype=torch.float64)[pick % width].view(layers, -1)
+    diagonals = torch.tensor(DISTANCE_GRID, dtype=torch.float64)[pick % width].view(layers, -1)
     each = pick.view(layers, -1, 1, 1).expand(layers, heads, 1, 1) if per_head else pick.view(layers, 1, 1, 1)
     reached = by_head.flatten(-2).gather(-1, each.expand(layers, heads, 3, 1)).squeeze(-1)
 
@@ -216,7 +216,7 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
         return tuple(tuple(row) if per_head else row[0] for row in values.tolist())
 
     return Calibration(
-        Thresholds(tau_columns=listed(columns), tau_distances=listed(distances)),
+        Thresholds(tau_columns=listed(columns), tau_diagonals=listed(diagonals)),
         reached[..., kind],
         reached[..., 0],
         float(got[:, kind].min() if goal.recall is not None else got[:, 0].mean()),
@@ -235,8 +235,8 @@ def shortfall(found: Calibration, goal: Goal, preset: str) -> str | None:
     """Why thresholds do not reach their goal, for people to read; None if they do."""
     if goal.recall is not None and found.reached < goal.recall - 1e-6:
         return (
-            f"some layers reach {found.reached:.1%} at most: the preset {preset} caps columns and distances "
-            "(max_columns, max_distances)"
+            f"some layers reach {found.reached:.1%} at most: the preset {preset} caps columns and diagonals "
+            "(max_columns, max_diagonals)"
         )
     if goal.density is not None and found.reached > goal.density + 1e-6:
         return (

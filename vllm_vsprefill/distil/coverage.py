@@ -33,37 +33,37 @@ DISTANCE_GRID = (
 
 @dataclass(frozen=True)
 class Budgets:
-    """What is kept whatever the thresholds: the pattern, and the bounds on columns and distances."""
+    """What is kept whatever the thresholds: the pattern, and the bounds on columns and diagonals."""
 
     pattern: SparsePattern
     min_columns: int = 0
     max_columns: int | None = None
-    min_distances: int = 0
-    max_distances: int | None = None
+    min_diagonals: int = 0
+    max_diagonals: int | None = None
 
 
-def levels(probs: Tensor, grid: tuple[float, ...], least: int, most: int | None) -> Tensor:
+def levels(probs: Tensor, grid: tuple[float, ...], minimum: int, maximum: int | None) -> Tensor:
     """Index of the lowest threshold of the grid at which each entry is kept; ``len(grid)`` where none keeps it.
 
     Args:
         probs: ``[H, n]``, distributions.
         grid: ascending thresholds, the last one 1.
-        least: entries that every threshold keeps.
-        most: entries that no threshold exceeds; None: no cap.
+        minimum: entries that every threshold keeps.
+        maximum: entries that no threshold exceeds; None: no cap.
     """
     ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     before = ranked.double().cumsum(-1) - ranked.double()
     taus = torch.tensor(grid, dtype=torch.float64, device=probs.device)
     # An entry is kept as long as those before it have not reached the threshold.
     level = torch.searchsorted(taus, before, right=True).clamp_(max=len(grid) - 1)
-    level[:, :least] = 0
-    if most is not None:
-        level[:, most:] = len(grid)
+    level[:, :minimum] = 0
+    if maximum is not None:
+        level[:, maximum:] = len(grid)
     return torch.empty_like(level).scatter_(1, order, level)
 
 
 class Coverage:
-    """Tables of several layers, ``[layers, H, 3, columns + 1, distances + 1]``.
+    """Tables of several layers, ``[layers, H, 3, columns + 1, diagonals + 1]``.
 
     The three are entries (counted), true mass, and true mass squared: the last weighs an entry by its own probability,
     so rows that look for one key count and rows that look everywhere do not.
@@ -86,13 +86,13 @@ class Coverage:
             squares: ``[H, R, end]``, their squares, mean over the group's query heads.
         """
         b, pattern = self.budgets, self.budgets.pattern
-        columns, distances = torch.softmax(logits[:, :end].float().permute(2, 0, 1).contiguous(), dim=-1).unbind(0)
+        columns, diagonals = torch.softmax(logits[:, :end].float().permute(2, 0, 1).contiguous(), dim=-1).unbind(0)
         by_column = levels(columns, COLUMN_GRID, b.min_columns, b.max_columns)
-        by_distance = levels(distances.flip(-1), DISTANCE_GRID, b.min_distances, b.max_distances)
+        by_distance = levels(diagonals.flip(-1), DISTANCE_GRID, b.min_diagonals, b.max_diagonals)
         bq, bk = pattern.block_q, pattern.block_k
         by_column[:, : -(-pattern.sinks // bk) * bk] = 0
         by_distance[:, : max(pattern.window, 1)] = 0
-        # A granule is kept for a tile as soon as a diagonal crosses both: the least of a run of distances.
+        # A granule is kept for a tile as soon as a diagonal crosses both: the least of a run of diagonals.
         step = math.gcd(bq, bk)
         padded = F.pad(by_distance.double(), (bq - step + bk - 1, bq + bk), value=float(len(DISTANCE_GRID)))
         pooled = -F.max_pool1d(-padded.unsqueeze(1), bq + bk - 1, step).squeeze(1)
@@ -114,7 +114,7 @@ class Coverage:
 
 
 def shares(table: Tensor) -> Tensor:
-    """Kept share of each table ``[..., columns + 1, distances + 1]`` for every pair of thresholds."""
+    """Kept share of each table ``[..., columns + 1, diagonals + 1]`` for every pair of thresholds."""
     total = table.sum((-2, -1), keepdim=True).clamp(min=1e-300)
     # Left out at a pair: what needs a higher threshold of both kinds.
     left_out = table.flip((-2, -1)).cumsum(-1).cumsum(-2).flip((-2, -1))[..., 1:, 1:]

@@ -39,7 +39,7 @@ class Distiller:
         """Add the gradients of one sequence, times ``weight``.
 
         Returns:
-            KL divergences and losses, float32 ``[students, layers, 4]``: KL of columns and distances, loss of both.
+            KL divergences and losses, float32 ``[students, layers, 4]``: KL of columns and diagonals, loss of both.
         """
         return self._run(ids, ranges, weight)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Distances between a true and a predicted distribution, per KV head."""
+"""Diagonals between a true and a predicted distribution, per KV head."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class StudentOptions(BaseModel):
         description="Power that peaks are raised to: above 1, few columns with high peaks outweigh many with low ones.",
     )
     exclude_window: Annotated[int, Field(ge=0)] = Field(
-        0, description="Distances below this do not count in the targets: the local window keeps them in any case."
+        0, description="Diagonals below this do not count in the targets: the local window keeps them in any case."
     )
 
 

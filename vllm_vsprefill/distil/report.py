@@ -74,12 +74,12 @@ def _threshold_rows(record: dict[str, Any]) -> list[list[str]]:
     def shown(entry: Any) -> str:
         return " ".join(f"{x:.3g}" for x in entry) if isinstance(entry, list) else f"{entry:.3g}"
 
-    rows = [["preset", "layer", "columns", "distances", "recall", "density"]]
+    rows = [["preset", "layer", "columns", "diagonals", "recall", "density"]]
     for preset, found in record["thresholds"].items():
         parts = zip(
             record["layers"],
             found["tau_columns"],
-            found["tau_distances"],
+            found["tau_diagonals"],
             found["recall"],
             found["density"],
             strict=True,
@@ -109,7 +109,7 @@ def write_report(folder: Path) -> Path | None:
         ["inputs, width", f"{'+'.join(student['inputs'])}, {student['hidden_size']}"],
         [
             "loss, target",
-            f"{student['loss']}, {student['target']} (distances below {student['exclude_window']} left out)",
+            f"{student['loss']}, {student['target']} (diagonals below {student['exclude_window']} left out)",
         ],
         ["layers left out", "; ".join(f"{i}: {why}" for i, why in record["left_out"].items()) or "none"],
     ]

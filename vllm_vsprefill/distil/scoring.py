@@ -59,7 +59,7 @@ def score(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         b2: float32 ``[H, 2]``.
 
     Returns:
-        float32 ``[H, n, 2]``: vertical, slash.
+        float32 ``[H, n, 2]``: column, diagonal.
     """
     out: Tensor = _Score.apply(x, w1, b1, w2, b2)  # type: ignore[no-untyped-call]
     return out

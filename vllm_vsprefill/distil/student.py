@@ -82,21 +82,21 @@ class Student(nn.Module):
         return score(x, *self.layer(call.layer))
 
     def losses(self, logits: Tensor, ranges: Sequence[Range], targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
-        """Loss to descend and KL divergence, each ``[2]`` (columns, distances), mean over heads and ranges."""
+        """Loss to descend and KL divergence, each ``[2]`` (columns, diagonals), mean over heads and ranges."""
         measure = LOSSES[self.options.loss]
         found, divergences = [], []
         # [2, H, n]: softmax over the innermost axis is many times faster.
         planes = logits.permute(2, 0, 1).contiguous()
         for part, true in zip(ranges, targets, strict=True):
-            columns, reversed_distances = torch.log_softmax(planes[..., : part.end], dim=-1).unbind(0)
-            distances = reversed_distances.flip(-1)
+            columns, reversed_diagonals = torch.log_softmax(planes[..., : part.end], dim=-1).unbind(0)
+            diagonals = reversed_diagonals.flip(-1)
             found.append(
-                torch.stack((measure(true.columns, columns).mean(), measure(true.distances, distances).mean()))
+                torch.stack((measure(true.columns, columns).mean(), measure(true.diagonals, diagonals).mean()))
             )
             if self.options.loss != "kl":
                 with torch.no_grad():
                     divergences.append(
-                        torch.stack((kl(true.columns, columns).mean(), kl(true.distances, distances).mean()))
+                        torch.stack((kl(true.columns, columns).mean(), kl(true.diagonals, diagonals).mean()))
                     )
         loss = torch.stack(found).mean(0)
         return loss, loss.detach() if self.options.loss == "kl" else torch.stack(divergences).mean(0)

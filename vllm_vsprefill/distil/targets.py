@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What an indexer learns: true distributions over columns and distances, for the row ranges of chunked prefill."""
+"""What an indexer learns: true distributions over columns and diagonals, for the row ranges of chunked prefill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Range(NamedTuple):
 
 
 class TargetKind(NamedTuple):
-    """A way to weigh columns, the distances that do not count, and the power that peaks are raised to."""
+    """A way to weigh columns, the diagonals that do not count, and the power that peaks are raised to."""
 
     name: str
     exclude_window: int
@@ -32,7 +32,7 @@ class Targets(NamedTuple):
     """True distributions of one range: float32 ``[Hkv, end]`` each, every row sums to one."""
 
     columns: Tensor
-    distances: Tensor
+    diagonals: Tensor
 
 
 def chunk_ranges(length: int, chunk: int) -> list[Range]:
@@ -41,25 +41,25 @@ def chunk_ranges(length: int, chunk: int) -> list[Range]:
     return [Range(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def spread_ranges(length: int, chunk: int, most: int, least_context: int = 0) -> list[Range]:
-    """At most ``most`` of a prompt's chunks, evenly spread over those that end at ``least_context`` tokens or later."""
+def spread_ranges(length: int, chunk: int, max_ranges: int, min_seq_len: int = 0) -> list[Range]:
+    """At most ``max_ranges`` of a prompt's chunks, evenly spread over those that end at ``min_seq_len`` or later."""
     ranges = chunk_ranges(length, chunk)
-    ranges = [part for part in ranges if part.end >= least_context] or ranges[-1:]
-    places = np.linspace(0, len(ranges) - 1, min(most, len(ranges))).round().astype(int)
+    ranges = [part for part in ranges if part.end >= min_seq_len] or ranges[-1:]
+    places = np.linspace(0, len(ranges) - 1, min(max_ranges, len(ranges))).round().astype(int)
     return [ranges[i] for i in places.tolist()]
 
 
-def draw_ranges(rng: np.random.Generator, length: int, chunks: Sequence[int], most: int) -> list[Range]:
+def draw_ranges(rng: np.random.Generator, length: int, chunks: Sequence[int], max_ranges: int) -> list[Range]:
     """Some of the chunks of one prompt, ascending, for a chunk length drawn from ``chunks``."""
     ranges = chunk_ranges(length, int(chunks[int(rng.integers(len(chunks)))]))
-    if len(ranges) <= most:
+    if len(ranges) <= max_ranges:
         return ranges
-    return [ranges[i] for i in sorted(rng.choice(len(ranges), most, replace=False).tolist())]
+    return [ranges[i] for i in sorted(rng.choice(len(ranges), max_ranges, replace=False).tolist())]
 
 
 def _normalised(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
-    # A head that looks nowhere beyond the excluded distances says nothing about columns: any is as good.
+    # A head that looks nowhere beyond the excluded diagonals says nothing about columns: any is as good.
     uniform = weights.new_full((), 1.0 / weights.shape[-1])
     return (weights / total.clamp(min=1e-30)).where(total > 1e-30, uniform)
 
@@ -69,7 +69,7 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
 
     ``mass`` is the mean attention of the range's rows (VSPrefill, arXiv 2603.04460); ``peak`` weighs a column by the
     largest probability that any row and query head of the group gives it, to a power; ``mixed`` is the mean of the two.
-    Distances are weighed by mass in all of them.
+    Diagonals are weighed by mass in all of them.
     """
     if call.q.is_cuda:
         from vllm_vsprefill.kernels.mass import triton as mass
@@ -81,13 +81,13 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
         plain = any(kind.name != "peak" and not 0 < kind.exclude_window < part.end for kind in kinds)
         only: dict[str, Any] = {"with_columns": plain}
     else:
-        from vllm_vsprefill.kernels.mass import chunked as mass  # type: ignore[no-redef]
-        from vllm_vsprefill.kernels.peak import chunked as peak  # type: ignore[no-redef]
+        from vllm_vsprefill.kernels.mass import cpu as mass  # type: ignore[no-redef]
+        from vllm_vsprefill.kernels.peak import cpu as peak  # type: ignore[no-redef]
 
         known, only = {}, {}
     q, k = call.q[: part.end], call.k[: part.end]
     rows: dict[str, Any] = {"scale": call.scale, "row_start": part.start, **known}
-    all_columns, all_distances = mass.mass_sums(q, k, **rows, **only)
+    all_columns, all_diagonals = mass.mass_sums(q, k, **rows, **only)
     made: dict[tuple[str, int], Tensor] = {("sum", 0): all_columns} if all_columns.shape[1] else {}
 
     def columns(reduce: Any, near: int, power: float = 1.0) -> Tensor:
@@ -110,9 +110,9 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
         else:
             chosen = (by_mass + by_peak) / 2
         assert chosen is not None
-        distances = all_distances
+        diagonals = all_diagonals
         if near:
-            distances = all_distances.clone()
-            distances[:, :near] = 0
-        out[kind] = Targets(chosen, _normalised(distances))
+            diagonals = all_diagonals.clone()
+            diagonals[:, :near] = 0
+        out[kind] = Targets(chosen, _normalised(diagonals))
     return out

@@ -24,7 +24,7 @@ from vllm_vsprefill.checkpoint import CheckpointConfig, Thresholds, save_checkpo
 from vllm_vsprefill.distil import state
 from vllm_vsprefill.distil.calibrate import (
     DEFAULT_GOALS,
-    LEAST_CONTEXT,
+    MIN_SEQ_LEN,
     Calibration,
     calibrate,
     measure,
@@ -336,7 +336,7 @@ class Trainer:
             recall = found.recall(o.density)
             training |= {
                 "validation_kl_columns": round(float(found.kl[:, 0].mean()), 5),
-                "validation_kl_distances": round(float(found.kl[:, 1].mean()), 5),
+                "validation_kl_diagonals": round(float(found.kl[:, 1].mean()), 5),
                 "validation_recall": round(float(recall.mean()), 5),
                 "validation_density": round(found.reached(o.density), 5),
             }
@@ -423,7 +423,7 @@ class Trainer:
                 entry = {
                     "step": p.step,
                     "kl_columns": means[0],
-                    "kl_distances": means[1],
+                    "kl_diagonals": means[1],
                     "loss": means[2] + means[3],
                     "learning_rate": rate,
                 }
@@ -466,11 +466,11 @@ class Trainer:
         found = self.validate()
         calibrations: dict[str, Calibration] = {}
         wanted = self.options.calibrate and self.options.student.inputs == "kv"
-        if wanted and self.options.max_length < LEAST_CONTEXT:
+        if wanted and self.options.max_length < MIN_SEQ_LEN:
             # There the local window covers nearly everything: thresholds would keep nothing of a long prompt.
             self.log(
                 f"not calibrated: sequences of {self.options.max_length:,} tokens are shorter than the "
-                f"{LEAST_CONTEXT:,} from which prompts run sparse; run vsprefill calibrate with longer text"
+                f"{MIN_SEQ_LEN:,} from which prompts run sparse; run vsprefill calibrate with longer text"
             )
         elif wanted and self.main:
             self.log("calibrating the presets' thresholds")
@@ -482,7 +482,7 @@ class Trainer:
                     {preset: preset_budgets(preset, platform_tuning(self.teacher.device)) for preset in DEFAULT_GOALS},
                     chunks=self.options.chunk_lengths,
                     chunks_per_sequence=self.options.chunks_per_sequence,
-                    least_context=LEAST_CONTEXT,
+                    min_seq_len=MIN_SEQ_LEN,
                     seed=self.options.seed,
                     dtype=getattr(torch, self.options.compute_dtype),
                 ),

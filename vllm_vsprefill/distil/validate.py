@@ -29,9 +29,9 @@ class Validation:
     """Figures of one student.
 
     Attributes:
-        kl: ``[layers, 2]``, KL divergences of columns and distances, natural logarithm, mean over heads and sequences.
+        kl: ``[layers, 2]``, KL divergences of columns and diagonals, natural logarithm, mean over heads and sequences.
         loss: ``[layers, 2]``, the loss that is trained, same means.
-        table: coverage, ``[layers, H, 3, columns + 1, distances + 1]``.
+        table: coverage, ``[layers, H, 3, columns + 1, diagonals + 1]``.
     """
 
     kl: Tensor
@@ -40,7 +40,7 @@ class Validation:
 
     @property
     def total(self) -> float:
-        """What early stopping looks at: loss of columns and distances, mean over layers."""
+        """What early stopping looks at: loss of columns and diagonals, mean over layers."""
         return float(self.loss.sum(1).mean())
 
     def recall(self, density: float, kind: int = 1) -> Tensor:
@@ -56,7 +56,7 @@ class Validation:
         return {
             "loss": self.total,
             "kl_columns": self.kl[:, 0].tolist(),
-            "kl_distances": self.kl[:, 1].tolist(),
+            "kl_diagonals": self.kl[:, 1].tolist(),
             "density": density,
             "reached_density": self.reached(density),
             "recall": recall.tolist(),

@@ -22,10 +22,10 @@ from ..types import Selection
 from . import naive
 
 
-def _members(probs: npt.NDArray[np.floating], tau: float, least: int, most: int | None) -> npt.NDArray[np.int32]:
+def _members(probs: npt.NDArray[np.floating], tau: float, minimum: int, maximum: int | None) -> npt.NDArray[np.int32]:
     """Positions of the set of one head, ascending; ``probs`` ``[n]`` holds no NaN."""
     n = len(probs)
-    cap = n if most is None else min(most, n)
+    cap = n if maximum is None else min(maximum, n)
     if tau >= 1.0:
         count = n
     elif tau <= 0.0:
@@ -34,7 +34,7 @@ def _members(probs: npt.NDArray[np.floating], tau: float, least: int, most: int 
         ranked = np.sort(probs)[::-1]
         # Never below tau: the sum that rounding left short of it counts as everything.
         count = min(int(np.searchsorted(np.cumsum(ranked, dtype=np.float64), tau)) + 1, n)
-    count = min(max(count, least), cap)
+    count = min(max(count, minimum), cap)
     if count == n:
         return np.arange(n, dtype=np.int32)
     if count == 0:
@@ -55,30 +55,30 @@ def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Same contract as ``naive.distributions``, for CPU tensors."""
     naive.check_distributions(logits)
     n, heads, _ = logits.shape
-    columns, distances = torch.empty(2, heads, n, dtype=torch.float32)
+    columns, diagonals = torch.empty(2, heads, n, dtype=torch.float32)
 
     def piece(head: int, which: int) -> None:
         # Contiguous first: the logits of a head lie far apart.
         probs = torch.softmax(logits[:, head, which].float().contiguous(), dim=0)
         if which:
-            distances[head] = probs.flip(0)
+            diagonals[head] = probs.flip(0)
         else:
             columns[head] = probs
 
     run_pieces([partial(piece, head, which) for head in range(heads) for which in (0, 1)])
-    return columns, distances
+    return columns, diagonals
 
 
-def _chosen(probs: Tensor, tau: float, least: int, most: int | None) -> npt.NDArray[np.int32]:
+def _chosen(probs: Tensor, tau: float, minimum: int, maximum: int | None) -> npt.NDArray[np.int32]:
     """Positions chosen for one head from ``[n]``, ascending."""
     values = (probs if probs.dtype in (torch.float32, torch.float64) else probs.float()).numpy()
     # A NaN makes the sum NaN; so do infinities of both signs, which the reference handles as well.
     if math.isnan(float(values.sum())):
         limit = torch.tensor([tau], dtype=torch.float64)
-        positions, count = naive.threshold(torch.from_numpy(values)[None], limit, least, most)
+        positions, count = naive.threshold(torch.from_numpy(values)[None], limit, minimum, maximum)
         reference: npt.NDArray[np.int32] = positions[0, : int(count[0])].numpy()
         return reference
-    return _members(values, tau, least, most)
+    return _members(values, tau, minimum, maximum)
 
 
 def _padded(heads: list[npt.NDArray[np.int32]], fill: int) -> tuple[Tensor, Tensor]:
@@ -91,24 +91,24 @@ def _padded(heads: list[npt.NDArray[np.int32]], fill: int) -> tuple[Tensor, Tens
 
 def select(
     p_columns: Tensor,
-    p_distances: Tensor,
+    p_diagonals: Tensor,
     *,
     tau_columns: Tensor | float,
-    tau_distances: Tensor | float,
+    tau_diagonals: Tensor | float,
     min_columns: int = 0,
     max_columns: int | None = None,
-    min_distances: int = 0,
-    max_distances: int | None = None,
+    min_diagonals: int = 0,
+    max_diagonals: int | None = None,
 ) -> Selection:
     """Same contract and same result as ``naive.select``, for CPU tensors."""
     if isinstance(p_columns, Tensor) and p_columns.device.type != "cpu":
         raise ValueError(f"p_columns is on {p_columns.device}; this version runs on the CPU only")
     tau_c, tau_d = naive.check_select(
-        p_columns, p_distances, tau_columns, tau_distances, min_columns, max_columns, min_distances, max_distances
+        p_columns, p_diagonals, tau_columns, tau_diagonals, min_columns, max_columns, min_diagonals, max_diagonals
     )
     heads, n = p_columns.shape
     limits_c, limits_d = tau_c.tolist(), tau_d.tolist()
     pieces = [partial(_chosen, p_columns[h], limits_c[h], min_columns, max_columns) for h in range(heads)]
-    pieces += [partial(_chosen, p_distances[h], limits_d[h], min_distances, max_distances) for h in range(heads)]
+    pieces += [partial(_chosen, p_diagonals[h], limits_d[h], min_diagonals, max_diagonals) for h in range(heads)]
     chosen = run_pieces(pieces)
     return Selection(*_padded(chosen[:heads], n), *_padded(chosen[heads:], n))

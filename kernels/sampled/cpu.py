@@ -33,7 +33,7 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
     queries = q[rows].unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
 
     def piece(head: int, first: int) -> Tensor:
-        """Sums over ``ROWS`` rows: [2, n], columns and distances."""
+        """Sums over ``ROWS`` rows: [2, n], columns and diagonals."""
         part = (queries[first : first + ROWS, head].float() * scale).to(k.dtype)
         # [rows, group, n]
         logits = (part.reshape(-1, size) @ k[:, head].T).view(*part.shape[:2], n)

@@ -43,7 +43,7 @@ def mass_sums(
     n, num_kv_heads, _ = k.shape
     group = q.shape[1] // num_kv_heads
     columns = torch.zeros(num_kv_heads, n, dtype=torch.float64, device=q.device)
-    distances = torch.zeros_like(columns)
+    diagonals = torch.zeros_like(columns)
     # [Hkv, D, n]
     keys = k.permute(1, 2, 0).float()
     for first in range(row_start, end, ROWS):
@@ -56,6 +56,6 @@ def mass_sums(
         logits[..., first:].masked_fill_(future, float("-inf"))
         probs = torch.softmax(logits, dim=-1).sum(dim=1)
         columns[:, :last] += probs.sum(dim=1)
-        distances[:, :last] += diagonal_sums(probs, first)
+        diagonals[:, :last] += diagonal_sums(probs, first)
     total = float((end - row_start) * group)
-    return (columns / total).float(), (distances / total).float()
+    return (columns / total).float(), (diagonals / total).float()

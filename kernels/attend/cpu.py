@@ -53,11 +53,11 @@ class _Block(NamedTuple):
     tile_end: int
 
 
-def tile_granules(distances: IntArray, starts: IntArray, ends: IntArray, pattern: SparsePattern) -> BoolArray:
-    """Granules that each tile touches along the distances, the local window and the sinks.
+def tile_granules(diagonals: IntArray, starts: IntArray, ends: IntArray, pattern: SparsePattern) -> BoolArray:
+    """Granules that each tile touches along the diagonals, the local window and the sinks.
 
     Args:
-        distances: ``[S]``, selected distances of one KV head.
+        diagonals: ``[S]``, selected diagonals of one KV head.
         starts: ``[tiles]``, first position of each tile.
         ends: ``[tiles]``, one past its last position.
         pattern: granule, window and sinks.
@@ -68,7 +68,7 @@ def tile_granules(distances: IntArray, starts: IntArray, ends: IntArray, pattern
     block_k = pattern.block_k
     num_granules = -(-int(ends[-1]) // block_k)
     window = max(pattern.window, 1)
-    far = distances[distances >= window]
+    far = diagonals[diagonals >= window]
     # [tiles, S + 1]: first and last position touched along each distance; the whole window is one run.
     low = np.concatenate((starts[:, None] - far, starts[:, None] - (window - 1)), axis=1)
     high = np.concatenate((ends[:, None] - 1 - far, ends[:, None] - 1), axis=1)
@@ -170,11 +170,11 @@ def _dense_rows(call: _Call, head: int, start: int, end: int) -> int:
     return count * start + count * (count + 1) // 2
 
 
-def _cut(first_row: int, last_row: int, context_len: int, block_q: int) -> list[_Block]:
+def _cut(first_row: int, last_row: int, seq_len: int, block_q: int) -> list[_Block]:
     """Blocks that cover the rows ``first_row .. last_row - 1``."""
     blocks = []
     for tile_start in range(first_row // block_q * block_q, last_row, block_q):
-        tile_end = min(tile_start + block_q, context_len)
+        tile_end = min(tile_start + block_q, seq_len)
         for start in range(tile_start, tile_end, MAX_ROWS):
             block = _Block(max(start, first_row), min(start + MAX_ROWS, tile_end, last_row), tile_start, tile_end)
             if block.start < block.end:
@@ -194,10 +194,10 @@ def _batches(blocks: list[_Block]) -> Iterator[list[_Block]]:
     yield batch
 
 
-def _past_keys(columns: IntArray, distances: IntArray, batch: list[_Block], pattern: SparsePattern) -> BoolArray:
+def _past_keys(columns: IntArray, diagonals: IntArray, batch: list[_Block], pattern: SparsePattern) -> BoolArray:
     """bool ``[blocks, m]``: the keys before each block's first row that its tile attends to."""
     starts, ends = (np.array([getattr(block, name) for block in batch]) for name in ("tile_start", "tile_end"))
-    seen = np.repeat(tile_granules(distances, starts, ends, pattern), pattern.block_k, axis=1)
+    seen = np.repeat(tile_granules(diagonals, starts, ends, pattern), pattern.block_k, axis=1)
     seen[:, columns[: np.searchsorted(columns, seen.shape[1])]] = True
     for row, block in zip(seen, batch, strict=True):
         row[block.start :] = False
@@ -226,10 +226,10 @@ def _past(call: _Call, head: int, batch: list[_Block], seen: BoolArray) -> tuple
 
 
 def _sparse_rows(
-    call: _Call, head: int, columns: IntArray, distances: IntArray, batch: list[_Block], pattern: SparsePattern
+    call: _Call, head: int, columns: IntArray, diagonals: IntArray, batch: list[_Block], pattern: SparsePattern
 ) -> int:
     """The rows of one batch of blocks for one KV head; returns the number of (row, key) pairs visited."""
-    seen = _past_keys(columns, distances, batch, pattern)
+    seen = _past_keys(columns, diagonals, batch, pattern)
     rows = batch[0].end - batch[0].start
     visited = rows * int(np.count_nonzero(seen)) + len(batch) * (rows * (rows + 1) // 2)
     start, end = batch[0].start, batch[-1].end
@@ -266,26 +266,26 @@ def attend(
     check_attend(q, k, v, selection, pattern, scale, out)
     if q.device.type != "cpu":
         raise ValueError(f"q is on {q.device}; this version runs on the CPU only")
-    context_len, num_kv_heads, _ = k.shape
+    seq_len, num_kv_heads, _ = k.shape
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype)
     call = _Call(q, k, v, out, scale)
-    dense_row = max(call.first_row, context_len - pattern.dense_last)
+    dense_row = max(call.first_row, seq_len - pattern.dense_last)
     heads = range(num_kv_heads)
     pieces: list[Callable[[], int]] = [
-        partial(_dense_rows, call, head, start, min(start + MAX_ROWS, context_len))
-        for start in range(dense_row, context_len, MAX_ROWS)
+        partial(_dense_rows, call, head, start, min(start + MAX_ROWS, seq_len))
+        for start in range(dense_row, seq_len, MAX_ROWS)
         for head in heads
     ]
     if dense_row > call.first_row:
-        blocks = _cut(call.first_row, dense_row, context_len, pattern.block_q)
+        blocks = _cut(call.first_row, dense_row, seq_len, pattern.block_q)
         # Per head the valid prefix of each list
-        columns, distances = (
+        columns, diagonals = (
             [row[:count].numpy().astype(np.int64) for row, count in zip(items, counts.tolist(), strict=True)]
             for items, counts in (selection[:2], selection[2:])
         )
         pieces += [
-            partial(_sparse_rows, call, head, columns[head], distances[head], batch, pattern)
+            partial(_sparse_rows, call, head, columns[head], diagonals[head], batch, pattern)
             for batch in _batches(blocks)
             for head in heads
         ]
