@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_vsprefill import control
+from vllm_vsprefill import cli, control
 from vllm_vsprefill.stats import STATS_DIR_VARIABLE, LayerCounts, Recorder, read_last_prompt, read_modes
 from vllm_vsprefill.switch import Switch, write_mode
 
@@ -36,7 +36,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "sparse") -
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(control.app, list(arguments))
+    result = CliRunner().invoke(cli.app, list(arguments))
     return result.exit_code, result.output
 
 

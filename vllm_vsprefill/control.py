@@ -24,8 +24,6 @@ from vllm_vsprefill import stats
 from vllm_vsprefill.stats import STATS_DIR_VARIABLE, LayerCounts
 from vllm_vsprefill.switch import write_mode
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at and control running servers.")
-
 
 @dataclass(frozen=True)
 class Server:
@@ -138,7 +136,3 @@ def mode(
         typer.echo(f"{one.name}: cannot write to {one.folder}: {error.strerror}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"{one.name}: {to} prefill from the next step on (workers look a few times a second).")
-
-
-app.command("status")(status)
-app.command("mode")(mode)

@@ -198,7 +198,7 @@ def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path
         ({"--data": "missing.jsonl"}, ["--data missing.jsonl: no such file or folder"]),
         ({"--text-field": "body"}, ["column 'body' is missing; found columns 'text'", "--text-field"]),
         ({"--loss": "l1", "--target": "best"}, ["--loss", "'l1'", "--target", "'best'"]),
-        ({"--inputs": "k+x"}, ["--inputs", "'kx'"]),
+        ({"--inputs": "k+x"}, ["--inputs: expected 'kv', ", "found 'kx'"]),
         ({"--chunk-lengths": "2k"}, ["--chunk-lengths: expected whole numbers"]),
         ({"--max-length": "100000"}, ["the model has 4096 positions"]),
         ({"--out": "FILE"}, ["expected a folder, found a file"]),
@@ -207,8 +207,8 @@ def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path
         ({"--out": "OTHER"}, ["it already holds config.json; choose another folder"]),
         ({"--device": "warp"}, ["--device warp"]),
         ({"--device": "meta"}, ["--device meta: expected cpu, cuda or one GPU, cuda:N"]),
-        ({"--dtype": "int4"}, ["--dtype: expected auto"]),
-        ({"--validation-share": "2"}, ["--validation-share: expected a number between 0 and 1"]),
+        ({"--dtype": "int4"}, ["--dtype: expected 'auto', 'bfloat16'"]),
+        ({"--validation-share": "2"}, ["--validation-share: expected a number less than 1, found '2'"]),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -229,18 +229,39 @@ def test_what_is_wrong_is_said(
 
 
 def test_wrong_flags_of_calibrate_are_reported_together(model_folder: Path, trained: Path) -> None:
+    calibrating = ("calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic")
     code, output = run(
-        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 2,
-        "--density", 0.1, "--preset", "slow", "--metric", "best", "--rows", 0, "--chunk-lengths", "-5",
-    )  # fmt: skip
-    assert code == 1
-    for part in ("not both", "--recall: expected", "--preset: expected one of", "--metric", "--rows", "--chunk-len"):
-        assert part in output
-    code, output = run(
-        "calibrate", "--model", model_folder, "--checkpoint", trained, "--data", "synthetic", "--recall", 0.5
+        *calibrating, "--recall", 2, "--preset", "slow", "--metric", "best", "--rows", 0, "--chunk-lengths", "-5"
     )
     assert code == 1
+    for part in ("--recall: expected", "--preset: expected", "--metric: expected", "--rows: expected", "--chunk-len"):
+        assert part in output
+    code, output = run(*calibrating, "--recall", 0.5, "--density", 0.1)
+    assert code == 1
+    assert "not both" in output
+    code, output = run(*calibrating, "--recall", 0.5)
+    assert code == 1
     assert "say which preset" in output
+
+
+def test_what_is_missing_is_said_at_once() -> None:
+    code, output = run("train", "--steps", "few")
+    assert code == 1
+    for part in ("--model: is needed", "--data: is needed", "--out: is needed", "--steps: expected", "found 'few'"):
+        assert part in output, output
+
+
+def test_help_imports_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from vllm_vsprefill import cli\n"
+        "for command in ('--help', 'train --help', 'calibrate --help', 'status', 'mode dense'):\n"
+        "    CliRunner().invoke(cli.app, command.split())\n"
+        "print({'torch', 'vllm', 'transformers'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_checkpoint_of_another_model_is_not_calibrated(trained: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_vsprefill.distil.data import DataOptions, Documents, PackedTokens, open_sources
+from vllm_vsprefill.distil.data import Documents, PackedTokens, open_sources
 from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.options import DataOptions
 from vllm_vsprefill.distil.synthetic import Synthetic, document
 
 
@@ -29,9 +30,9 @@ class Letters:
 
 
 def sources(data: Path | str, **changes: Any) -> tuple[Any, Any]:
-    sizes = {"min_length": 8, "max_length": 32, "vocabulary": 128, "most": 10**6}
-    own = {key: changes.pop(key) for key in list(changes) if key in sizes}
-    return open_sources(DataOptions(str(data), **changes), Letters, **{**sizes, **own})
+    sizes = {"min_length": 8, "max_length": 32, "vocabulary": 128, "max_tokens": 10**6}
+    read = {key: changes.pop(key) for key in list(changes) if key in DataOptions.model_fields}
+    return open_sources(DataOptions(data=str(data), **read), Letters, **{**sizes, **changes})
 
 
 def jsonl(path: Path, records: list[Any]) -> Path:
@@ -83,7 +84,7 @@ def test_the_order_is_the_seeds_and_the_identity_tells_contents_apart(tmp_path: 
 
 def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"input_ids": [1] * 100}] * 50)
-    train, held_out = sources(file, most=500)
+    train, held_out = sources(file, max_tokens=500)
     assert len(train.tokens) + len(held_out.tokens) <= 510
 
 
@@ -156,7 +157,7 @@ def test_a_dataset_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return made
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    train, held_out = sources("owner/stories", field="story", split="test", subset="small")
+    train, held_out = sources("owner/stories", text_field="story", split="test", subset="small")
     assert asked == [("owner/stories", "small", "test", True)]
     assert len(train.tokens) + len(held_out.tokens) == 302
     with pytest.raises(DistilError, match=r"column 'text'.*found columns 'story'.*--text-field"):

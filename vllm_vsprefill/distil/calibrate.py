@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,13 @@ from vllm_vsprefill.distil.coverage import COLUMN_GRID, DISTANCE_GRID, Budgets, 
 from vllm_vsprefill.distil.data import Ids
 from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.model import Teacher
+from vllm_vsprefill.distil.options import Metric
 from vllm_vsprefill.distil.scoring import score
 from vllm_vsprefill.distil.state import writing
 from vllm_vsprefill.distil.student import features
 from vllm_vsprefill.distil.targets import Range, spread_ranges
 from vllm_vsprefill.tuning import CPU, PlatformTuning, cuda_tuning
 
-Metric = Literal["mass", "strong"]
 Weights = Mapping[int, Sequence[Tensor]]  # layer -> w1, b1, w2, b2
 
 ROWS = 32

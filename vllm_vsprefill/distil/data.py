@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_vsprefill.distil.errors import INSTALL, DistilError, first_line
+from vllm_vsprefill.distil.options import DataOptions
 
 Ids = npt.NDArray[np.int64]
 TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
@@ -39,29 +39,6 @@ class Source(Protocol):
 
     def identity(self) -> str:
         """Changes when the stream's content does."""
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where text comes from and how it is read.
-
-    Attributes:
-        data: file, folder, or id of a Hugging Face dataset.
-        field: column or key that holds the text.
-        split: split of a dataset.
-        subset: configuration of a dataset.
-        packing: cut sequences from documents laid end to end; otherwise one document is one sequence.
-        validation_share: share of the tokens held out; 0, with packing: none, both streams are all of the text.
-        seed: of the order of documents.
-    """
-
-    data: str
-    field: str = "text"
-    split: str = "train"
-    subset: str | None = None
-    packing: bool = True
-    validation_share: float = 0.02
-    seed: int = 0
 
 
 class PackedTokens:
@@ -132,9 +109,9 @@ def read_records(options: DataOptions) -> Iterator[str | list[int]]:
                 f"{', '.join(sorted(TEXT_SUFFIXES | JSON_SUFFIXES))}"
             )
         for file in files:
-            yield from _read_file(file, options.field)
+            yield from _read_file(file, options.text_field)
     elif path.exists():
-        yield from _read_file(path, options.field)
+        yield from _read_file(path, options.text_field)
     else:
         yield from _read_dataset(options)
 
@@ -206,13 +183,13 @@ def _read_dataset(options: DataOptions) -> Iterator[str | list[int]]:
     try:
         stream = datasets.load_dataset(name, options.subset, split=options.split, streaming=True)
         columns = stream.column_names
-        if columns is not None and options.field not in columns and "input_ids" not in columns:
+        if columns is not None and options.text_field not in columns and "input_ids" not in columns:
             raise DistilError(
-                f"--data {name}: it has no column {options.field!r}; found columns {', '.join(map(repr, columns))}; "
-                "name the one with the text with --text-field"
+                f"--data {name}: it has no column {options.text_field!r}; found columns "
+                f"{', '.join(map(repr, columns))}; name the one with the text with --text-field"
             )
         for number, record in enumerate(stream):
-            yield _document(dict(record), options.field, f"--data {name}, record {number}")
+            yield _document(dict(record), options.text_field, f"--data {name}, record {number}")
     except DistilError:
         raise
     except Exception as error:
@@ -223,15 +200,15 @@ def _read_dataset(options: DataOptions) -> Iterator[str | list[int]]:
 def tokenise(
     records: Iterable[str | list[int]],
     tokenizer: Callable[[], Any],
-    most: int,
+    max_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[npt.NDArray[np.uint32]], Any]:
-    """Documents as token ids, until there are ``most`` tokens.
+    """Documents as token ids, until there are ``max_tokens``.
 
     Args:
         records: text or ids.
         tokenizer: makes the tokenizer; only called where there is text.
-        most: tokens that suffice.
+        max_tokens: tokens that suffice.
         progress: told the number of tokens so far.
 
     Returns:
@@ -261,7 +238,7 @@ def tokenise(
             total += len(record)
         if progress is not None:
             progress(total)
-        if total >= most:
+        if total >= max_tokens:
             break
     flush()
     return documents, made
@@ -274,7 +251,10 @@ def open_sources(
     min_length: int,
     max_length: int,
     vocabulary: int,
-    most: int,
+    max_tokens: int,
+    packing: bool = True,
+    validation_share: float = 0.02,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Source, Source]:
     """Training and held-out streams.
@@ -285,13 +265,16 @@ def open_sources(
         min_length: shortest sequence that will be asked for.
         max_length: longest sequence that will be asked for.
         vocabulary: rows of the model's embedding.
-        most: tokens that suffice for the run.
+        max_tokens: tokens that suffice for the run.
+        packing: cut sequences from documents laid end to end; otherwise one document is one sequence.
+        validation_share: share of the tokens held out; 0, with packing: none, both streams are all of the text.
+        seed: of the order of documents.
         progress: told the number of tokens read.
 
     Raises:
         DistilError: no text, too little of it, or ids that the model does not know.
     """
-    documents, made = tokenise(read_records(options), tokenizer, most, progress)
+    documents, made = tokenise(read_records(options), tokenizer, max_tokens, progress)
     if not documents:
         raise DistilError(f"--data {options.data}: no text in it; expected at least {min_length} tokens")
     largest = max(int(d.max()) for d in documents)
@@ -300,30 +283,30 @@ def open_sources(
             f"--data {options.data}: token id {largest} is beyond the model's {vocabulary} embeddings; the tokenizer "
             "(or the stored input_ids) belongs to another model, give the right one with --tokenizer"
         )
-    order = np.random.default_rng(options.seed).permutation(len(documents))
+    order = np.random.default_rng(seed).permutation(len(documents))
     documents = [documents[i] for i in order]
     total = sum(map(len, documents))
     what = f"{options.data}: {len(documents)} documents, {total:,} tokens"
-    if not options.packing:
+    if not packing:
         long = [d for d in documents if len(d) >= min_length]
         if len(long) < 2:
             raise DistilError(
                 f"--data {options.data}: with --no-packing at least 2 documents of {min_length} tokens are needed, "
                 f"found {len(long)} (longest: {max(map(len, documents))}); lower --min-length or leave packing on"
             )
-        held = max(1, round(options.validation_share * len(long)))
+        held = max(1, round(validation_share * len(long)))
         return Documents(long[held:], what), Documents(long[:held], f"{what}, held out")
     end = getattr(made, "eos_token_id", None)
     gap = [np.asarray([end], np.uint32)] if isinstance(end, int) and end < vocabulary else []
     tokens = np.concatenate([piece for d in documents for piece in (d, *gap)])
-    if options.validation_share == 0:
+    if validation_share == 0:
         if len(tokens) < min_length:
             raise DistilError(
                 f"--data {options.data}: too little text: {len(tokens):,} tokens, but the shortest sequences have "
                 f"{min_length:,}; give more text"
             )
         return PackedTokens(tokens, what), PackedTokens(tokens, what)
-    held = max(round(options.validation_share * len(tokens)), min(max_length, len(tokens) // 5))
+    held = max(round(validation_share * len(tokens)), min(max_length, len(tokens) // 5))
     if min(held, len(tokens) - held) < min_length:
         raise DistilError(
             f"--data {options.data}: too little text: {len(tokens):,} tokens, of which {held:,} are held out for "

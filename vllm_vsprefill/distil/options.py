@@ -1,73 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Settings of one training run: one validated model, stored with the run so that it can be resumed exactly."""
+"""Options of training and calibration: each is a validated field, and an option of the command line by its name.
+
+Imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_vsprefill.command_line import option_problems
 from vllm_vsprefill.distil.errors import DistilError
 
-Inputs = Literal["kv", "k", "v", "q", "kq", "kvq"]
 Loss = Literal["kl", "mse", "cosine"]
 Target = Literal["mass", "peak", "mixed"]
+Metric = Literal["mass", "strong"]
 
 # May differ between a run and its continuation.
-FREE_ON_RESUME = frozenset({"save_every", "device", "calibrate"})
+FREE_ON_RESUME = frozenset({"save_every", "calibrate"})
 
 
-class StudentOptions(BaseModel):
+def _letters(value: Any) -> Any:
+    return value.replace("+", "").replace(",", "").lower() if isinstance(value, str) else value
+
+
+def _numbers(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(int(part) for part in value.replace(" ", "").split(","))
+    except ValueError:
+        raise ValueError(f"expected whole numbers with commas between them, found {value!r}") from None
+
+
+# "k+v" and "kv" are the same.
+Inputs = Annotated[Literal["kv", "k", "v", "q", "kq", "kvq"], BeforeValidator(_letters)]
+Chunks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_numbers), Field(min_length=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudentOptions(_Frozen):
     """What one indexer reads, how wide it is and what it learns."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: Inputs = Field("kv", description="What the indexer reads of a token; the server computes 'kv' only.")
-    hidden_size: Annotated[int, Field(ge=1, le=65536)] = Field(1024, description="Width between the two linear layers.")
+    inputs: Inputs = Field(
+        "kv", description="What the indexer reads of a token: kv, or k, v, q, kq, kvq to compare (not servable)."
+    )
+    hidden_size: int = Field(1024, ge=1, le=65536, description="Width of the indexer, between its two linear layers.")
     loss: Loss = Field("kl", description="Distance between the true and the predicted distribution.")
-    target: Target = Field("mass", description="What a column is worth: its total, its largest probability, or both.")
-    peak_power: Annotated[float, Field(gt=0, le=16)] = Field(
+    target: Target = Field(
+        "mass", description="Worth of a column: mass (its total), peak (its largest probability) or mixed."
+    )
+    peak_power: float = Field(
         1.0,
+        gt=0,
+        le=16,
         description="Power that peaks are raised to: above 1, few columns with high peaks outweigh many with low ones.",
     )
-    exclude_window: Annotated[int, Field(ge=0)] = Field(
-        0, description="Diagonals below this do not count in the targets: the local window keeps them in any case."
+    exclude_window: int = Field(
+        0,
+        ge=0,
+        description="Diagonals below this do not count in the targets: the local window keeps them in any case.",
     )
 
 
-class TrainOptions(BaseModel):
-    """Settings of a training run, besides the indexer's own. Lengths in tokens."""
+class TrainOptions(_Frozen):
+    """Settings of a training run, stored with it so that it can be resumed exactly. Lengths in tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    student: StudentOptions = StudentOptions()
-    max_length: Annotated[int, Field(ge=16)] = 32768
-    min_length: Annotated[int, Field(ge=16)] = 2048
-    # Rows of one prefill chunk as servers cut prompts; 0 is the whole sequence.
-    chunk_lengths: tuple[Annotated[int, Field(ge=0)], ...] = Field((2048, 8192, 0), min_length=1)
-    chunks_per_sequence: Annotated[int, Field(ge=1)] = 4
-    steps: Annotated[int, Field(ge=1)] = 1000
-    accumulation: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    final_share: Annotated[float, Field(ge=0, le=1)] = 0.02
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    validate_every: Annotated[int, Field(ge=1)] = 100
-    validation_sequences: Annotated[int, Field(ge=1)] = 4
-    density: Annotated[float, Field(gt=0, le=1)] = 0.1
-    patience: Annotated[int, Field(ge=0)] = 0
-    save_every: Annotated[int, Field(ge=1)] = 100
-    device: str | None = None
-    calibrate: bool = True
+    student: StudentOptions = Field(StudentOptions(), description="Indexer")
+    max_length: int = Field(32768, ge=16, description="Longest sequence, in tokens.")
+    min_length: int = Field(
+        default_factory=lambda earlier: min(2048, earlier["max_length"]),
+        ge=16,
+        description="Shortest sequence; lengths are the longest and its halves. By default 2048.",
+    )
+    chunk_lengths: Chunks = Field(
+        (2048, 8192, 0), description="Prefill chunks that targets are made for, in tokens; 0 is the whole sequence."
+    )
+    chunks_per_sequence: int = Field(4, ge=1, description="Chunks of each sequence that are learnt from.")
+    steps: int = Field(1000, ge=1, description="Optimiser steps.")
+    accumulation: int = Field(1, ge=1, description="Sequences per step and process.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak of the cosine schedule.")
+    warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    final_share: float = Field(0.02, ge=0, le=1, description="Share of the peak that the rate falls to.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    seed: int = Field(0, ge=0, description="Of weights, order of documents, lengths and chunks.")
+    compute_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Of the indexer's products; by default bfloat16 on CUDA, float32 elsewhere."
+    )
+    validate_every: int = Field(100, ge=1, description="Steps between validations.")
+    validation_sequences: int = Field(4, ge=1, description="Sequences of a validation.")
+    density: float = Field(0.1, gt=0, le=1, description="Density at which validation reports recall.")
+    patience: int = Field(0, ge=0, description="Stop after this many validations without a better one; 0: never.")
+    save_every: int = Field(100, ge=1, description="Steps between states that --resume can go on from.")
+    calibrate: bool = Field(True, description="Calibrate the presets' thresholds at the end.")
 
     @model_validator(mode="after")
     def _check(self) -> TrainOptions:
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) must not exceed max_length ({self.max_length})")
         return self
+
+    def on(self, device: str) -> TrainOptions:
+        """These options with what depends on the type of the device, ``cuda`` or another one."""
+        dtype = self.compute_dtype or ("bfloat16" if device == "cuda" else "float32")
+        return self.model_copy(update={"compute_dtype": dtype})
+
+    def shortened(self, length: int) -> TrainOptions:
+        """These options with sequences of at most ``length`` tokens."""
+        longest = min(self.max_length, length)
+        return self.model_copy(update={"max_length": longest, "min_length": min(self.min_length, longest)})
 
     def lengths(self) -> list[int]:
         """Sequence lengths that are drawn: the longest and its halves down to the shortest."""
@@ -86,6 +133,87 @@ class TrainOptions(BaseModel):
         ]
 
 
+class ModelOptions(_Frozen):
+    """Which model, and how it is loaded."""
+
+    model: str = Field(description="The model that the indexer is for: Hugging Face id or folder.")
+    tokenizer: str | None = Field(None, description="Tokenizer, if not the model's.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Of the model's weights.")
+    device: str | None = Field(None, description="cuda, cuda:N or cpu; by default what there is.")
+
+
+class DataOptions(_Frozen):
+    """Where text comes from and how it is read."""
+
+    data: str = Field(
+        description="Text file, .jsonl file, folder of such files, id of a Hugging Face dataset, or 'synthetic' for "
+        "generated long documents."
+    )
+    text_field: str = Field("text", description="Column or key that holds the text.")
+    split: str = Field("train", description="Split of a dataset.")
+    subset: str | None = Field(None, description="Configuration of a dataset.")
+
+
+class Packing(_Frozen):
+    """How text becomes sequences to train with."""
+
+    packing: bool = Field(True, description="Cut sequences from documents laid end to end.")
+    validation_share: float = Field(0.02, gt=0, lt=1, description="Share of the text that is held out.")
+
+
+class TrainCommand(_Frozen):
+    """Options of ``vsprefill train``."""
+
+    out: Path = Field(description="Folder for the checkpoint, the run's state, logs and report.")
+    resume: bool = Field(False, description="Go on with the run in --out, exactly.")
+    dry_run: bool = Field(False, description="Print parameters, memory and time, and stop.")
+    model: ModelOptions = Field(description="Model")
+    data: DataOptions = Field(description="Data")
+    packing: Packing = Field(Packing(), description="Sequences")
+    run: TrainOptions = Field(TrainOptions(), description="Training")
+
+
+class CalibrateOptions(_Frozen):
+    """What thresholds are to reach, and what that is measured on. Lengths in tokens."""
+
+    recall: float | None = Field(None, gt=0, le=1, description="Share of the true attention that every layer reaches.")
+    density: float | None = Field(None, gt=0, le=1, description="Share of the causal entries that are kept.")
+    preset: Literal["accurate", "balanced", "fast"] | None = Field(
+        None, description="Preset to set; all with their default recalls if neither a recall nor a density is given."
+    )
+    per_head: bool = Field(False, description="Thresholds for each KV head.")
+    metric: Metric = Field(
+        "mass", description="What recall counts: mass, or strong (entries weigh as much as their probability)."
+    )
+    length: int = Field(32768, ge=1, description="Tokens of a sequence.")
+    sequences: int = Field(8, ge=1, description="Sequences.")
+    chunk_lengths: Chunks = Field((2048, 8192), description="Prefill chunks, in tokens, in turns; 0: whole.")
+    rows: int = Field(32, ge=1, description="Rows sampled of each chunk.")
+    seed: int = Field(0, ge=0, description="Of the sampled rows.")
+    platform: Literal["cuda", "cpu"] | None = Field(
+        None, description="Where it will be served: tile sizes differ; by default the device it runs on."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrateOptions:
+        if self.recall is not None and self.density is not None:
+            raise ValueError("give either --recall or --density, not both")
+        if (self.recall is not None or self.density is not None) and self.preset is None:
+            raise ValueError(
+                "with --recall or --density say which preset it is for: --preset accurate, balanced or fast"
+            )
+        return self
+
+
+class CalibrateCommand(_Frozen):
+    """Options of ``vsprefill calibrate``."""
+
+    checkpoint: Path = Field(description="Folder of the indexer; its thresholds are replaced.")
+    model: ModelOptions = Field(description="Model")
+    data: DataOptions = Field(description="Data")
+    goal: CalibrateOptions = Field(CalibrateOptions(), description="Goal")
+
+
 def train_options(student: dict[str, Any], **values: Any) -> TrainOptions:
     """Options from loose values.
 
@@ -95,16 +223,5 @@ def train_options(student: dict[str, Any], **values: Any) -> TrainOptions:
     try:
         return TrainOptions.model_validate({"student": student, **values})
     except ValidationError as error:
-        lines = [f"  - {problem}" for problem in option_problems(error)]
+        lines = [f"  - {problem}" for problem in option_problems(TrainOptions, error)]
         raise DistilError("options that cannot be used:\n" + "\n".join(lines)) from None
-
-
-def option_problems(error: ValidationError) -> list[str]:
-    """What is wrong with some options, each by the name of its command-line option."""
-    found = []
-    for detail in error.errors(include_url=False):
-        names = [str(part) for part in detail["loc"] if part != "student" and not isinstance(part, int)]
-        given = f", found {detail['input']!r}" if names else ""
-        flag = "--" + "-".join(names).replace("_", "-") + ": " if names else ""
-        found.append(f"{flag}{detail['msg'].removeprefix('Value error, ')}{given}")
-    return found

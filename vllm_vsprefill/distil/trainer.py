@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vllm_vsprefill.checkpoint import CheckpointConfig, Thresholds, save_checkpoint
+from vllm_vsprefill.command_line import option_problems
 from vllm_vsprefill.distil import state
 from vllm_vsprefill.distil.calibrate import (
     DEFAULT_GOALS,
@@ -37,7 +38,7 @@ from vllm_vsprefill.distil.data import Ids, Source
 from vllm_vsprefill.distil.distiller import Distiller
 from vllm_vsprefill.distil.errors import INSTALL, DistilError
 from vllm_vsprefill.distil.model import Teacher
-from vllm_vsprefill.distil.options import TrainOptions, option_problems
+from vllm_vsprefill.distil.options import TrainOptions
 from vllm_vsprefill.distil.student import Student
 from vllm_vsprefill.distil.targets import draw_ranges
 from vllm_vsprefill.distil.validate import DENSITIES, Validation, validate
@@ -113,6 +114,7 @@ class Trainer:
         resume: bool = False,
         log: Callable[[str], None] = print,
     ) -> None:
+        options = options.on(teacher.device.type)
         self.options, self.teacher, self.train_source, self.held_out = options, teacher, train, held_out
         self.out, self.accelerator = out, accelerator
         self.main = bool(accelerator.is_main_process)
@@ -129,7 +131,7 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=teacher.device.type == "cuda",
         )
-        self.distiller = Distiller(teacher, [self.student], getattr(torch, options.compute_dtype))
+        self.distiller = Distiller(teacher, [self.student], getattr(torch, str(options.compute_dtype)))
         self.progress = Progress()
         self._identity = {
             "data": train.identity(),
@@ -151,9 +153,10 @@ class Trainer:
         try:
             stored = TrainOptions.model_validate(found["options"])
         except ValidationError as error:
+            differing = "; ".join(option_problems(TrainOptions, error))
             raise DistilError(
-                f"--resume: another version of this package wrote the state in {self.out} "
-                f"({'; '.join(option_problems(error))}); go on with that one, or start anew in another folder"
+                f"--resume: another version of this package wrote the state in {self.out} ({differing}); go on "
+                "with that one, or start anew in another folder"
             ) from None
         problems = self.options.differences(stored)
         fingerprint = self.teacher.fingerprint.model_dump(mode="json")
@@ -484,7 +487,7 @@ class Trainer:
                     chunks_per_sequence=self.options.chunks_per_sequence,
                     min_seq_len=MIN_SEQ_LEN,
                     seed=self.options.seed,
-                    dtype=getattr(torch, self.options.compute_dtype),
+                    dtype=getattr(torch, str(self.options.compute_dtype)),
                 ),
                 DEFAULT_GOALS,
                 per_head=False,
