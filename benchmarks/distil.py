@@ -522,9 +522,8 @@ def quality(
 @app.command()
 def check(length: Annotated[int, typer.Option()] = 3000) -> None:
     """Compare what capture and the target kernels give on this device with plain PyTorch on the same tensors."""
+    from vllm_vsprefill.distil.mass import cpu as mass
     from vllm_vsprefill.distil.targets import Range, TargetKind, compute
-    from vllm_vsprefill.kernels.mass import chunked as mass
-    from vllm_vsprefill.kernels.peak import chunked as peak
 
     teacher = load(str(environment.NEEDLE_MODEL), DEVICE)
     ids = torch.from_numpy(Prompts(5).sequence(0, length))
@@ -535,7 +534,7 @@ def check(length: Annotated[int, typer.Option()] = 3000) -> None:
         rows: dict[str, Any] = {"scale": call.scale, "row_start": part.start, "row_end": part.end}
         found = compute(call, part, [TargetKind("mass", 0), TargetKind("peak", 64)])
         columns, diagonals = mass.mass_sums(call.q, call.k, **rows)
-        peaks = peak.column_weights(call.q, call.k, min_distance=64, **rows)
+        peaks = mass.column_weights(call.q, call.k, min_distance=64, **rows)
         peaks = peaks / peaks.sum(-1, keepdim=True)
         pairs = [
             (found[TargetKind("mass", 0)].columns, columns[:, : part.end]),

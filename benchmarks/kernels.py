@@ -30,11 +30,11 @@ import typer
 from torch import Tensor
 
 from benchmarks import environment
+from vllm_vsprefill.distil.mass import cpu as mass_cpu
+from vllm_vsprefill.distil.mass.triton import mass_sums
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.guard.triton import guard
-from vllm_vsprefill.kernels.mass import chunked
-from vllm_vsprefill.kernels.mass.triton import mass_sums
 from vllm_vsprefill.kernels.merge.naive import merge
 from vllm_vsprefill.kernels.merge.triton import Index, allocate_index, build_index, set_flags
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
@@ -431,7 +431,7 @@ def mass_row(n: int, config: Settings | None = None) -> dict[str, Any]:
     q = torch.randn(n, QUERY_HEADS, SIZE, generator=rng, device="cuda").bfloat16()
     k = torch.randn(n, KV_HEADS, SIZE, generator=rng, device="cuda").bfloat16()
     small = mass_sums(q[:2048], k[:2048], scale=SCALE, config=config)
-    expected = chunked.mass_sums(q[:2048].float(), k[:2048].float(), scale=SCALE)
+    expected = mass_cpu.mass_sums(q[:2048].float(), k[:2048].float(), scale=SCALE)
     error = max(float((a - b).norm() / b.norm()) for a, b in zip(small, expected, strict=True))
     # Any finite numbers take the same time.
     lse = torch.full((n, QUERY_HEADS), 8.0, device="cuda")

@@ -15,13 +15,12 @@ from tests.distil import tiny
 from vllm_vsprefill.distil import losses, scoring
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.distiller import Distiller
+from vllm_vsprefill.distil.mass import naive as mass
 from vllm_vsprefill.distil.model import wrap
 from vllm_vsprefill.distil.options import StudentOptions
 from vllm_vsprefill.distil.student import Student, features
 from vllm_vsprefill.distil.targets import Range, TargetKind, chunk_ranges, compute, draw_ranges, spread_ranges
 from vllm_vsprefill.indexer import VSIndexer
-from vllm_vsprefill.kernels.mass import naive as mass
-from vllm_vsprefill.kernels.peak import naive as peak
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
 
@@ -45,8 +44,8 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     columns, diagonals = mass.mass_sums(q, k, **options)
     torch.testing.assert_close(found[kinds[0]].columns, columns, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[kinds[0]].diagonals, diagonals, rtol=1e-4, atol=1e-7)
-    far = peak.column_weights(q, k, reduce="sum", min_distance=6, **options)
-    most = peak.column_weights(q, k, reduce="max", min_distance=6, **options)
+    far = mass.column_weights(q, k, reduce="sum", min_distance=6, **options)
+    most = mass.column_weights(q, k, reduce="max", min_distance=6, **options)
     far, most = (x / x.sum(-1, keepdim=True) for x in (far, most))
     torch.testing.assert_close(found[kinds[1]].columns, far, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[kinds[2]].columns, most, rtol=1e-4, atol=1e-7)

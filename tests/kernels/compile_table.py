@@ -34,15 +34,14 @@ from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_vsprefill.distil.mass import triton as mass_module
 from vllm_vsprefill.kernels import launch as launch_module
 from vllm_vsprefill.kernels import settings as settings_module
 from vllm_vsprefill.kernels.attend import triton as attend_module
 from vllm_vsprefill.kernels.forget import triton as forget_module
 from vllm_vsprefill.kernels.guard import triton as guard_module
-from vllm_vsprefill.kernels.mass import triton as mass_module
 from vllm_vsprefill.kernels.merge import triton as merge_module
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV
-from vllm_vsprefill.kernels.peak import triton as peak_module
 from vllm_vsprefill.kernels.sampled import triton as sampled_module
 from vllm_vsprefill.kernels.score import triton as score_module
 from vllm_vsprefill.kernels.select import triton as select_module
@@ -172,8 +171,8 @@ def mass(size: int, dtype: str, group: int) -> None:
 def peak(size: int, dtype: str, group: int) -> None:
     _, q = _paged(size, dtype, group)
     k, lse = q[:, :HEADS].contiguous(), torch.zeros(q.shape[:2])  # given, the kernel for it is compiled for mass
-    peak_module.column_weights(q, k, scale=0.1, lse=lse, reduce="max")
-    peak_module.column_weights(q, k, scale=0.1, lse=lse, reduce="sum")
+    mass_module.column_weights(q, k, scale=0.1, lse=lse, reduce="max")
+    mass_module.column_weights(q, k, scale=0.1, lse=lse, reduce="sum")
 
 
 def others(block_q: int, block_k: int, logits: str) -> None:
@@ -194,7 +193,7 @@ OPERATIONS: dict[str, Callable[..., None]] = {
     "attend": attend, "score": score, "sampled": sampled, "mass": mass, "peak": peak, "others": others,
 }  # fmt: skip
 MODULES = (
-    attend_module, forget_module, guard_module, mass_module, merge_module, peak_module, sampled_module, score_module,
+    attend_module, forget_module, guard_module, mass_module, merge_module, sampled_module, score_module,
     select_module,
 )  # fmt: skip
 

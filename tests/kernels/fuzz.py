@@ -45,19 +45,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import environment
+from vllm_vsprefill.distil.mass import naive as naive_mass
+from vllm_vsprefill.distil.mass.triton import column_weights, mass_sums
 from vllm_vsprefill.kernels.attend import naive as naive_attend
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget import naive as naive_forget
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.guard.naive import causal_pairs, expected_density
 from vllm_vsprefill.kernels.guard.triton import guard
-from vllm_vsprefill.kernels.mass import naive as naive_mass
-from vllm_vsprefill.kernels.mass.triton import mass_sums
 from vllm_vsprefill.kernels.merge import naive as naive_merge
 from vllm_vsprefill.kernels.merge.triton import NONE, RANK, Index, allocate_index, build_index, set_flags
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
-from vllm_vsprefill.kernels.peak import naive as naive_peak
-from vllm_vsprefill.kernels.peak.triton import column_weights
 from vllm_vsprefill.kernels.sampled import naive as naive_sampled
 from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
 from vllm_vsprefill.kernels.score import naive as naive_score
@@ -989,7 +987,7 @@ def run_peak(config: Params, rng: random.Random, gen: torch.Generator, check: Ch
     told["min_distance"] = near
     options |= {"reduce": "max" if config["maximum"] else "sum", "min_distance": near}
     found = column_weights(q, k, **options, lse=lse, config=tiles)
-    check_mass(check, options["reduce"], found, naive_peak.column_weights(q, k, **options))
+    check_mass(check, options["reduce"], found, naive_mass.column_weights(q, k, **options))
     check.by_naive += 1
 
 

@@ -27,12 +27,11 @@ try:
         # The first launch imports this, and it looks at the variable.
         import triton.experimental.gluon
 
+        import vllm_vsprefill.distil.mass.triton
         import vllm_vsprefill.kernels.attend.triton
         import vllm_vsprefill.kernels.forget.triton
         import vllm_vsprefill.kernels.guard.triton
-        import vllm_vsprefill.kernels.mass.triton
         import vllm_vsprefill.kernels.merge.triton
-        import vllm_vsprefill.kernels.peak.triton
         import vllm_vsprefill.kernels.sampled.triton
         import vllm_vsprefill.kernels.score.triton
         import vllm_vsprefill.kernels.select.triton

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vllm_vsprefill.distil.mass.naive import mass_sums
 from vllm_vsprefill.kernels import sampled as package
-from vllm_vsprefill.kernels.mass.naive import mass_sums
 from vllm_vsprefill.kernels.sampled import cpu, naive
 
 Sampled = Callable[..., tuple[Tensor, Tensor]]

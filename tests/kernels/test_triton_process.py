@@ -18,7 +18,7 @@ from tests.kernels.interpreted import USABLE
 @pytest.mark.skipif(USABLE, reason="they run in this process")
 def test_kernels_under_the_interpreter() -> None:
     here = Path(__file__).resolve().parent
-    names = sorted(str(path) for path in here.glob("test_triton_*.py") if path.name != Path(__file__).name)
+    names = sorted(str(path) for path in here.parent.glob("*/test_triton_*.py") if path.name != Path(__file__).name)
     environ = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     done = subprocess.run(command, cwd=here.parent.parent, env=environ, capture_output=True, text=True, check=False)

@@ -72,8 +72,7 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
     Diagonals are weighed by mass in all of them.
     """
     if call.q.is_cuda:
-        from vllm_vsprefill.kernels.mass import triton as mass
-        from vllm_vsprefill.kernels.peak import triton as peak
+        from vllm_vsprefill.distil.mass import triton as mass
 
         known: dict[str, Any] = {"lse": None if call.lse is None else call.lse[: part.end]}
         kinds = tuple(kinds)
@@ -81,8 +80,7 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
         plain = any(kind.name != "peak" and not 0 < kind.exclude_window < part.end for kind in kinds)
         only: dict[str, Any] = {"with_columns": plain}
     else:
-        from vllm_vsprefill.kernels.mass import cpu as mass  # type: ignore[no-redef]
-        from vllm_vsprefill.kernels.peak import cpu as peak  # type: ignore[no-redef]
+        from vllm_vsprefill.distil.mass import cpu as mass  # type: ignore[no-redef]
 
         known, only = {}, {}
     q, k = call.q[: part.end], call.k[: part.end]
@@ -92,7 +90,7 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
 
     def columns(reduce: Any, near: int, power: float = 1.0) -> Tensor:
         if (reduce, near) not in made:
-            made[reduce, near] = peak.column_weights(q, k, reduce=reduce, min_distance=near, **rows)
+            made[reduce, near] = mass.column_weights(q, k, reduce=reduce, min_distance=near, **rows)
         weights = made[reduce, near]
         if power != 1:
             # Relative to the largest: the powers of small probabilities do not vanish all at once.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Streaming mass sums against the plain reference."""
+"""Streaming sums and maxima against the plain reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
-from vllm_vsprefill.kernels.mass import naive
-from vllm_vsprefill.kernels.mass.triton import mass_sums
+from vllm_vsprefill.distil.mass import naive
+from vllm_vsprefill.distil.mass.triton import column_weights, mass_sums
 from vllm_vsprefill.kernels.settings import Settings
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
@@ -58,3 +58,38 @@ def test_bad_arguments_are_named() -> None:
         mass_sums(q.double(), k.double(), scale=1.0)
     with pytest.raises(ValueError, match=r"^row_start and row_end"):
         mass_sums(q, k, scale=1.0, row_start=5, row_end=5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_equal_the_reference(seed: int) -> None:
+    choose, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+    heads, group, size = choose.randint(1, 2), choose.choice([1, 2, 3, 4, 7, 8]), choose.choice([16, 24, 64])
+    n = choose.choice([1, 17, choose.randint(1, 200)])
+    start = choose.choice([0, choose.randrange(n)])
+    end = choose.choice([None, choose.randint(start + 1, n)])
+    near = choose.choice([0, 1, choose.randint(0, n + 3)])
+    reduce = choose.choice(["max", "sum"])
+    dtype = choose.choice([torch.float32, torch.float16, torch.bfloat16])
+    q = torch.randn(n, heads * group, size, generator=rng).to(dtype).to(DEVICE)
+    k = torch.randn(n, heads, size, generator=rng).to(dtype).to(DEVICE)
+    lse = None
+    if choose.random() < 0.5:
+        logits = torch.einsum("thd,nhd->htn", q.double(), k.double().repeat_interleave(group, 1)) * 0.3
+        future = torch.ones(n, n, dtype=torch.bool, device=DEVICE).triu(1)
+        lse = logits.masked_fill(future, float("-inf")).logsumexp(-1).T.float()
+        # Rows outside the range are not read.
+        lse[:start] = float("nan")
+    config = Settings(choose.choice([16, 32, 64]), choose.choice([16, 32, 64]), 4, 1)
+    options = {"scale": 0.3, "reduce": reduce, "min_distance": near, "row_start": start, "row_end": end}
+    found = column_weights(q, k, **options, lse=lse, config=config)
+    torch.testing.assert_close(found, naive.column_weights(q, k, **options), rtol=2e-4, atol=1e-7)
+
+
+def test_bad_arguments_of_weights_are_named() -> None:
+    q, k = torch.zeros(10, 4, 16, device=DEVICE), torch.zeros(10, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^lse has shape"):
+        column_weights(q, k, scale=1.0, lse=torch.zeros(10, 3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"^q must have dtype"):
+        column_weights(q.double(), k.double(), scale=1.0)
+    with pytest.raises(ValueError, match=r"^min_distance must be"):
+        column_weights(q, k, scale=1.0, min_distance=-1)

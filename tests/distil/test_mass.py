@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""True attention mass along columns and diagonals."""
+"""True attention along columns and diagonals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_vsprefill.kernels import mass as package
-from vllm_vsprefill.kernels.mass import cpu, naive
+from vllm_vsprefill.distil.mass import cpu, naive
 
 MassSums = Callable[..., tuple[Tensor, Tensor]]
 BOTH = pytest.mark.parametrize("mass_sums", [naive.mass_sums, cpu.mass_sums], ids=["naive", "cpu"])
@@ -124,10 +123,6 @@ def test_diagonal_sums() -> None:
     assert cpu.diagonal_sums(probs, 2).tolist() == [3 + 7, 2 + 6, 1 + 5, 4]
 
 
-def test_the_package_offers_the_fast_version() -> None:
-    assert package.mass_sums is cpu.mass_sums
-
-
 Q, K = random_qk(10)
 
 
@@ -151,3 +146,62 @@ Q, K = random_qk(10)
 def test_bad_argument_is_named(mass_sums: MassSums, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mass_sums(**{"q": Q, "k": K, "scale": 1.0, **bad})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# columns over rows that are far enough behind
+
+ColumnWeights = Callable[..., Tensor]
+BOTH_WEIGHTS = pytest.mark.parametrize(
+    "column_weights", [naive.column_weights, cpu.column_weights], ids=["naive", "cpu"]
+)
+
+
+@BOTH_WEIGHTS
+@given(n=st.integers(1, 150), heads=st.integers(1, 2), group=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+def test_definition_of_weights(
+    column_weights: ColumnWeights, n: int, heads: int, group: int, seed: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, n - 1))
+    end = data.draw(st.integers(start + 1, n))
+    near = data.draw(st.integers(0, n + 2))
+    q, k = random_qk(n, heads, group, seed=seed)
+    logits = torch.einsum("thd,nhd->htn", q.double(), k.double().repeat_interleave(group, 1)) * 0.3
+    position = torch.arange(n)
+    distance = position[:, None] - position
+    probs = logits.masked_fill(distance < 0, float("-inf")).softmax(-1)
+    probs = torch.where(distance >= near, probs, 0.0)[:, start:end].unflatten(0, (heads, group))
+    options = {"scale": 0.3, "min_distance": near, "row_start": start, "row_end": end}
+    largest, total = probs.amax((1, 2)).float(), (probs.sum((1, 2)) / (group * (end - start))).float()
+    torch.testing.assert_close(column_weights(q, k, reduce="max", **options), largest, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(column_weights(q, k, reduce="sum", **options), total, rtol=1e-5, atol=1e-7)
+
+
+@BOTH_WEIGHTS
+def test_sums_of_all_rows_are_the_mass_sums(column_weights: ColumnWeights) -> None:
+    q, k = random_qk(90)
+    expected = naive.mass_sums(q, k, scale=0.2, row_start=10)[0]
+    torch.testing.assert_close(column_weights(q, k, scale=0.2, reduce="sum", row_start=10), expected)
+
+
+def test_a_key_that_one_row_asks_for_has_the_largest_maximum_and_a_small_sum() -> None:
+    n, size = 128, 16
+    q, k = torch.zeros(n, 1, size), torch.zeros(n, 1, size)
+    k[20, 0, 0] = q[100, 0, 0] = 6.0
+    largest = cpu.column_weights(q, k, scale=1.0, min_distance=16)[0]
+    total = cpu.column_weights(q, k, scale=1.0, reduce="sum", min_distance=16)[0]
+    assert largest.argmax() == 20
+    assert largest[20] > 0.99
+    assert largest[20] > 10 * largest[0]
+    assert total[20] < 1.5 * total[0]
+
+
+@BOTH_WEIGHTS
+def test_bad_arguments_of_weights_are_named(column_weights: ColumnWeights) -> None:
+    q, k = random_qk(8)
+    with pytest.raises(ValueError, match=r"^reduce must be"):
+        column_weights(q, k, scale=1.0, reduce="mean")
+    with pytest.raises(ValueError, match=r"^min_distance must be"):
+        column_weights(q, k, scale=1.0, min_distance=True)
+    with pytest.raises(ValueError, match=r"^row_start and row_end"):
+        column_weights(q, k, scale=1.0, row_start=8)

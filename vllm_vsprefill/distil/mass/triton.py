@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""True attention mass along columns and diagonals, streaming, for CUDA devices.
+"""True attention along columns and diagonals, streaming, for CUDA devices.
 
 With the log-sum-exp of the rows known, a probability needs nothing but its own logit, so sums can be taken in any
 order. Two kernels compute the logits once each: one owns a block of keys and walks down the rows; the other owns a
 band of diagonals and walks down the rows with its keys moving along, so that an element of its tile always stands for
 the same distance. Both add tiles element by element in registers and reduce once at the end: no atomic additions, the
-same result every time, memory O(n).
+same result every time, memory O(n). A third one takes columns over the rows that are far enough behind a key; a maximum
+is taken over logarithms and needs one exponential per column.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_tensor
-from ..launch import cdiv, next_power_of_2
-from ..paged import QUERY_DTYPES, check_device, is_interpreted
-from ..settings import Settings, padded, settings
-from .naive import check_mass
+from vllm_vsprefill.distil.mass.naive import Reduce, check_mass, check_weights
+from vllm_vsprefill.kernels.checks import check_tensor
+from vllm_vsprefill.kernels.launch import cdiv, next_power_of_2
+from vllm_vsprefill.kernels.paged import QUERY_DTYPES, check_device, is_interpreted
+from vllm_vsprefill.kernels.settings import Settings, padded, settings
 
 
 @triton.jit
@@ -163,6 +165,47 @@ def _band_kernel(
     tl.store(p_bands + b_place, b_band)
 
 
+@triton.jit(do_not_specialize=["n", "row_start", "row_end", "min_distance"])
+def _weight_kernel(
+    p_q, p_k, p_lse, p_out, scale, norm, n, row_start, row_end, min_distance,
+    stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_lse_row, stride_lse_head,
+    GROUP: tl.constexpr, PACK: tl.constexpr, POSITIONS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, UPCAST: tl.constexpr, MAXIMUM: tl.constexpr,
+):  # fmt: skip
+    """Maxima or sums of ``BN`` columns over the rows at least ``min_distance`` behind."""
+    i_j, i_h = tl.program_id(0) * BN, tl.program_id(1)
+    o_m, o_d, o_n = tl.arange(0, POSITIONS * PACK), tl.arange(0, BD), tl.arange(0, BN)
+    b_j = i_j + o_n
+    b_k = _keys(p_k + i_h.to(tl.int64) * stride_k_head, b_j, b_j < n, stride_k_row, o_d, D, UPCAST)
+    b_acc = tl.full([POSITIONS * PACK, BN], float("-inf") if MAXIMUM else 0.0, tl.float32)
+    first = tl.maximum(row_start, i_j + min_distance) // POSITIONS * POSITIONS
+    # From here on every row of a tile is far enough behind every key of the block.
+    inner = tl.minimum(tl.maximum(first, tl.cdiv(i_j + BN + min_distance, POSITIONS) * POSITIONS), row_end)
+    for i_0 in range(first, inner, POSITIONS):
+        b_q, b_lse = _rows(
+            p_q, p_lse, i_0, i_h, row_start, row_end, stride_q_row, stride_q_head, stride_lse_row, stride_lse_head,
+            o_m, o_d, GROUP, PACK, D, UPCAST,
+        )  # fmt: skip
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]
+        m_s = b_j[None, :] + min_distance <= (i_0 + o_m // PACK)[:, None]
+        if MAXIMUM:
+            b_acc = tl.maximum(b_acc, tl.where(m_s, b_s, float("-inf")))
+        else:
+            b_acc += tl.where(m_s, tl.math.exp2(b_s), 0.0)
+    for i_0 in range(tl.cdiv(inner, POSITIONS) * POSITIONS, row_end, POSITIONS):
+        b_q, b_lse = _rows(
+            p_q, p_lse, i_0, i_h, row_start, row_end, stride_q_row, stride_q_head, stride_lse_row, stride_lse_head,
+            o_m, o_d, GROUP, PACK, D, UPCAST,
+        )  # fmt: skip
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]
+        if MAXIMUM:
+            b_acc = tl.maximum(b_acc, b_s)
+        else:
+            b_acc += tl.math.exp2(b_s)
+    b_out = tl.math.exp2(tl.max(b_acc, 0)) if MAXIMUM else tl.sum(b_acc, 0) * norm
+    tl.store(p_out + i_h.to(tl.int64) * n + b_j, b_out, mask=b_j < n)
+
+
 @triton.jit(do_not_specialize=["n", "width"])
 def _diagonal_kernel(
     p_bands, p_diagonals, norm, n, width, POSITIONS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr
@@ -194,6 +237,57 @@ def check_tensors(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         if lse.shape != q.shape[:2] or lse.device != q.device:
             raise ValueError(f"lse has shape {tuple(lse.shape)} on {lse.device}, expected {tuple(q.shape[:2])}")
     check_device("q", q)
+
+
+class _Launch(NamedTuple):
+    """What the kernels of one call share."""
+
+    lse: Tensor
+    positions: int
+    block_n: int
+    scale: float  # of logits to the base 2
+    norm: float
+    strides: tuple[int, ...]
+    shape: dict[str, Any]
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    row_start: int,
+    end: int,
+    lse: Tensor | None,
+    config: Settings | None,
+    *,
+    bands: bool = False,
+) -> _Launch:
+    """Tiles of a call; computes the log-sum-exps of its rows where they are not given."""
+    n, heads, size = k.shape
+    group = q.shape[1] // heads
+    config = config or settings("mass", size, q.device, q.element_size())
+    pack = next_power_of_2(group)
+    positions = max(config.block_m // pack, 1)
+    if bands:
+        positions = min(positions, config.block_n)
+    while positions * pack < 16:
+        positions *= 2
+    given = lse is not None
+    if lse is None:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    own = _Launch(
+        lse, positions, config.block_n, scale / math.log(2), 1.0 / ((end - row_start) * group),
+        (q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), lse.stride(1)),
+        {
+            "GROUP": group, "PACK": pack, "POSITIONS": positions, "BN": config.block_n, "D": size, "BD": padded(size),
+            "UPCAST": is_interpreted() and q.dtype == torch.bfloat16, "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )  # fmt: skip
+    if not given:
+        tiles = (end - 1) // positions - row_start // positions + 1
+        _lse_kernel[(tiles, heads)](q, k, lse, own.scale, n, row_start, end, *own.strides, **own.shape)
+    return own
 
 
 def mass_sums(
@@ -229,37 +323,63 @@ def mass_sums(
     """
     end = check_mass(q, k, scale, row_start, row_end)
     check_tensors(q, k, lse)
-    n, heads, size = k.shape
-    group = q.shape[1] // heads
-    config = config or settings("mass", size, q.device, q.element_size())
-    pack = next_power_of_2(group)
-    block_n = config.block_n
-    positions = min(max(config.block_m // pack, 1), block_n)  # band 0 holds all keys behind a tile's start
-    while positions * pack < 16:
-        positions *= 2
-    compute_lse = lse is None
-    if lse is None:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    n, heads, _ = k.shape
+    # Band 0 holds all keys behind a tile's start.
+    own = _launch(q, k, scale, row_start, end, lse, config, bands=True)
     diagonals = torch.empty(heads, n, dtype=torch.float32, device=q.device)
     columns = torch.empty_like(diagonals) if with_columns else diagonals.new_empty(heads, 0)
-    num_bands = cdiv(n, block_n) + 1
-    bands = torch.empty(heads, positions, num_bands * block_n, dtype=torch.float32, device=q.device)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), lse.stride(1))
-    shape = {
-        "GROUP": group, "PACK": pack, "POSITIONS": positions, "BN": block_n, "D": size, "BD": padded(size),
-        "UPCAST": is_interpreted() and q.dtype == torch.bfloat16, "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }  # fmt: skip
-    log2_scale, norm = scale / math.log(2), 1.0 / ((end - row_start) * group)
-    if compute_lse:
-        tiles = (end - 1) // positions - row_start // positions + 1
-        _lse_kernel[(tiles, heads)](q, k, lse, log2_scale, n, row_start, end, *strides, **shape)
+    num_bands = cdiv(n, own.block_n) + 1
+    bands = torch.empty(heads, own.positions, num_bands * own.block_n, dtype=torch.float32, device=q.device)
     if with_columns:
-        _column_kernel[(cdiv(n, block_n), heads)](
-            q, k, lse, columns, log2_scale, norm, n, row_start, end, *strides, **shape
+        _column_kernel[(cdiv(n, own.block_n), heads)](
+            q, k, own.lse, columns, own.scale, own.norm, n, row_start, end, *own.strides, **own.shape
         )
-    _band_kernel[(num_bands, heads)](q, k, lse, bands, log2_scale, n, row_start, end, *strides, **shape)
+    _band_kernel[(num_bands, heads)](q, k, own.lse, bands, own.scale, n, row_start, end, *own.strides, **own.shape)
     _diagonal_kernel[(cdiv(n, 1024), heads)](
-        bands, diagonals, norm, n, bands.shape[2], POSITIONS=positions, BN=block_n, BLOCK=1024
+        bands, diagonals, own.norm, n, bands.shape[2], POSITIONS=own.positions, BN=own.block_n, BLOCK=1024
     )
     return columns, diagonals
+
+
+def column_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    reduce: Reduce = "max",
+    min_distance: int = 0,
+    row_start: int = 0,
+    row_end: int | None = None,
+    lse: Tensor | None = None,
+    config: Settings | None = None,
+) -> Tensor:
+    """Same contract as ``naive.column_weights``.
+
+    Args:
+        q: ``[n, Hq, D]``, contiguous channels; bfloat16, float16 or float32.
+        k: ``[n, Hkv, D]``, same dtype and device.
+        scale: factor on ``q . k`` before the softmax.
+        reduce: ``max`` or ``sum``.
+        min_distance: nearest distance that counts, in positions.
+        row_start: first row of the range.
+        row_end: one past the last row; None for the end of the sequence.
+        lse: float32 ``[n, Hq]``, log-sum-exp of the scaled causal logits (natural logarithm); computed if None. Only
+            rows of the range are read.
+        config: tile sizes; None for those of the table.
+
+    Returns:
+        float32 ``[Hkv, n]``.
+
+    Raises:
+        ValueError: dtype, shape, stride or device mismatch, or what ``naive.column_weights`` refuses.
+    """
+    end = check_weights(q, k, scale, reduce, min_distance, row_start, row_end)
+    check_tensors(q, k, lse)
+    n, heads, _ = k.shape
+    own = _launch(q, k, scale, row_start, end, lse, config)
+    out = torch.empty(heads, n, dtype=torch.float32, device=q.device)
+    _weight_kernel[(cdiv(n, own.block_n), heads)](
+        q, k, own.lse, out, own.scale, own.norm, n, row_start, end, min_distance, *own.strides, **own.shape,
+        MAXIMUM=reduce == "max",
+    )  # fmt: skip
+    return out
