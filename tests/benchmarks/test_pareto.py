@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The harness that compares methods of sparse prefill: masks, attention, accounting, a whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.pareto.__main__ import PLANS, expand, read_plan
+from benchmarks.pareto.chunk import Chunk, Kept, attend, dense, pairs
+from benchmarks.pareto.methods import METHODS, make
+from benchmarks.pareto.structures import Structure, smallest_set, top_keys
+
+
+def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:
+    torch.manual_seed(seed)
+    return Chunk(0, torch.randn(4, rows, 16), torch.randn(2, n, 16), torch.randn(2, n, 16), 0.5, block)
+
+
+def row_mask(c: Chunk, kept: Kept) -> Tensor:
+    """bool ``[Hq, T, n]``, straight from the definition."""
+    at = c.first + torch.arange(c.rows)
+    distance = at[:, None] - torch.arange(c.seq_len)
+    mask = kept.keys[:, torch.arange(c.rows) // c.block]
+    if kept.diagonals is not None:
+        mask = mask | kept.diagonals[:, distance.clamp(min=0)]
+    return (mask & (distance >= 0)).repeat_interleave(4 // len(mask), 0)
+
+
+def masked(c: Chunk, mask: Tensor) -> Tensor:
+    logits = (c.q @ c.k.repeat_interleave(2, 0).mT * c.scale).masked_fill(~mask, float("-inf"))
+    return logits.softmax(-1) @ c.v.repeat_interleave(2, 0)
+
+
+@pytest.mark.parametrize("lists", [2, 4])
+@pytest.mark.parametrize("diagonals", [False, True])
+def test_attention_and_pairs_follow_the_definition(lists: int, diagonals: bool) -> None:
+    c = chunk()
+    keys = (torch.rand(lists, c.blocks, c.seq_len) < 0.1) | c.nearby(20, 3)
+    kept = Kept(keys, torch.rand(lists, c.seq_len) < 0.05 if diagonals else None)
+    mask = row_mask(c, kept)
+    torch.testing.assert_close(attend(c, kept), masked(c, mask))
+    assert float(pairs(c, kept)) == pytest.approx(float(mask.sum()) / 4)
+
+
+def test_dense_is_causal_at_the_end_of_a_sequence() -> None:
+    c = chunk()
+    everything = torch.ones(2, c.blocks, c.seq_len, dtype=torch.bool)
+    torch.testing.assert_close(dense(c.q, c.k, c.v, c.scale), masked(c, row_mask(c, Kept(everything))))
+
+
+def test_a_residual_of_equal_keys_is_exact() -> None:
+    """Blocks whose keys are all alike lose nothing by their mean."""
+    c = chunk(rows=64, n=256)
+    c.k[:, :192] = c.k[:, :192].unflatten(1, (-1, 32))[:, :, :1].expand(-1, -1, 32, -1).flatten(1, 2)
+    keys = c.nearby(1, 0).expand(2, -1, -1).clone()
+    keys[:, 1, 192:224] = True  # what lies between the first block and the second is no whole block of equal keys
+    torch.testing.assert_close(attend(c, Kept(keys, residual=32)), dense(c.q, c.k, c.v, c.scale))
+
+
+def test_true_mass_is_dense_attention() -> None:
+    c = chunk()
+    probs = (c.q @ c.k.repeat_interleave(2, 0).mT * c.scale).masked_fill(
+        torch.arange(c.seq_len) > c.first + torch.arange(c.rows)[:, None], float("-inf")
+    )
+    want = probs.softmax(-1).unflatten(0, (2, 2)).mean(1)
+    want = torch.stack([part.sum(1) for part in want.split(c.block, 1)], 1)
+    torch.testing.assert_close(c.true_mass(), want)
+
+
+def test_smallest_set_and_top_keys() -> None:
+    scores = torch.tensor([[0.4, -1.0, 0.1, 0.3, 0.2]])
+    assert smallest_set(scores, torch.tensor([0.3])).tolist() == [[True, False, False, True, False]]
+    assert smallest_set(scores, torch.tensor([0.29])).tolist() == [[True, False, False, True, True]]
+    assert top_keys(scores, 2).tolist() == [[True, False, False, True, False]]
+    assert top_keys(scores, 9).tolist() == [[True, False, True, True, True]]
+
+
+def test_a_tile_chooses_what_its_mean_query_looks_at() -> None:
+    c = chunk(rows=128, n=512, block=64)
+    keys = Structure(window=16, sinks=4, keys=10, tile=64).keep(c).keys
+    near = c.nearby(16, 4)
+    for b in range(2):
+        mean = c.q[:, 64 * b : 64 * (b + 1)].mean(1)
+        logits = torch.einsum("hd,hnd->hn", mean, c.k.repeat_interleave(2, 0)) * c.scale
+        probs = logits[:, : c.first + 64 * (b + 1)].softmax(-1).unflatten(0, (2, 2)).mean(1)
+        for h in range(2):
+            score = torch.where(near[b, : probs.shape[1]], -1.0, probs[h])
+            want = near[b].clone()
+            want[score.topk(10).indices] = True
+            assert torch.equal(keys[h, b], want)
+
+
+@pytest.mark.parametrize("rule", ["floor", "left", "mass", "peak"])
+def test_rules_keep_more_as_their_level_says(rule: str) -> None:
+    c = chunk(block=64)
+    c.block = 64
+    counts = [int(Structure(window=16, sinks=4, tile=64, rule=rule, level=x).keep(c).keys.sum()) for x in (0.004, 0.5)]
+    assert counts[0] < counts[1] if rule == "mass" else counts[0] > counts[1]
+    alone = int(Structure(window=16, sinks=4, tile=64).keep(c).keys.sum())
+    assert min(counts) >= alone
+
+
+def test_scales_speak_of_layers_and_lists() -> None:
+    c = chunk(block=64)
+    kept = Structure(window=16, sinks=4, tile=64, keys=20, scales=[[0.0, 2.0]]).keep(c)
+    added = (kept.keys & ~c.nearby(16, 4)).sum(-1)
+    assert added[0].tolist() == [0] * c.blocks
+    assert added[1].tolist() == [40] * c.blocks
+
+
+@pytest.mark.parametrize("plan", sorted(path.stem for path in PLANS.glob("*.txt")))
+def test_every_line_of_a_plan_is_a_method(plan: str) -> None:
+    for line in read_plan(plan):
+        for method, layers in expand(line, 3):
+            kept = make(method).keep(chunk(rows=300, n=900, block=make(method).block))
+            assert kept is None or kept.keys.shape[2] == 900
+            assert layers is None or all(0 <= layer < 3 for layer in layers)
+
+
+def test_lines_expand() -> None:
+    assert expand("structure keys={1,2} tile={3,4} @ 0,2-3", 5) == [
+        (f"structure keys={k} tile={t}", [0, 2, 3]) for k in (1, 2) for t in (3, 4)
+    ]
+    assert expand("sampled @ except", 3) == [("sampled", [1, 2]), ("sampled", [0, 2]), ("sampled", [0, 1])]
+
+
+def test_unknown_methods_and_settings_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"unknown method 'magic'; known: .*structure"):
+        make("magic")
+    with pytest.raises(ValueError, match=r"no setting .kees.; it has: .*keys"):
+        make("structure kees=3")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+def test_a_run_with_everything_selected_is_the_stock_model(tiny: Any) -> None:
+    from benchmarks.pareto.model import Runner
+
+    tokens = torch.randint(97, (700,), generator=torch.Generator().manual_seed(1))
+    tiny.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logprobs = tiny(tokens[None]).logits[0].log_softmax(-1)
+    stock = -logprobs[200:-1].gather(1, tokens[201:, None])[:, 0]
+    runner = Runner(tiny, tokens, dense_first=200, chunk=300)
+    torch.testing.assert_close(runner.reference.nll[:-1], stock)
+    everything = runner.run(make("structure rule=floor level=0"), judge=True)
+    assert everything["density"] == pytest.approx(1)
+    assert everything["top1"] == 1
+    assert abs(everything["nll"]) < 1e-5
+    assert max(everything["layer_error"]) < 1e-5
+    little = runner.run(make("structure window=16 sinks=2"), judge=True)
+    assert little["density"] < 0.6
+    assert little["kl"] > everything["kl"]
+    assert min(little["layer_error"]) > 0.01
+    one = runner.run(make("structure window=16 sinks=2"), [1])
+    assert one["layer_density"][0] == 1 > one["layer_density"][1]
+    assert one["kl"] < little["kl"]
+
+
+def test_results_are_kept_and_not_repeated(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmarks.pareto.__main__ as command
+
+    class Words:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 97 for c in text]}
+
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder: Words())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: tiny)
+    text, plan, out = tmp_path / "text.txt", tmp_path / "plan.txt", tmp_path / "out.json"
+    text.write_text("the quick brown fox " * 40)
+    plan.write_text("structure\nmagic\n")
+    words = ["pareto", "folder", str(text), "--plan", str(plan), "--out", str(out), "--length", "600"]
+    monkeypatch.setattr("sys.argv", [*words, "--dense-first", "200", "--chunk", "300"])
+    command.main()
+    runs = json.loads(out.read_text())["runs"]
+    assert ["error" in run for run in runs] == [False, True]
+    assert "unknown method 'magic'" in runs[1]["error"]
+    runs[0]["density"] = 7.0  # would be overwritten by a second run
+    out.write_text(json.dumps({"runs": runs}))
+    command.main()
+    assert json.loads(out.read_text())["runs"][0]["density"] == 7.0
+
+
+def test_methods_have_distinct_names() -> None:
+    assert len(set(METHODS.values())) == len(METHODS)
