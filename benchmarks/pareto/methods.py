@@ -9,9 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pareto.field import Anchor, FlashPrefill, FlexPrefill, VerticalSlash, XAttention
 from benchmarks.pareto.structures import Estimator, Sampled, Structure
 
-METHODS: dict[str, type] = {"structure": Structure, "sampled": Sampled}
+METHODS: dict[str, type] = {
+    "structure": Structure,
+    "sampled": Sampled,
+    "vertical_slash": VerticalSlash,
+    "flexprefill": FlexPrefill,
+    "xattention": XAttention,
+    "anchor": Anchor,
+    "flashprefill": FlashPrefill,
+}
 
 
 def make(text: str) -> Estimator:

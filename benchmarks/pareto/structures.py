@@ -36,7 +36,14 @@ def group_scores(scores: Tensor, heads: int, how: str) -> Tensor:
 
 
 def mean_query_mass(
-    chunk: Chunk, tile: int, probes: int, heads: int, group: str = "mean", over: str = "mean"
+    chunk: Chunk,
+    tile: int,
+    probes: int,
+    heads: int,
+    group: str = "mean",
+    over: str = "mean",
+    spread: float = 0.0,
+    score: str = "bf16",
 ) -> Tensor:
     """Attention of the mean query of each part of a tile.
 
@@ -47,6 +54,9 @@ def mean_query_mass(
         heads: lists: KV heads or query heads.
         group: mean or max over the query heads of a list.
         over: mean or max over a tile's parts.
+        spread: factor on the second term of the logarithm of the mean of ``exp(q . k)`` over a part's rows: half the
+            variance of the logits, channels taken as independent. 0 leaves it out.
+        score: precision of mean query and key: the model's own, ``fp8`` (e4m3, one scale a token) or ``int4``.
 
     Returns:
         float32 ``[heads, tiles, n]``.
@@ -60,17 +70,31 @@ def mean_query_mass(
     per_list = chunk.q.shape[0] // heads
     scores = torch.empty(heads, tiles, chunk.seq_len, device=chunk.device)
     for h in range(heads):  # one list at a time keeps the logits small
-        q = chunk.q[h * per_list : (h + 1) * per_list].float()
-        q = torch.nn.functional.pad(q, (0, 0, 0, tiles * tile - chunk.rows)).unflatten(1, (-1, part)).sum(2)
-        size = (chunk.rows - rows).clamp(min=1, max=part)
-        q = (q / size[:, None]).to(chunk.k.dtype)
-        logits = (q @ chunk.k[h * per_list // chunk.group].T).float() * chunk.scale
+        rows_q = chunk.q[h * per_list : (h + 1) * per_list].float()
+        rows_q = torch.nn.functional.pad(rows_q, (0, 0, 0, tiles * tile - chunk.rows)).unflatten(1, (-1, part))
+        size = (chunk.rows - rows).clamp(min=1, max=part)[:, None]
+        mean = rows_q.sum(2) / size
+        k = chunk.k[h * per_list // chunk.group]
+        logits = (_rounded(mean.to(k.dtype), score) @ _rounded(k, score).T).float() * chunk.scale
+        if spread:
+            variance = (rows_q.square().sum(2) / size - mean.square()).clamp(min=0)
+            logits += (variance.to(k.dtype) @ k.square().T).float() * (spread * chunk.scale**2 / 2)
         mass = torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
         mass[:, empty] = 0.0
         mass = mass.unflatten(1, (tiles, probes))
         mass = mass.amax(2) if over == "max" else mass.mean(2)
         scores[h] = mass.amax(0) if group == "max" else mass.mean(0)
     return scores
+
+
+def _rounded(x: Tensor, score: str) -> Tensor:
+    """``x`` as it reads back from fewer bits, with one scale a token."""
+    if score == "bf16":
+        return x
+    largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    if score == "fp8":
+        return ((x.float() * (448 / largest)).to(torch.float8_e4m3fn).float() * (largest / 448)).to(x.dtype)
+    return ((x.float() * (7 / largest)).round() * (largest / 7)).to(x.dtype)
 
 
 def top_keys(scores: Tensor, count: int) -> Tensor:
@@ -104,6 +128,8 @@ class Structure:
         rank: what ranks them: the tile's mean query, or the attention of all of its rows (an oracle).
         probes: parts of a tile with a mean query each.
         over: mean or max over these parts.
+        spread: factor on the logits' variance over a part's rows (see ``mean_query_mass``).
+        score: precision in which mean queries meet keys: bf16, fp8 or int4.
         group: mean or max over the query heads of a list.
         lists: lists a KV head or a query head.
         granule: keys that are chosen together, in blocks on the grid of positions.
@@ -127,6 +153,8 @@ class Structure:
     rank: Literal["mean", "true"] = "mean"
     probes: int = 1
     over: Literal["mean", "max"] = "mean"
+    spread: float = 0.0
+    score: Literal["bf16", "fp8", "int4"] = "bf16"
     group: Literal["mean", "max"] = "mean"
     lists: Literal["kv", "query"] = "kv"
     granule: int = 1
@@ -175,7 +203,7 @@ class Structure:
             per_tile = self.tile // self.block
             blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -chunk.blocks % per_tile))
             return blocks.unflatten(1, (-1, per_tile)).sum(2) / self.tile
-        return mean_query_mass(chunk, self.tile, self.probes, heads, self.group, self.over)
+        return mean_query_mass(chunk, self.tile, self.probes, heads, self.group, self.over, self.spread, self.score)
 
     def _rank_columns(self, chunk: Chunk, near: Tensor, by_tile: Tensor | None, heads: int) -> Tensor:
         """Scores of the chunk's columns, ``[heads, n]``: attention outside window and sinks."""
