@@ -5,10 +5,10 @@
     python -m benchmarks.pareto MODEL_FOLDER TEXT... --length 12288 --plan structures --out results.json
 
 A plan is a file in ``benchmarks/pareto/plans`` (or a path): one run a line, a method with its settings such as
-``structure keys=512 tile=128``, then optionally ``@`` and the layers that run sparse (``@ 3``, ``@ 0-5,9``, ``@ each``:
-one run a layer, ``@ except``: one run a layer with all others sparse). A list of values in braces makes one run each:
-``structure keys={256,512}``. Runs that the output file holds already are not repeated; a run that fails is written
-down with its message and the next one starts.
+``structure keys=512 tile=128``, then optionally ``@`` and the layers that run sparse: ``@ 3``, ``@ 0-5,9``, ``@ each``
+(one run a layer), ``@ except`` (one run a layer with all others sparse) or ``@ heads`` (one run a layer and KV head). A
+list of values in braces makes one run each: ``structure keys={256,512}``. Runs that the output file holds already are
+not repeated; a run that fails is written down with its message and the next one starts.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ from benchmarks import environment
 PLANS = Path(__file__).parent / "plans"
 
 
-def expand(line: str, layers: int) -> list[tuple[str, list[int] | None]]:
-    """Runs of one line of a plan: settings, and the layers that run sparse (None: all)."""
+def expand(line: str, layers: int, heads: int = 1) -> list[tuple[str, list[int] | None]]:
+    """Runs of one line of a plan: settings, and the layers that run sparse (None: all).
+
+    ``heads`` is the number of KV heads.
+    """
     method, _, where = (part.strip() for part in line.partition("@"))
     choices = re.split(r"\{([^}]*)\}", method)
     parts = [part.split(",") if i % 2 else [part] for i, part in enumerate(choices)]
     methods = ["".join(words) for words in itertools.product(*parts)]
-    if where == "each":
+    if where == "heads":
+        methods = [f"{method} only={head}" for method in methods for head in range(heads)]
+    if where in ("each", "heads"):
         subsets: list[list[int] | None] = [[layer] for layer in range(layers)]
     elif where == "except":
         subsets = [[other for other in range(layers) if other != layer] for layer in range(layers)]
@@ -112,7 +117,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).to(device).eval()
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
     lines = [line for name in options.plan.split(",") for line in read_plan(name)]
     data: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {"runs": []}
     data["environment"] = environment.describe() | {"device_count": torch.cuda.device_count()}
@@ -131,7 +137,7 @@ def main() -> None:
         ids = tokenizer(text[: 7 * (options.length + options.skip)])["input_ids"][options.skip :][: options.length]
         if len(ids) < options.length:
             sys.exit(f"{path.name} has {len(ids)} tokens, {options.length} are asked for")
-        todo = [run for line in lines for run in expand(line, layers)]
+        todo = [run for line in lines for run in expand(line, layers, heads)]
         todo = [run for run in todo if (path.stem, options.length, run[0], json.dumps(run[1])) not in done]
         if not todo or time.monotonic() - begin > options.seconds:
             continue

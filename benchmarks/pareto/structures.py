@@ -141,6 +141,7 @@ class Structure:
         max_keys: cap on what a rule takes; 0: none.
         diagonals: distances beyond the window that every row looks at, ranked by the attention of 64 rows.
         residual: keys in a block of those whose left-out ones enter the softmax as their mean; 0: none.
+        only: the one list that is sparse, the others keep everything; None: all lists are sparse.
         scales: factors on ``keys`` or ``level`` by layer, or by layer and list; 0 leaves window, sinks and columns.
     """
 
@@ -164,6 +165,7 @@ class Structure:
     max_keys: int = 0
     diagonals: int = 0
     residual: int = 0
+    only: int | None = None
     scales: list[float] | list[list[float]] | None = None
 
     def __post_init__(self) -> None:
@@ -189,6 +191,8 @@ class Structure:
                 wanted &= top_keys(ranking, int(self.candidates * chunk.seq_len))[:, None]
             chosen = self._choose(by_tile, wanted, chunk.layer)
             keys |= chosen.repeat_interleave(per_tile, 1)[:, : chunk.blocks]
+        if self.only is not None:
+            keys[torch.arange(heads, device=chunk.device) != self.only] = chunk.positions < chunk.ends[:, None]
         kept = Kept(keys, residual=self.residual)
         if self.diagonals:
             kept.diagonals = self._choose_diagonals(chunk, heads)

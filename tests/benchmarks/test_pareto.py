@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.pareto.__main__ import PLANS, expand, read_plan
+from benchmarks.pareto.budgets import curves, divide
 from benchmarks.pareto.chunk import Chunk, Kept, attend, dense, pairs
 from benchmarks.pareto.methods import METHODS, make
+from benchmarks.pareto.report import at_density
 from benchmarks.pareto.structures import Structure, smallest_set, top_keys
 
 
@@ -202,3 +204,36 @@ def test_results_are_kept_and_not_repeated(tiny: Any, tmp_path: Path, monkeypatc
 
 def test_methods_have_distinct_names() -> None:
     assert len(set(METHODS.values())) == len(METHODS)
+
+
+def test_one_list_alone_may_be_sparse() -> None:
+    c = chunk(block=64)
+    kept = Structure(window=16, sinks=4, tile=64, only=1).keep(c)
+    assert torch.equal(kept.keys[0], torch.arange(c.seq_len) < c.ends[:, None])
+    assert torch.equal(kept.keys[1], c.nearby(16, 4))
+    assert expand("structure @ heads", 2, 2) == [
+        (f"structure only={head}", [layer]) for head in range(2) for layer in range(2)
+    ]
+
+
+def test_budgets_go_where_they_remove_most() -> None:
+    def run(layer: int, keys: int, kl: float) -> dict[str, Any]:
+        method = f"structure keys={keys}" if keys else "structure"
+        return {"layers": [layer], "method": method, "kl": kl, "layer_density": [keys / 1000 + 0.1] * 2}
+
+    damage = {(0, 0): 1.0, (0, 100): 0.4, (0, 200): 0.3, (1, 0): 0.2, (1, 100): 0.15, (1, 200): 0.12}
+    by_layer = curves([run(layer, keys, kl) for (layer, keys), kl in damage.items()], "keys")
+    assert divide(by_layer, 50) == {0: 100, 1: 0}
+    assert divide(by_layer, 100) == {0: 200, 1: 0}
+    assert divide(by_layer, 125) == {0: 200, 1: 50}
+    assert divide(by_layer, 500) == {0: 200, 1: 200}
+
+
+def test_families_meet_at_one_density() -> None:
+    runs = [
+        {"method": f"structure keys={keys}", "sparse_density": density, "top1": top1, "kl": kl}
+        for keys, density, top1, kl in ((1, 0.05, 0.8, 1.0), (2, 0.2, 0.9, 0.01))
+    ]
+    assert at_density(runs, 0.1, "top1") == {"structure keys": pytest.approx(0.85)}
+    assert at_density(runs, 0.1, "kl") == {"structure keys": pytest.approx(0.1)}
+    assert at_density(runs, 0.3, "kl") == {}
