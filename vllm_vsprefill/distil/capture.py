@@ -72,9 +72,11 @@ def capture_attention(
             f"{'a mask' if attention_mask is not None else 'no mask'}, layer {index}"
         )
     if kwargs.get("s_aux") is not None:
-        raise DistilError(f"layer {index} has attention sinks; no kernel here computes them")
+        raise DistilError(f"layer {index} has attention sinks, which no kernel here computes")
     if softcap is not None:
         raise DistilError(f"layer {index} caps its attention logits (softcap {softcap}); no kernel here computes that")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise DistilError(f"layer {index} looks ahead: its attention is not causal")
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     listener = _listener.get()
     wanted = listener is not None and index in listener.layers

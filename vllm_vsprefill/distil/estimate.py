@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from vllm_vsprefill.distil.errors import DistilError, first_line
-from vllm_vsprefill.distil.model import check, decoder_of
+from vllm_vsprefill.distil.model import check, decoder_of, text_config
 from vllm_vsprefill.distil.options import TrainOptions
+from vllm_vsprefill.distil.rehearsal import blueprint
 
 # Shares of a device's measured rate of large matrix products that the parts of a run reach. Assumptions, stated in the
 # output: dense layers and flash attention run close to it, the target kernels at about half.
@@ -59,16 +59,9 @@ def estimate(config: Any, options: TrainOptions, element: int = 2) -> Estimate:
     Raises:
         DistilError: the model has no layer for an indexer.
     """
-    from transformers import AutoModelForCausalLM
-
     fingerprint, layers = check(config)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise DistilError(f"not a decoder that transformers runs: {first_line(error)}") from None
-    text = config.get_text_config(decoder=True)
-    decoder = decoder_of(model)
+    text = text_config(config)
+    decoder = decoder_of(blueprint(config))
     parameters = sum(p.numel() for p in decoder.parameters())
     embedding = decoder.get_input_embeddings().weight.numel()
     n, heads, size = options.max_length, fingerprint.num_query_heads, fingerprint.head_size

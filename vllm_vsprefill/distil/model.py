@@ -34,25 +34,57 @@ class Layers:
         return "\n".join(lines)
 
 
+def kind_of(config: Any) -> str:
+    """What a configuration calls its model, for messages."""
+    return str(_setting(config, "model_type") or type(config).__name__)
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A setting; None if the configuration has none or, with settings per layer, refuses to give one for all."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
 def attention_layers(config: Any) -> Layers:
-    """Which layers of a transformers configuration can have an indexer: full causal attention without soft-capping."""
-    text = config.get_text_config(decoder=True)
-    count = int(text.num_hidden_layers)
-    kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    if getattr(text, "use_sliding_window", True) is False:
+    """Which layers of a transformers configuration can have an indexer: full causal attention without soft-capping.
+
+    Raises:
+        DistilError: it says nothing of layers.
+    """
+    text = text_config(config)
+    count, kinds = _setting(text, "num_hidden_layers"), _setting(text, "layer_types")
+    if not isinstance(count, int) or (kinds is not None and len(kinds) != count):
+        raise DistilError(f"the configuration of a {kind_of(config)} model does not say what its layers are")
+    window = _setting(text, "sliding_window")
+    if _setting(text, "use_sliding_window") is False:
         window = None
-    cap = getattr(text, "attn_logit_softcapping", None)
+    cap = _setting(text, "attn_logit_softcapping")
     skipped: dict[int, str] = {}
     for i in range(count):
         kind = kinds[i] if kinds else ("full_attention" if window is None else "sliding_attention")
         if kind == "sliding_attention":
-            skipped[i] = f"sliding window of {window} tokens"
+            skipped[i] = f"sliding window of {window} tokens" if window is not None else "sliding window"
         elif kind != "full_attention":
-            skipped[i] = f"{kind.replace('_', ' ')}"
+            skipped[i] = f"{str(kind).replace('_', ' ')}"
         elif cap is not None:
             skipped[i] = f"attention logits are soft-capped (at {cap:g})"
     return Layers(tuple(i for i in range(count) if i not in skipped), skipped)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the decoder.
+
+    Raises:
+        DistilError: it cannot be told which.
+    """
+    try:
+        return config.get_text_config(decoder=True)
+    except Exception as error:
+        raise DistilError(
+            f"the decoder of a {kind_of(config)} model cannot be told from its configuration ({first_line(error)})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -147,12 +179,12 @@ def read_config(model: str) -> Any:
 
 def positions(config: Any) -> int | None:
     """Longest sequence that a transformers configuration allows, scaled RoPE included; None if it names none."""
-    text = config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None)
+    text = text_config(config)
+    longest = _setting(text, "max_position_embeddings")
     if not isinstance(longest, int):
         return None
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = _setting(text, "rope_parameters") or _setting(text, "rope_scaling") or {}
+    rope = rope.get("full_attention") or rope
     if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
         # Checkpoints differ in whether max_position_embeddings is the length before or after scaling.
         original = rope.get("original_max_position_embeddings") or longest
@@ -170,6 +202,15 @@ def check(config: Any) -> tuple[ModelFingerprint, Layers]:
         fingerprint = ModelFingerprint.from_hf_config(config)
     except ValueError as error:
         raise DistilError(str(error)) from None
+    except Exception as error:
+        raise DistilError(
+            f"the attention of a {kind_of(config)} model cannot be told from its configuration ({first_line(error)})"
+        ) from None
+    if _setting(text_config(config), "kv_lora_rank"):
+        raise DistilError(
+            f"a {kind_of(config)} model has multi-head latent attention (MLA): its cache holds no keys and values, "
+            "which an indexer reads"
+        )
     layers = attention_layers(config)
     if not layers.covered:
         raise DistilError(f"no attention layer of this model can run sparse, nothing to train:\n{layers.describe()}")
@@ -183,7 +224,8 @@ def decoder_of(model: Any) -> Any:
         DistilError: transformers does not say which part of it that is.
     """
     decoder = model.get_decoder()
-    if decoder.get_output_embeddings() is not None:
+    # Some models call their head the decoder.
+    if not hasattr(decoder, "get_output_embeddings") or decoder.get_output_embeddings() is not None:
         raise DistilError(
             f"the decoder of a {model.config.model_type} model cannot be told from its head, no indexer can be trained"
         )

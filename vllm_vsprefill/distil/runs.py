@@ -13,8 +13,9 @@ from vllm_vsprefill.checkpoint import CheckpointError, load_checkpoint
 from vllm_vsprefill.distil import calibrate as calibration
 from vllm_vsprefill.distil import estimate, prepare
 from vllm_vsprefill.distil.errors import DistilError
-from vllm_vsprefill.distil.model import check, load, positions, read_config
+from vllm_vsprefill.distil.model import check, load, positions, read_config, text_config
 from vllm_vsprefill.distil.options import CalibrateCommand, CalibrateOptions, TrainCommand
+from vllm_vsprefill.distil.rehearsal import rehearse
 from vllm_vsprefill.distil.trainer import Trainer
 
 
@@ -38,7 +39,8 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     place = prepare.device(options.model.device)
     run = options.run
     config = read_config(options.model.model)
-    _, layers = check(config)
+    fingerprint, layers = check(config)
+    rehearse(config, fingerprint, layers)
     _fits(config, "--max-length", run.max_length)
     if options.dry_run:
         own = options.model.dtype
@@ -62,7 +64,7 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     source, held_out, longest = prepare.sources(
         options.data,
         options.model.tokenizer or options.model.model,
-        config.get_text_config(decoder=True).vocab_size,
+        text_config(config).vocab_size,
         tokens=int(wanted * run.max_length / (1 - share)),
         min_length=run.min_length,
         max_length=run.max_length,
@@ -98,12 +100,13 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     goal, count = options.goal, options.goal.sequences
     goals = _goals(goal)
     config = read_config(options.model.model)
-    fingerprint, _ = check(config)
+    fingerprint, layers = check(config)
     try:
         loaded = load_checkpoint(options.checkpoint, expected=fingerprint)
     except CheckpointError as error:
         raise DistilError(str(error)) from None
     place = prepare.device(options.model.device)
+    rehearse(config, fingerprint, layers)
     tuning = calibration.platform_tuning(torch.device(goal.platform) if goal.platform is not None else place)
     _fits(config, "--length", goal.length)
     # Text that is too short for a sparse prompt says nothing about one, unless it is asked for by --length.
@@ -112,7 +115,7 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     _, source, longest = prepare.sources(
         options.data,
         options.model.tokenizer or options.model.model,
-        config.get_text_config(decoder=True).vocab_size,
+        text_config(config).vocab_size,
         tokens=2 * count * length,  # documents are shuffled: a choice of them, not just the first
         min_length=min(length, calibration.MIN_SEQ_LEN),
         max_length=length,
