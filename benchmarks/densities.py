@@ -9,14 +9,15 @@ import tempfile
 from pathlib import Path
 
 from vllm_vsprefill import stats
+from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
 from vllm_vsprefill.stats import LayerCounts
 
 
 def exchange_folder() -> Path:
-    """Folder that engines made after this call report to."""
-    if stats.STATS_DIR_VARIABLE not in os.environ:
-        os.environ[stats.STATS_DIR_VARIABLE] = tempfile.mkdtemp()
-    return Path(os.environ[stats.STATS_DIR_VARIABLE])
+    """Folder that engines made after this call report to, each in one of its own inside."""
+    if STATS_DIR_VARIABLE not in os.environ:
+        os.environ[STATS_DIR_VARIABLE] = tempfile.mkdtemp()
+    return Path(os.environ[STATS_DIR_VARIABLE])
 
 
 def total(folder: Path) -> LayerCounts:

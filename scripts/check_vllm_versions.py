@@ -41,7 +41,7 @@ def generate(backend: str, folder: Path, options: dict[str, Any]) -> tuple[list[
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm_vsprefill import stats
+    from vllm_vsprefill import exchange, stats
 
     rng = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": rng.integers(0, 512, n).tolist()} for n in (3000, 700, 2000, 100)]
@@ -58,7 +58,8 @@ def generate(backend: str, folder: Path, options: dict[str, Any]) -> tuple[list[
     sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
     outputs = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(2)]
     tokens = [list(output.outputs[0].token_ids) for batch in outputs for output in batch]
-    counts = stats.read_counts(Path(os.environ[stats.STATS_DIR_VARIABLE]))
+    folders = exchange.opened()
+    counts = stats.read_counts(folders[-1]) if folders else {}
     del llm
     cleanup_dist_env_and_memory()
     return tokens, bool(counts) and all(layer.sparse_chunks for layer in counts.values())

@@ -13,6 +13,8 @@ from vllm_vsprefill.checkpoint import CheckpointConfig, save_checkpoint
 from vllm_vsprefill.fingerprint import ModelFingerprint
 from vllm_vsprefill.indexer import VSIndexer
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def save_random_model(folder: Path, *, layers: int = 2, kv_heads: int = 2, seed: int = 0, **overrides: object) -> Path:
     """A Qwen3 model with random weights in float32, without a tokenizer.

@@ -101,6 +101,43 @@ def test_empty_and_reserved_variables_are_not_options() -> None:
     assert VSPrefillConfig.from_sources({}, env) == VSPrefillConfig.from_sources()
 
 
+@pytest.mark.parametrize("service", ["VSPREFILL", "VSPREFILL_GPU", "VSPREFILL_8B_EU"])
+def test_variables_that_kubernetes_makes_of_a_service_are_not_options(service: str) -> None:
+    address = "tcp://10.0.0.1:8000"
+    env = {
+        f"{service}_SERVICE_HOST": "10.0.0.1",
+        f"{service}_SERVICE_PORT": "8000",
+        f"{service}_SERVICE_PORT_HTTP": "8000",
+        f"{service}_SERVICE_PORT_HTTP_METRICS": "9090",
+        f"{service}_PORT": address,
+        f"{service}_PORT_8000_TCP": address,
+        f"{service}_PORT_8000_TCP_PROTO": "tcp",
+        f"{service}_PORT_8000_TCP_PORT": "8000",
+        f"{service}_PORT_8000_TCP_ADDR": "10.0.0.1",
+        f"{service}_PORT_53_UDP": "udp://10.0.0.1:53",
+        f"{service}_NAME": "/web/vsprefill",
+        f"{service}_ENV_PATH": "/bin",
+    }
+    assert VSPrefillConfig.from_sources({}, env) == VSPrefillConfig.from_sources()
+    assert VSPrefillConfig.from_sources({}, env | {"VSPREFILL_WINDOW": "7"}).window == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("VSPREFILL_PORT", "8000"),
+        ("VSPREFILL_SERVICE", "x"),
+        ("VSPREFILL_SERVICE_HOSTS", "10.0.0.1"),
+        ("VSPREFILL_NAME", "fast"),
+        ("VSPREFILL_PORT_TCP", "1"),
+        ("VSPREFILL_PRESETS", "tcp://10.0.0.1:8000"),
+        ("vsprefill_service_host", "10.0.0.1"),
+    ],
+)
+def test_a_typo_that_looks_a_little_like_a_service_stays_an_error(name: str, text: str) -> None:
+    assert f"environment variable {name}: unknown option" in refuse({}, {name: text})
+
+
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [

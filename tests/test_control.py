@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,24 +13,24 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_vsprefill import cli, control
-from vllm_vsprefill.stats import STATS_DIR_VARIABLE, LayerCounts, Recorder, read_last_prompt, read_modes
+from vllm_vsprefill import cli, exchange
+from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
+from vllm_vsprefill.stats import LayerCounts, Recorder, read_last_prompt, read_modes
 from vllm_vsprefill.switch import Switch, write_mode
 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(control.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(exchange.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv(STATS_DIR_VARIABLE, raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     return tmp_path
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "sparse") -> Recorder:
+def start(folder: Path, mode: str = "sparse") -> Recorder:
     """A worker of a server that uses ``folder``."""
-    monkeypatch.setenv(STATS_DIR_VARIABLE, str(folder))
-    recorder = Recorder()
-    monkeypatch.delenv(STATS_DIR_VARIABLE)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(0, folder)
     recorder.mode = mode
     recorder.write()
     return recorder
@@ -49,12 +50,13 @@ def test_no_server(temporary: Path) -> None:
         code, text = run(*command)
         assert code == 1
         assert "is running" in text
-        assert STATS_DIR_VARIABLE in text
+        for part in (STATS_DIR_VARIABLE, "TMPDIR", str(temporary)):
+            assert part in text
 
 
-def test_status_and_mode_of_the_only_server(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_and_mode_of_the_only_server(temporary: Path) -> None:
     folder = temporary / f"vsprefill-{os.getpid()}-abcd"
-    recorder = start(folder, monkeypatch)
+    recorder = start(folder)
     code, text = run("status")
     assert code == 0
     assert f"server {os.getpid()}: 1 workers, mode sparse" in text
@@ -75,9 +77,9 @@ def test_status_and_mode_of_the_only_server(temporary: Path, monkeypatch: pytest
     assert run("mode", "thick")[0] == 2
 
 
-def test_several_servers_must_be_told_apart(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_servers_must_be_told_apart(temporary: Path) -> None:
     for pid in (os.getpid(), os.getppid()):
-        start(temporary / f"vsprefill-{pid}-abcd", monkeypatch)
+        start(temporary / f"vsprefill-{pid}-abcd")
     code, text = run("mode", "dense")
     assert code == 1
     assert f"{os.getpid()}  " in text
@@ -86,8 +88,47 @@ def test_several_servers_must_be_told_apart(temporary: Path, monkeypatch: pytest
     assert run("status")[1].count("workers") == 2
 
 
+def test_incarnations_with_one_process_id(temporary: Path) -> None:
+    """A server was killed and started again in a container: the first process has the same id."""
+    name = f"vsprefill-{os.getpid()}-{{}}"
+    for kind in ("dead", "beef"):
+        start(temporary / name.format(kind))
+        (temporary / name.format(kind) / exchange.OWNER_FILE).write_text("{}")
+    with (temporary / name.format("beef") / exchange.OWNER_FILE).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run("mode", "dense", "--server", str(os.getpid()))[0] == 0
+        assert not (temporary / name.format("dead") / "mode").exists()
+        assert (temporary / name.format("beef") / "mode").read_text() == "dense\n"
+        assert run("status")[1].count("workers") == 1
+    assert run("status")[0] == 1
+
+
+def test_two_servers_of_one_process_are_told_apart_by_name(temporary: Path) -> None:
+    for kind in ("aaaa", "bbbb"):
+        start(temporary / f"vsprefill-{os.getpid()}-{kind}")
+    code, text = run("mode", "dense", "--server", str(os.getpid()))
+    assert code == 1
+    assert f"{os.getpid()}  bbbb" in text
+    assert run("mode", "dense", "--server", "bbbb")[0] == 0
+    assert not (temporary / f"vsprefill-{os.getpid()}-aaaa" / "mode").exists()
+    assert f"server {os.getpid()} (bbbb): 1 workers" in run("status")[1]
+
+
+def test_the_variable_selects_its_server_alone(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(temporary / f"vsprefill-{os.getppid()}-abcd")
+    start(temporary / "a" / "b" / f"vsprefill-{os.getpid()}-abcd")
+    monkeypatch.setenv(STATS_DIR_VARIABLE, str(temporary / "a" / "b"))
+    assert run("mode", "dense")[0] == 0
+    assert (temporary / "a" / "b" / f"vsprefill-{os.getpid()}-abcd" / "mode").exists()
+    assert not (temporary / f"vsprefill-{os.getppid()}-abcd" / "mode").exists()
+    monkeypatch.setenv(STATS_DIR_VARIABLE, str(temporary / "elsewhere"))
+    code, text = run("mode", "dense")
+    assert code == 1
+    assert str(temporary / "elsewhere") in text
+
+
 def test_a_folder_named_by_hand(temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    start(tmp_path / "mine", monkeypatch, mode="off")
+    start(tmp_path / "mine" / f"vsprefill-{os.getpid()}-abcd", mode="off")
     monkeypatch.setenv(STATS_DIR_VARIABLE, str(tmp_path / "mine"))
     assert "mode off" in run("status")[1]
     code, text = run("mode", "dense")
@@ -124,10 +165,10 @@ def test_switch_follows_the_file(tmp_path: Path) -> None:
     assert not Switch(None).look()
 
 
-def test_last_prompt_and_mode_are_summed_over_workers(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_prompt_and_mode_are_summed_over_workers(temporary: Path) -> None:
     folder = temporary / "exchange"
     for _ in range(2):
-        recorder = start(folder, monkeypatch)
+        recorder = start(folder)
         for computed in (8, 2):
             recorder.begin_prompt()
             recorder.record(0, LayerCounts(computed, 10, 1, 0))

@@ -3,7 +3,9 @@
 """Density counters: from a worker to /metrics, both ways."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_vsprefill import stats
-from vllm_vsprefill.stats import STATS_DIR_VARIABLE, FolderCollector, LayerCounts, Recorder, read_counts
+from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
+from vllm_vsprefill.stats import FolderCollector, LayerCounts, Recorder, read_counts
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "exchange"
-    monkeypatch.setenv(STATS_DIR_VARIABLE, str(path))
+    path.mkdir()
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     return path
 
@@ -30,7 +33,7 @@ def test_density() -> None:
 
 def test_workers_are_summed_per_layer(folder: Path) -> None:
     for rank in (0, 1):
-        recorder = Recorder(rank)
+        recorder = Recorder(rank, folder)
         recorder.record(3, LayerCounts(10, 40, 1, 0))
         recorder.record(3, LayerCounts(5, 5, 0, 1))
         recorder.publish()
@@ -38,14 +41,14 @@ def test_workers_are_summed_per_layer(folder: Path) -> None:
     assert not [file for file in folder.iterdir() if file.suffix != ".json"]
 
 
-def test_nothing_exists_before_the_first_publication(folder: Path) -> None:
-    Recorder()
-    assert not folder.exists()
+def test_nothing_is_collected_before_the_first_publication(folder: Path) -> None:
+    Recorder(0, folder)
+    assert not list(folder.iterdir())
     assert list(FolderCollector(folder).collect()) == []
 
 
 def test_collector_exports_counters(folder: Path) -> None:
-    recorder = Recorder()
+    recorder = Recorder(0, folder)
     recorder.record(0, LayerCounts(25, 100, 2, 1))
     recorder.publish()
     registry = CollectorRegistry()
@@ -58,19 +61,61 @@ def test_collector_exports_counters(folder: Path) -> None:
 
 
 def test_broken_file_is_skipped(folder: Path) -> None:
-    folder.mkdir()
     (folder / "1-0-aa.json").write_text("{")
     (folder / "2-0-bb.json").write_text(json.dumps({"1": [1, 2, 3, 4]}))
     assert read_counts(folder) == {1: LayerCounts(1, 2, 3, 4)}
 
 
-def test_an_unwritable_folder_costs_no_request(folder: Path) -> None:
-    folder.write_text("a file where the folder should be")
-    recorder = Recorder()
-    recorder.record(0, LayerCounts(1, 1, 1, 0))
+def test_a_folder_that_cannot_be_written_costs_no_request_and_recovers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, say; here a file stands where the folder was. Told once, and once more when it works again."""
+    monkeypatch.setattr(stats, "RETRY", 0.0)
+    recorder = Recorder(0, folder)
+    folder.rmdir()
+    folder.write_text("")
+    with caplog.at_level(logging.INFO, "vllm.vsprefill"):
+        for _ in range(3):
+            recorder.record(0, LayerCounts(1, 2, 1, 0))
+            recorder.publish()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "cannot be written" in caplog.text
+        folder.unlink()
+        recorder.publish()
+    assert "again" in caplog.text
+    assert read_counts(folder) == {0: LayerCounts(3, 6, 3, 0)}
+
+
+def test_a_folder_that_somebody_tidied_away_is_made_again(folder: Path) -> None:
+    recorder = Recorder(0, folder)
+    recorder.record(0, LayerCounts(1, 2, 1, 0))
     recorder.publish()
+    shutil.rmtree(folder)
     recorder.publish()
-    assert recorder.layers[0].computed == 1
+    assert read_counts(folder) == {0: LayerCounts(1, 2, 1, 0)}
+
+
+def test_a_worker_on_another_machine_says_what_it_does_not_see(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "RETRY", 0.0)
+    with caplog.at_level(logging.WARNING, "vllm.vsprefill"):
+        recorder = Recorder(1, tmp_path / "there")
+        recorder.publish()
+    assert "does not see the server's folder" in caplog.text
+    assert STATS_DIR_VARIABLE in caplog.text
+    assert len(caplog.records) == 1
+    assert not (tmp_path / "there").exists()
+
+
+def test_counts_of_all_servers_in_a_folder_together(tmp_path: Path) -> None:
+    for name in ("vsprefill-1-aa", "vsprefill-1-bb"):
+        (tmp_path / name).mkdir()
+        recorder = Recorder(0, tmp_path / name)
+        recorder.record(0, LayerCounts(1, 2, 1, 0, 1))
+        recorder.publish()
+    assert read_counts(tmp_path) == {0: LayerCounts(2, 4, 2, 0, 2)}
+    assert read_counts(tmp_path / "vsprefill-1-aa") == {0: LayerCounts(1, 2, 1, 0, 1)}
 
 
 def test_multiprocess_mode_uses_ordinary_counters(tmp_path: Path) -> None:
@@ -88,39 +133,6 @@ def test_multiprocess_mode_uses_ordinary_counters(tmp_path: Path) -> None:
     assert 'vsprefill_pairs_computed_total{layer="2"} 8.0' in shown.stdout
     assert 'vsprefill_pairs_causal_total{layer="2"} 10.0' in shown.stdout
     assert 'vsprefill_chunks_total{layer="2",path="dense"} 1.0' in shown.stdout
-
-
-def test_folder_is_named_once_and_removed_at_exit() -> None:
-    program = (
-        "import os\n"
-        "from vllm_vsprefill import stats\n"
-        "stats.install_collector(); assert stats.STATS_DIR_VARIABLE not in os.environ\n"
-        "stats.open_exchange(); stats.open_exchange()\n"
-        "name = os.environ[stats.STATS_DIR_VARIABLE]\n"
-        "assert not os.path.exists(name)\n"
-        "r = stats.Recorder(); r.record(0, stats.LayerCounts(1, 2, 1, 0)); r.publish()\n"
-        "assert os.path.isdir(name)\n"
-        "print(name)\n"
-    )
-    environ = {k: v for k, v in os.environ.items() if k not in (STATS_DIR_VARIABLE, "PROMETHEUS_MULTIPROC_DIR")}
-    shown = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
-    assert not Path(shown.stdout.strip()).exists()
-    # Another server, started by a process that has one: a folder of its own. Its engine process: the same.
-    program = (
-        "import multiprocessing, os\n"
-        "from vllm_vsprefill import stats\n"
-        "def child(queue):\n"
-        "    stats.open_exchange(); queue.put(os.environ[stats.STATS_DIR_VARIABLE])\n"
-        "stats.open_exchange()\n"
-        "context = multiprocessing.get_context('fork'); queue = context.Queue()\n"
-        "process = context.Process(target=child, args=(queue,)); process.start()\n"
-        "print(queue.get(), os.environ[stats.STATS_DIR_VARIABLE]); process.join()\n"
-    )
-    environ[STATS_DIR_VARIABLE] = shown.stdout.strip()
-    shown = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
-    engine, own = shown.stdout.split()
-    assert engine == own
-    assert own != environ[STATS_DIR_VARIABLE]
 
 
 def test_collector_is_quiet_without_traffic() -> None:

@@ -170,12 +170,18 @@ def _checking_our_options(original: Any) -> Any:
     """Refuse a bad configuration where vLLM checks its own: in the parent process, before anything is spawned."""
 
     def check_and_update_config(cls: type, vllm_config: Any) -> Any:
-        result = original(cls, vllm_config)
-        if is_selected(vllm_config) and not is_draft(vllm_config):
-            from vllm_vsprefill import startup, stats
+        from vllm_vsprefill import exchange, startup
 
+        result = original(cls, vllm_config)
+        if is_draft(vllm_config):
+            return result
+        if is_selected(vllm_config):
             startup.check(vllm_config)
-            stats.open_exchange()
+            startup.ship(vllm_config, exchange.open_exchange)
+        elif reason := startup.unread(vllm_config):
+            from vllm.logger import init_logger
+
+            init_logger("vllm.vsprefill").warning_once("VSPREFILL does not run: %s", reason)
         return result
 
     return check_and_update_config

@@ -25,10 +25,20 @@ if TYPE_CHECKING:
 ENV_PREFIX = "VSPREFILL_"
 """Prefix of the environment variables that set options: ``VSPREFILL_TAU_COLUMNS`` sets ``tau_columns``."""
 
-RESERVED_ENV = frozenset({"VSPREFILL_STATS_DIR"})
-"""Variables with that prefix that are not options; processes of one server pass them to each other."""
+RESERVED_ENV = frozenset({"VSPREFILL_STATS_DIR", "VSPREFILL_EXCHANGE"})
+"""Variables with that prefix that are not options: where servers meet the commands for them, see ``stats``."""
 
 ADDITIONAL_CONFIG = 'additional_config["vsprefill"]'
+
+# What Kubernetes puts into every container of a namespace for a Service whose name begins with "vsprefill", and Docker
+# for a linked container of such a name. A bare port is theirs only as an address: somebody may mean an option by it.
+_SERVICE_VARIABLE = re.compile(
+    r"VSPREFILL_(?:[A-Z0-9_]+_)?"
+    r"(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT(?:_(?:START|END))?|ADDR))?"
+    r"|ENV_.+)"
+)
+_SERVICE_ADDRESS = re.compile(r"VSPREFILL_(?:[A-Z0-9_]+_)?PORT(?:_START|_END)?"), re.compile(r"(?:tcp|udp|sctp)://.*")
+_LINK_NAME = re.compile(r"VSPREFILL_(?:[A-Z0-9_]+_)?NAME"), re.compile(r"/[^/]+/[^/]+")
 
 PRESETS: dict[str, dict[str, float | int | None]] = {
     "accurate": {
@@ -155,6 +165,20 @@ _Layers = Annotated[
     BeforeValidator(_layers),
     _Allowed('layer indices from 0 to 9999, as a list or as text such as "0-1,5"'),
 ]
+
+
+class ShippedOptions(dict[str, Any]):
+    """The options that were given, of all sources, as the processes of one server pass them on: pickled or as JSON, in
+    the place of ``additional_config["vsprefill"]``. Whoever finds them reads no environment.
+
+    Attributes:
+        exchange: the server's exchange folder, or None where there is none. Beside the options, not among them: vLLM
+            hashes those to find compiled code again, and the folder is another one at every start.
+        trained: whether the process that started the server found a trained indexer; all ranks must agree.
+    """
+
+    exchange: str | None = None
+    trained: bool | None = None
 
 
 class _Options(BaseModel):
@@ -311,6 +335,8 @@ class VSPrefillConfig(_Options):
         for name, text in sorted((env or {}).items()):
             if not name.upper().startswith(ENV_PREFIX) or name in RESERVED_ENV or not text.strip():
                 continue
+            if is_service_variable(name, text):
+                continue
             option = name[len(ENV_PREFIX) :].lower()
             if option in known and name == env_name(option):
                 values[option], sources[option] = text, f"environment variable {name}"
@@ -343,6 +369,10 @@ class VSPrefillConfig(_Options):
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise ConfigError(f"VSPREFILL options: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
         return cls.model_validate(values)
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given explicitly, fit for JSON; :meth:`from_sources` makes the same options of them."""
+        return self.model_dump(mode="json", include=set(self.model_fields_set))
 
     def resolved(self, tuning: PlatformTuning) -> VSPrefillConfig:
         """These options with a platform's tile sizes and crossover where none were given explicitly."""
@@ -415,6 +445,14 @@ def env_name(option: str) -> str:
     return ENV_PREFIX + option.upper()
 
 
+def is_service_variable(name: str, text: str) -> bool:
+    """Whether Kubernetes or Docker set a variable, for a service called ``vsprefill`` or ``vsprefill-...``."""
+    return bool(
+        _SERVICE_VARIABLE.fullmatch(name)
+        or any(names.fullmatch(name) and texts.fullmatch(text) for names, texts in (_SERVICE_ADDRESS, _LINK_NAME))
+    )
+
+
 def _or_auto(value: int | None) -> str:
     return "auto" if value is None else str(value)
 
@@ -424,7 +462,8 @@ def _interval(minimum: int, maximum: int | None) -> str:
 
 
 def _suggest(name: str, known: tuple[str, ...], show: Callable[[str], str] = str) -> str:
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    plain = name.strip().lower().replace("-", "_").removeprefix(ENV_PREFIX.lower())
+    close = difflib.get_close_matches(plain, known, n=2, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(map(show, close))}?"
     return f"; known are {', '.join(map(show, known))}"

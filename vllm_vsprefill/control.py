@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Commands for a running server: how dense its prefill is, and a switch to dense prefill and back.
 
-A server and these commands meet in a folder (``VSPREFILL_STATS_DIR``, chosen by the server under the temporary folder
-if it is not set): workers write their counts there and look there for the mode. Nothing is restarted. Cached prefix
+A server and these commands meet in a folder that the server makes in ``VSPREFILL_STATS_DIR`` or in the temporary folder
+(see ``exchange``): workers write their counts there and look there for the mode. Nothing is restarted. Cached prefix
 blocks keep what was computed when they were written, so a comparison wants a prompt that is not cached, or another
 ``cache_salt`` for each mode.
 
@@ -12,74 +12,57 @@ Imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+import time
 from typing import Annotated, Literal
 
 import typer
 
-from vllm_vsprefill import stats
-from vllm_vsprefill.stats import STATS_DIR_VARIABLE, LayerCounts
+from vllm_vsprefill import exchange, stats
+from vllm_vsprefill.exchange import STATS_DIR_VARIABLE, Server
+from vllm_vsprefill.stats import LayerCounts
 from vllm_vsprefill.switch import write_mode
 
-
-@dataclass(frozen=True)
-class Server:
-    """A running server. ``pid`` is None for one whose folder was named by hand."""
-
-    pid: int | None
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"server {self.pid}" if self.pid is not None else f"server of {self.folder}"
+_ServerOption = Annotated[
+    str | None,
+    typer.Option("--server", metavar="PID|NAME", help="Process id of the server, or the name that `status` shows."),
+]
 
 
 def find_servers() -> list[Server]:
-    """Servers of this machine that use VSPREFILL, by their folders; those of dead processes are left out."""
-    found: dict[Path, Server] = {}
-    named = os.environ.get(STATS_DIR_VARIABLE)
-    candidates = [Path(named)] if named else []
-    for folder in [*candidates, *sorted(Path(tempfile.gettempdir()).glob("vsprefill-*"))]:
-        match = stats.AUTOMATIC_NAME.fullmatch(folder.name)
-        pid = int(match[1]) if match else None
-        if not folder.is_dir() or (match is None and folder not in candidates):
-            continue
-        if pid is None or _is_alive(pid):
-            found.setdefault(folder, Server(pid, folder))
-    return list(found.values())
-
-
-def _is_alive(pid: int) -> bool:
+    """Servers with VSPREFILL that run: those of ``VSPREFILL_STATS_DIR`` alone if that is set, else those of the
+    temporary folder."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        return [server for server in exchange.servers(exchange.base_folder()) if server.is_running()]
+    except OSError:
+        return []
 
 
-def _choose(server: int | None) -> Server:
+def _describe(server: Server) -> str:
+    return f"server {server.pid}"
+
+
+def _choose(wanted: str | None) -> Server:
     """The server meant; ends the command where that is not clear."""
-    servers = [one for one in find_servers() if server is None or one.pid == server]
+    servers = [one for one in find_servers() if wanted is None or wanted in (str(one.pid), one.name)]
     if len(servers) == 1:
         return servers[0]
     if not servers:
-        what = (
-            "No server with VSPREFILL is running" if server is None else f"No server {server} with VSPREFILL is running"
-        )
+        what = "No server with VSPREFILL" if wanted is None else f"No server {wanted} with VSPREFILL"
+        try:
+            where = f"in {exchange.base_folder()}"
+        except OSError:
+            where = "anywhere: there is no temporary folder"
         typer.echo(
-            f"{what} on this machine. If it was started with {STATS_DIR_VARIABLE}, set that variable here, too.",
+            f"{what} is running, as far as can be seen {where}. If it was started with {STATS_DIR_VARIABLE} or with "
+            "another TMPDIR, or in a container, set that variable and run this command there, too, as the same user.",
             err=True,
         )
     else:
-        typer.echo("Several servers are running; say which one with --server:", err=True)
+        typer.echo("Several servers are running; say which one with --server and its process id or name:", err=True)
         for one in servers:
-            typer.echo(f"  {one.pid}  {one.folder}", err=True)
+            started = one.started
+            since = "" if started is None else time.strftime(", started %Y-%m-%d %H:%M:%S", time.localtime(started))
+            typer.echo(f"  {one.pid}  {one.name}  {one.folder}{since}", err=True)
     raise typer.Exit(1)
 
 
@@ -97,21 +80,27 @@ def _percent(counts: dict[int, LayerCounts]) -> str:
 
 
 def status(
-    server: Annotated[int | None, typer.Option(help="Process id; without it every server is shown.")] = None,
+    server: _ServerOption = None,
     layers: Annotated[bool, typer.Option(help="Show every layer.")] = False,
 ) -> None:
-    """Show running servers: mode, and how much of causal attention their prefill computes."""
-    servers = find_servers() if server is None else [_choose(server)]
+    """Show running servers, all of them unless one is named: mode, and how much of causal attention their prefill
+    computes."""
+    servers = [one for one in find_servers() if server in (None, str(one.pid), one.name)]
     if not servers:
-        _choose(None)
+        _choose(server)
+    pids = [one.pid for one in servers]
     for one in servers:
         total, last = stats.read_counts(one.folder), stats.read_last_prompt(one.folder)
         modes = stats.read_modes(one.folder)
         chunks = LayerCounts()
         for counts in total.values():
             chunks += counts
-        typer.echo(f"{one.name}: {len(modes)} workers, mode {' and '.join(sorted(set(modes))) or 'unknown'}")
-        typer.echo(f"  since start: {_percent(total)}; {chunks.sparse_chunks} sparse and {chunks.dense_chunks} dense")
+        name = _describe(one) if pids.count(one.pid) == 1 else f"{_describe(one)} ({one.name})"
+        typer.echo(f"{name}: {len(modes)} workers, mode {' and '.join(sorted(set(modes))) or 'unknown'}")
+        back = f", {chunks.handed_back} of these by max_density" if chunks.handed_back else ""
+        typer.echo(
+            f"  since start: {_percent(total)}; {chunks.sparse_chunks} sparse and {chunks.dense_chunks} dense{back}"
+        )
         typer.echo(f"  last prompt: {_percent(last)}")
         if layers:
             for layer, counts in sorted(total.items()):
@@ -121,18 +110,18 @@ def status(
 
 def mode(
     to: Annotated[Literal["sparse", "dense"], typer.Argument(help="What prefill to do from now on.")],
-    server: Annotated[int | None, typer.Option(help="Process id, where several servers run.")] = None,
+    server: _ServerOption = None,
 ) -> None:
     """Switch a running server between sparse and dense prefill. Cached prefix blocks keep what they were computed with:
     compare with a prompt that is not cached, or with another cache_salt."""
     one = _choose(server)
     found = set(stats.read_modes(one.folder))
     if found == {"off"}:
-        typer.echo(f"{one.name} was started with enabled: false; it has nothing to switch.", err=True)
+        typer.echo(f"{_describe(one)} was started with enabled: false; it has nothing to switch.", err=True)
         raise typer.Exit(1)
     try:
         write_mode(one.folder, to)
     except OSError as error:
-        typer.echo(f"{one.name}: cannot write to {one.folder}: {error.strerror}", err=True)
+        typer.echo(f"{_describe(one)}: cannot write to {one.folder}: {error.strerror}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{one.name}: {to} prefill from the next step on (workers look a few times a second).")
+    typer.echo(f"{_describe(one)}: {to} prefill from the next step on (workers look a few times a second).")

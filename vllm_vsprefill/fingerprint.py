@@ -49,17 +49,19 @@ class ModelFingerprint(BaseModel):
         full attention: sliding-window layers never use an indexer.
 
         Raises:
-            ValueError: the configuration has no attention shapes (not a transformer, say); names what is missing.
+            ValueError: the configuration has no attention shapes (not a transformer, say), or layers of different
+                shapes; names what is missing or differs.
         """
         text = _text_config(config)
-        heads = _get(text, "num_attention_heads")
-        hidden = _get(text, "hidden_size")
-        layers = _get(text, "num_hidden_layers")
-        missing = [
-            name
-            for name, value in (("num_attention_heads", heads), ("hidden_size", hidden), ("num_hidden_layers", layers))
-            if not isinstance(value, int)
-        ]
+        shape = {name: _get(text, name) for name in _SHAPE}
+        differing = [name for name, value in shape.items() if _differs_by_layer(value)]
+        if differing:
+            raise ValueError(
+                f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'} from layer to layer of "
+                "the model; an indexer has one shape for all layers"
+            )
+        heads, hidden, layers = shape["num_attention_heads"], shape["hidden_size"], shape["num_hidden_layers"]
+        missing = [name for name in _SHAPE[:3] if not _is_count(shape[name])]
         if missing:
             raise ValueError(
                 f"the model's configuration has no {', '.join(missing)}; it has no attention layers to index"
@@ -70,8 +72,8 @@ class ModelFingerprint(BaseModel):
             architecture=str(_get(text, "model_type") or architectures[0]),
             num_layers=layers,
             num_query_heads=heads,
-            num_kv_heads=_get(text, "num_key_value_heads") or heads,
-            head_size=_get(text, "head_dim") or hidden // heads,
+            num_kv_heads=shape["num_key_value_heads"] or heads,
+            head_size=shape["head_dim"] or hidden // heads,
             hidden_size=hidden,
             rope_theta=theta,
             rope_scaling=rope,
@@ -116,8 +118,39 @@ def _plain(value: Any) -> RopeValue:
     return json.dumps(value, sort_keys=True, default=str)
 
 
+# The first three must be there, the others may follow from them.
+_SHAPE = ("num_attention_heads", "hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim")
+
+
+class _ByLayer:
+    """Stands for a setting of which the configuration says that it has no single value."""
+
+
+_BY_LAYER = _ByLayer()
+
+
 def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(config, Mapping):
+        by_layer = config.get("per_layer_config")
+        overrides = by_layer.values() if isinstance(by_layer, Mapping) else by_layer or ()
+        if any(
+            isinstance(layer, Mapping) and layer.get(name, config.get(name)) != config.get(name) for layer in overrides
+        ):
+            return _BY_LAYER
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        # transformers refuses to name one value for layers that have several; custom classes may raise anything.
+        return _BY_LAYER
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _differs_by_layer(value: Any) -> bool:
+    return isinstance(value, _ByLayer) or (isinstance(value, (list, tuple)) and len(set(map(str, value))) > 1)
 
 
 def _text_config(config: Any) -> Any:
@@ -131,6 +164,8 @@ def _text_config(config: Any) -> Any:
 def _rope(text: Any) -> tuple[float | None, dict[str, RopeValue] | None]:
     """Base and normalised remaining settings."""
     settings = _get(text, "rope_parameters") or _get(text, "rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        settings = {}
     if settings and all(isinstance(value, Mapping) for value in settings.values()):
         settings = settings.get("full_attention") or next(iter(settings.values()))
     theta = settings.get("rope_theta")
@@ -140,4 +175,7 @@ def _rope(text: Any) -> tuple[float | None, dict[str, RopeValue] | None]:
     factor = _get(text, "partial_rotary_factor")
     if factor is not None:
         merged.setdefault("partial_rotary_factor", factor)
-    return None if theta is None else float(theta), normalise_rope(merged)
+    try:
+        return None if theta is None else float(theta), normalise_rope(merged)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the model's RoPE settings cannot be read: {error}") from error

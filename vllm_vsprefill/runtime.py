@@ -12,6 +12,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +73,10 @@ class Runtime:
             min_rows=self._min_rows(),
             enabled=self.options.enabled,
         )
-        self.recorder = Recorder(get_tensor_model_parallel_rank())
-        self.switch = Switch.from_environment()
+        shipped = startup.shipped(vllm_config)
+        exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
+        self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange)
+        self.switch = Switch.of(exchange)
         self._prefilled = False
         # What the backend of the platform keeps for all layers together (buffers on a device).
         self.device: Any = None
@@ -203,10 +206,18 @@ class Runtime:
     def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
         if not self.options.enabled:
             return None
-        model = startup.fingerprint(vllm_config)
-        folder = startup.locate_checkpoint(self.options, model)
-        if folder is None:
+        found = startup.locate_checkpoint(self.options, vllm_config)
+        shipped = startup.shipped(vllm_config)
+        if shipped is not None and shipped.trained is not None and shipped.trained != (found is not None):
+            # Ranks with different estimators would attend to different keys.
+            here, there = ("no", "one") if found is None else ("a", "none")
+            raise RuntimeError(
+                f"VSPREFILL: this worker finds {here} trained indexer for the model, the process that started the "
+                f'server found {there}. Install the same indexers on every machine, or name one with "checkpoint".'
+            )
+        if found is None:
             return None
+        folder, model = found
         total = vllm_config.model_config.get_total_num_kv_heads()
         heads = kv_head_range(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         return load_checkpoint(folder, expected=model, kv_head_range=heads)

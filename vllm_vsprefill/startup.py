@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.checkpoint import find_checkpoint, read_config, resolve_checkpoint
-from vllm_vsprefill.config import ConfigError, VSPrefillConfig
+from vllm_vsprefill.config import ENV_PREFIX, ConfigError, ShippedOptions, VSPrefillConfig, env_name
 from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.registration import BACKEND_NAME
 from vllm_vsprefill.tuning import platform_tuning
 
 ADDITIONAL_CONFIG_KEY = "vsprefill"
@@ -29,55 +32,150 @@ class StartupError(RuntimeError):
 
 
 def read_options(vllm_config: Any) -> VSPrefillConfig:
-    """The user's options from ``--additional-config`` and the environment, with the tile sizes and the crossover of
-    the platform where none are given; raises ``ConfigError``."""
-    return VSPrefillConfig.from_sources(_given(vllm_config), os.environ).resolved(platform_tuning())
+    """The user's options, with the tile sizes and the crossover of the platform where none are given.
+
+    From ``--additional-config`` and the environment; in the processes that a server has started, from what it shipped
+    with the configuration: their environment may be another one (Ray). Raises ``ConfigError``.
+    """
+    return _given_options(vllm_config).resolved(platform_tuning())
 
 
-def _given(vllm_config: Any) -> Any:
-    """What the user gave under ``vsprefill`` in ``--additional-config``; raises ``ConfigError`` for a near miss."""
+def _given_options(vllm_config: Any) -> VSPrefillConfig:
+    given = _section(vllm_config)
+    return VSPrefillConfig.from_sources(given, None if isinstance(given, ShippedOptions) else os.environ)
+
+
+def shipped(vllm_config: Any) -> ShippedOptions | None:
+    """What :func:`ship` has put into a configuration, or None."""
+    section = _section(vllm_config)
+    return section if isinstance(section, ShippedOptions) else None
+
+
+def ship(vllm_config: Any, exchange: Callable[[], Path | None]) -> None:
+    """Put the options of all sources into a checked configuration, for every process that gets it, once.
+
+    ``exchange`` makes the folder that the processes of the server meet in; it is called once for a server.
+    """
+    if shipped(vllm_config) is not None:
+        return  # vLLM makes one configuration from another; it stays that of the same server
+    options = _given_options(vllm_config)
+    section = ShippedOptions(options.given())
+    if options.checkpoint is not None and (folder := Path(options.checkpoint).expanduser()).is_dir():
+        section["checkpoint"] = str(folder.resolve())  # other processes may work in another folder
+    section.trained = options.enabled and locate_checkpoint(options, vllm_config) is not None
+    folder_or_none = exchange()
+    section.exchange = None if folder_or_none is None else str(folder_or_none)
+    # A mapping of its own: the user's may serve for another engine, in another environment.
+    vllm_config.additional_config = {**(vllm_config.additional_config or {}), ADDITIONAL_CONFIG_KEY: section}
+
+
+def _section(vllm_config: Any) -> Any:
+    """What stands under ``vsprefill`` in ``--additional-config``."""
     additional = getattr(vllm_config, "additional_config", None)
-    if not isinstance(additional, dict):
+    return additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+
+
+def misplaced(vllm_config: Any) -> list[str]:
+    """Options in ``--additional-config`` that nobody would read, each with the place where it belongs."""
+    problems = []
+    additional = getattr(vllm_config, "additional_config", None)
+    for key, value in additional.items() if isinstance(additional, dict) else ():
+        if key == ADDITIONAL_CONFIG_KEY or not isinstance(key, str):
+            continue
+        plain = re.sub("[^a-z]", "", key.lower())
+        option = _option_name(key)
+        if option is not None:
+            problems.append(
+                f"additional_config has {key!r} at its top level, where nobody reads it; the option belongs into "
+                f'{{"{ADDITIONAL_CONFIG_KEY}": {{"{option}": ...}}}}'
+            )
+        elif difflib.SequenceMatcher(None, ADDITIONAL_CONFIG_KEY, plain.removeprefix("vllm")).ratio() > 0.88:
+            problems.append(f"additional_config has {key!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}?")
+        elif isinstance(value, dict) and (path := _nested(value)):
+            problems.append(
+                f"additional_config has {ADDITIONAL_CONFIG_KEY!r} inside of {'.'.join((key, *path[:-1]))!r}, where "
+                "nobody reads it; it belongs at the top level"
+            )
+    return problems
+
+
+def _option_name(key: str) -> str | None:
+    """The option that a key of the top level means: by its name, as a variable or with the section before a dot."""
+    plain = key.lower().replace("-", "_")
+    for prefix in (f"{ADDITIONAL_CONFIG_KEY}.", ENV_PREFIX.lower()):
+        plain = plain.removeprefix(prefix)
+    return plain if plain in VSPrefillConfig.model_fields else None
+
+
+def _nested(value: dict[Any, Any]) -> tuple[str, ...]:
+    """Path to a section for this plugin inside of another one; empty where there is none."""
+    for key, inner in value.items():
+        if isinstance(key, str) and key.lower() == ADDITIONAL_CONFIG_KEY:
+            return (key,)
+        if isinstance(inner, dict) and (path := _nested(inner)):
+            return (str(key), *path)
+    return ()
+
+
+def unread(vllm_config: Any) -> str | None:
+    """What was asked of this plugin in a configuration that does not select it, or None."""
+    asked = []
+    if os.environ.get("VLLM_ATTENTION_BACKEND", "").upper() == BACKEND_NAME:
+        asked.append(f"VLLM_ATTENTION_BACKEND={os.environ['VLLM_ATTENTION_BACKEND']} is set, which this vLLM ignores")
+    additional = getattr(vllm_config, "additional_config", None)
+    if isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional:
+        asked.append(f"additional_config has a section {ADDITIONAL_CONFIG_KEY!r}")
+    options = [name for name in map(env_name, VSPrefillConfig.model_fields) if os.environ.get(name, "").strip()]
+    if options:
+        asked.append(f"{', '.join(options)} {'is' if len(options) == 1 else 'are'} set")
+    if not asked:
         return None
-    if ADDITIONAL_CONFIG_KEY not in additional:
-        names = [name for name in additional if isinstance(name, str)]
-        for name in difflib.get_close_matches(ADDITIONAL_CONFIG_KEY, names, n=1, cutoff=0.7):
-            raise ConfigError(f"additional_config has {name!r}; did you mean {ADDITIONAL_CONFIG_KEY!r}?")
-    return additional.get(ADDITIONAL_CONFIG_KEY)
+    return f"{'; '.join(asked)}, but another attention backend runs. Select it with --attention-backend {BACKEND_NAME}."
 
 
-def fingerprint(vllm_config: Any) -> ModelFingerprint | None:
-    """Fingerprint of the served model, or None for a model without the usual attention shapes."""
-    model_config = getattr(vllm_config, "model_config", None)
-    hf_config = getattr(model_config, "hf_text_config", None) or getattr(model_config, "hf_config", None)
+def fingerprint(vllm_config: Any) -> ModelFingerprint:
+    """Fingerprint of the served model. Raises ValueError, with the reason, for one that no indexer can be made for."""
+    hf_config = _hf_config(vllm_config)
     if hf_config is None:
-        return None
-    try:
-        return ModelFingerprint.from_hf_config(hf_config)
-    except ValueError:
-        return None
+        raise ValueError("the model has no configuration that says what its attention looks like")
+    return ModelFingerprint.from_hf_config(hf_config)
 
 
-def locate_checkpoint(options: VSPrefillConfig, model: ModelFingerprint | None) -> Path | None:
-    """Folder of the indexer to use: the user's, else the installed one made for this model, else None.
+def _hf_config(vllm_config: Any) -> Any:
+    model_config = getattr(vllm_config, "model_config", None)
+    return getattr(model_config, "hf_text_config", None) or getattr(model_config, "hf_config", None)
+
+
+def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> tuple[Path, ModelFingerprint] | None:
+    """Folder of the indexer to use, with the fingerprint it must have: the user's, else the installed one made for this
+    model, else None.
 
     Raises:
         CheckpointError: the user's checkpoint is missing or was made for another model.
-        ConfigError: the trained estimator was asked for and there is none.
+        ConfigError: the trained estimator was asked for and there is none, or there can be none for this model.
     """
     if options.estimator == "sampled":
         return None
+    try:
+        model = fingerprint(vllm_config)
+    except ValueError as error:
+        if options.checkpoint is None and options.estimator == "auto":
+            return None
+        asked = "a checkpoint is given" if options.checkpoint is not None else "estimator is 'vsindexer'"
+        raise ConfigError(
+            f"{asked}, but this model cannot have an indexer: {error}. Use estimator 'sampled'."
+        ) from error
     if options.checkpoint is not None:
         folder = resolve_checkpoint(options.checkpoint)
         read_config(folder, expected=model)
-        return folder
-    folder_or_none = find_checkpoint(model) if model is not None else None
-    if folder_or_none is None and options.estimator == "vsindexer":
+        return folder, model
+    found = find_checkpoint(model)
+    if found is None and options.estimator == "vsindexer":
         raise ConfigError(
             "estimator is 'vsindexer', but no installed indexer was trained for this model. Give one with "
             "\"checkpoint\", or use estimator 'auto' or 'sampled', which needs none."
         )
-    return folder_or_none
+    return None if found is None else (found, model)
 
 
 def check(vllm_config: Any) -> None:
@@ -85,7 +183,7 @@ def check(vllm_config: Any) -> None:
     problems = []
     if reason := _compat.unsupported_version():
         problems.append(reason)
-    model = fingerprint(vllm_config)
+    problems += misplaced(vllm_config)
     try:
         options = read_options(vllm_config)
     except ConfigError as error:
@@ -95,12 +193,13 @@ def check(vllm_config: Any) -> None:
     problems += _platform_problems(vllm_config, options)
     if options.enabled:
         try:
-            if model is not None:
-                options.check_layers(model.num_layers)
+            layers = getattr(_hf_config(vllm_config), "num_hidden_layers", None)
+            if isinstance(layers, int):
+                options.check_layers(layers)
         except ConfigError as error:
             problems.append(str(error))
         try:
-            locate_checkpoint(options, model)
+            locate_checkpoint(options, vllm_config)
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -118,9 +217,9 @@ def _platform_problems(vllm_config: Any, options: VSPrefillConfig) -> list[str]:
 
 def _checkpoint_option(vllm_config: Any) -> VSPrefillConfig:
     """The options with nothing but the checkpoint taken over, for use when the rest is wrong."""
+    given = _section(vllm_config)
+    path = given.get("checkpoint") if isinstance(given, dict) else None
     try:
-        given = _given(vllm_config)
-        path = given.get("checkpoint") if isinstance(given, dict) else None
         return VSPrefillConfig.from_sources({"checkpoint": path}).resolved(platform_tuning())
     except ConfigError:
         return VSPrefillConfig.from_sources().resolved(platform_tuning())

@@ -4,7 +4,8 @@
 
 The numbers arise in worker processes; ``/metrics`` is served by the API process. With several API servers vLLM runs
 prometheus_client in its multi-process mode, and ordinary counters of a worker show up by themselves. With one, they
-would stay in the worker, so each worker writes its counts to a small file that a collector in the API process reads.
+would stay in the worker, so each worker writes its counts to a small file in the server's exchange folder, which a
+collector in the API process reads.
 
 Metrics (all counters, label ``layer`` is the model's layer index; prefill rows only):
 
@@ -18,26 +19,22 @@ Metrics (all counters, label ``layer`` is the model's layer index; prefill rows 
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
-import multiprocessing
 import os
-import re
 import secrets
-import shutil
-import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATS_DIR_VARIABLE = "VSPREFILL_STATS_DIR"
-"""Folder through which workers hand their counts to the API process. Set by the plugin; children inherit it."""
+from vllm_vsprefill import exchange
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
-AUTOMATIC_NAME = re.compile(r"vsprefill-(\d+)-[0-9a-f]+")  # a name chosen here, with the process that chose it
+RETRY = 10.0
+"""Seconds after which a worker that could not write its counts tries again."""
 
 logger = logging.getLogger("vllm.vsprefill")
 
@@ -50,12 +47,13 @@ _HELP = {
 
 @dataclass(slots=True)
 class LayerCounts:
-    """Running totals of one layer."""
+    """Running totals of one layer. ``handed_back``: dense chunks whose selection exceeded ``max_density``."""
 
     computed: int = 0
     causal: int = 0
     sparse_chunks: int = 0
     dense_chunks: int = 0
+    handed_back: int = 0
 
     @property
     def density(self) -> float:
@@ -68,15 +66,16 @@ class LayerCounts:
     def __sub__(self, other: LayerCounts) -> LayerCounts:
         return LayerCounts(*(a - b for a, b in zip(self.values(), other.values(), strict=True)))
 
-    def values(self) -> tuple[int, int, int, int]:
-        """The four numbers, in the order of the fields."""
-        return self.computed, self.causal, self.sparse_chunks, self.dense_chunks
+    def values(self) -> tuple[int, int, int, int, int]:
+        """The numbers, in the order of the fields."""
+        return self.computed, self.causal, self.sparse_chunks, self.dense_chunks, self.handed_back
 
     def __iadd__(self, other: LayerCounts) -> LayerCounts:
         self.computed += other.computed
         self.causal += other.causal
         self.sparse_chunks += other.sparse_chunks
         self.dense_chunks += other.dense_chunks
+        self.handed_back += other.handed_back
         return self
 
 
@@ -85,9 +84,13 @@ class Recorder:
 
     Where a device counts, too, its numbers arrive later: a step's totals are then put together elsewhere and handed in
     with ``advance``, step by step, and ``write`` makes the last ones visible.
+
+    Args:
+        rank: of the worker, for the name of its file.
+        folder: the server's exchange folder, or None where it has none.
     """
 
-    def __init__(self, rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, folder: Path | None = None) -> None:
         self.layers: dict[int, LayerCounts] = {}
         self.mode = "sparse"
         self.prompt = 0
@@ -100,8 +103,19 @@ class Recorder:
         self._counters: dict[str, Any] | None = None
         if _PROMETHEUS_MULTIPROCESS in os.environ:
             self._counters = _multiprocess_counters()
-        if folder := os.environ.get(STATS_DIR_VARIABLE):
-            self._file = Path(folder) / f"{os.getpid()}-{rank}-{secrets.token_hex(4)}.json"
+        self._next_try = 0.0
+        self._failing = False
+        self._visible = True
+        if folder is not None:
+            self._file = folder / f"{os.getpid()}-{rank}-{secrets.token_hex(4)}.json"
+            if not folder.is_dir():
+                # The process that started the server made it; a folder made here would be seen by nobody.
+                self._visible, self._failing = False, True
+                logger.warning(
+                    "VSPREFILL: this worker does not see the server's folder %s. Its densities are missing from "
+                    "/metrics and `vsprefill status`, and `vsprefill mode` does not reach it. Set %s to a folder that "
+                    "all machines of the server share.", folder, exchange.STATS_DIR_VARIABLE,
+                )  # fmt: skip
 
     def record(self, layer: int, counts: LayerCounts) -> None:
         """Add counts to a layer's totals."""
@@ -155,23 +169,35 @@ class Recorder:
             layer: list((counts - self._before_prompt.get(layer, LayerCounts())).values())
             for layer, counts in self._totals.items()
         }
+        if self._failing and time.monotonic() < self._next_try:
+            return
         try:
-            file.parent.mkdir(mode=0o700, exist_ok=True)
+            if self._visible:
+                file.parent.mkdir(mode=0o700, exist_ok=True)  # whoever tidies the temporary folder may have removed it
             partial = file.with_suffix(".tmp")
             partial.write_text(json.dumps(payload))
             partial.replace(file)  # a reader sees the old totals or the new ones, never half a file
         except OSError as error:
             # A full or vanished temporary folder costs the read-out, never a request.
-            logger.warning("VSPREFILL: densities are no longer reported: %s", error)
-            self._file = None
+            self._next_try = time.monotonic() + RETRY
+            if not self._failing:
+                self._failing = True
+                logger.warning(
+                    "VSPREFILL: densities cannot be written to %s (%s); /metrics and `vsprefill status` stay as they "
+                    "are until they can.", file.parent, error.strerror or error,
+                )  # fmt: skip
+            return
+        if self._failing:
+            self._failing = False
+            logger.info("VSPREFILL: densities are written to %s again.", file.parent)
 
 
 def _payloads(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the workers have written; files that cannot be read are left out."""
-    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+    """What the workers have written to an exchange folder, or to those in a folder, as far as it can be read."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("vsprefill-*/*.json")]):
         try:
             payload = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             continue
         if isinstance(payload, dict):
             yield payload
@@ -202,16 +228,16 @@ def read_modes(folder: Path) -> list[str]:
 
 
 class FolderCollector:
-    """prometheus_client collector over the workers' files. Yields nothing until a worker has written one."""
+    """prometheus_client collector over the workers' files, of all servers that a process belongs to. Yields nothing
+    until a worker has written one."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
 
     @property
-    def folder(self) -> Path | None:
-        """The folder given, else the one this server's processes use now."""
-        name = os.environ.get(STATS_DIR_VARIABLE)
-        return self._folder or (Path(name) if name else None)
+    def folders(self) -> list[Path]:
+        """The folder given, else those of the servers that this process belongs to."""
+        return exchange.opened() if self._folder is None else [self._folder]
 
     def describe(self) -> Iterable[Any]:
         """No series are known before the first request; an empty answer keeps registration from collecting."""
@@ -219,8 +245,7 @@ class FolderCollector:
 
     def collect(self) -> Iterator[Any]:
         """Metric families, read at scrape time."""
-        folder = self.folder
-        totals = read_counts(folder) if folder is not None else {}
+        totals = _sum(payload for folder in self.folders for payload in _payloads(folder))
         if not totals:
             return
         from prometheus_client.core import CounterMetricFamily
@@ -248,27 +273,6 @@ def install_collector() -> None:
 
     _collector = FolderCollector()
     REGISTRY.register(_collector)
-
-
-def open_exchange() -> None:
-    """Choose the folder through which this server's processes exchange counts, and read the switch. Creates nothing.
-
-    Called where a configuration with VSPREFILL is checked. The top-level process picks a name, which its children
-    inherit, and removes the folder when it exits; a name that another top-level process picked is that server's.
-    """
-    inherited = os.environ.get(STATS_DIR_VARIABLE)
-    if inherited is not None:
-        owner = AUTOMATIC_NAME.fullmatch(Path(inherited).name)
-        if owner is None or int(owner[1]) == os.getpid() or multiprocessing.parent_process() is not None:
-            return
-    folder = str(Path(tempfile.gettempdir()) / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}")
-    os.environ[STATS_DIR_VARIABLE] = folder
-    atexit.register(_remove_folder, folder, os.getpid())
-
-
-def _remove_folder(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child runs the parent's exit handlers too
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 _counters: dict[str, Any] | None = None

@@ -8,8 +8,6 @@ import os
 import time
 from pathlib import Path
 
-from vllm_vsprefill.stats import STATS_DIR_VARIABLE
-
 MODE_FILE = "mode"
 """Name of the file in the server's exchange folder; holds one of ``MODES``."""
 
@@ -32,10 +30,9 @@ class Switch:
         self._seen: tuple[int, int] | None = None
 
     @classmethod
-    def from_environment(cls) -> Switch:
-        """The switch of the server this process belongs to."""
-        folder = os.environ.get(STATS_DIR_VARIABLE)
-        return cls(Path(folder) / MODE_FILE if folder else None)
+    def of(cls, exchange: Path | None) -> Switch:
+        """The switch of the server with an exchange folder."""
+        return cls(None if exchange is None else exchange / MODE_FILE)
 
     def look(self) -> bool:
         """Look at the file if it is time to; whether the mode has changed."""

@@ -28,11 +28,11 @@ def random_indexer(random_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def single_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Engines run in this process; their counts go to the folder this yields."""
+    """Engines run in this process; each has an exchange folder of its own in the folder this yields."""
     import torch
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm_vsprefill.stats import STATS_DIR_VARIABLE
+    from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

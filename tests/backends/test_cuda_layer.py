@@ -374,14 +374,15 @@ def test_counts_are_those_of_the_kernel(make_layer: Any) -> None:
 
 def test_switch(make_layer: Any, single_process: Path) -> None:
     """``vsprefill mode`` while the layer runs, and what it says about the last prompt."""
-    from vllm_vsprefill import stats
+    from vllm_vsprefill import exchange, stats
     from vllm_vsprefill.switch import write_mode
 
     layer = make_layer()
     runtime = layer.impl._runtime
+    (server,) = exchange.servers(single_process)
 
     def run(mode: str) -> float:
-        write_mode(single_process, mode)
+        write_mode(server.folder, mode)
         runtime.switch._next = 0.0
         runtime.look_at_switch()
         check(layer, [(layer.request(300), 300)])

@@ -73,7 +73,7 @@ def engine(single_process: Path, random_model: Path) -> Iterator[Callable[..., E
         while made:
             del made.pop().llm
             cleanup_dist_env_and_memory()
-        for file in single_process.glob("*.json"):
+        for file in single_process.rglob("*.json"):
             file.unlink()
         defaults: dict[str, Any] = {
             "max_model_len": 6144,
@@ -303,7 +303,7 @@ def test_refusal_of_a_layer_that_is_not_there(engine: Any) -> None:
 
 
 RANKS = """
-import json, os, pathlib, sys
+import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     model, prompts, settings = json.loads(sys.argv[1])
@@ -311,8 +311,8 @@ if __name__ == "__main__":
               **settings)
     sampling = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    from vllm_vsprefill import stats
-    counts = stats.read_counts(pathlib.Path(os.environ[stats.STATS_DIR_VARIABLE]))
+    from vllm_vsprefill import exchange, stats
+    counts = stats.read_counts(exchange.opened()[-1])
     found = [[list(o.outputs[0].token_ids) for o in outputs], {k: [v.computed, v.causal] for k, v in counts.items()}]
     # Written at once: ranks log to the same stream.
     sys.stdout.write("\\nRESULT " + json.dumps(found) + "\\n")
