@@ -16,7 +16,7 @@ export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-cpu clean distclean
+.PHONY: help setup demo test fuzz versions lint format bench-cpu clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,7 +32,15 @@ demo: setup  ## serve the needle model, ask a question about a long text (PROMPT
 
 test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=0 for one process)
 	@$(SETUP) --extras demo,test,train
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
+
+fuzz:  ## random problems for the kernels, in Triton's interpreter (FUZZ_ARGS="--seconds 60 --seed 0")
+	@$(SETUP) --extras demo,test,train
+	@$(PY) -m tests.kernels.fuzz --tiny --workers $(WORKERS) $(FUZZ_ARGS)
+
+versions:  ## the plugin on the other releases of vLLM that it supports (downloads each)
+	@$(SETUP) --extras demo,test,train
+	@$(PY) scripts/check_vllm_versions.py
 
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)

@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hanging server must fail its test, not the whole run
+        "psutil>=5.9",  # a run that hangs is ended with all its processes
         "pytest-xdist>=3.7,<4",  # two processes take two thirds of the time; 3.7 can keep the order of files
         "hypothesis>=6.100",  # property tests of selection, merging and attention
         "openai>=1.40",  # server tests use the official client

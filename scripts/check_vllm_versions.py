@@ -7,7 +7,8 @@ Each release's CPU build is installed, without its dependencies, into a folder t
 packages. A tiny random model then generates with the stock backend, with VSPREFILL and everything selected (the tokens
 must be equal) and with VSPREFILL proper (every layer must run sparse), over chunks and prefix-cache hits.
 
-    .venv/bin/python scripts/check_vllm_versions.py 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
+    .venv/bin/python scripts/check_vllm_versions.py            # those of RELEASES, and of PYTHON_ONLY_RELEASES
+    .venv/bin/python scripts/check_vllm_versions.py 0.30.0 0.31.0
 
 A release without a CPU build, or one whose CPU build wants another PyTorch, cannot generate here. After
 ``--python-only`` the Python files of its CUDA wheel (some 300 MB to download) are put before the environment's
@@ -26,11 +27,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"tau_columns": 1.0, "tau_diagonals": 1.0, "min_seq_len": 512, "max_density": 1.0}
+RELEASES = ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0")
+PYTHON_ONLY_RELEASES = ("0.33.0",)  # it has no CPU build
 PYTHON_ONLY = ("tests/test_registration.py", "tests/backends/test_cuda.py", "tests/backends/test_cuda_layer.py")
 SPARSE = {**EVERYTHING, "tau_columns": 0.3, "tau_diagonals": 0.01, "min_diagonals": 0, "max_diagonals": 2, "window": 64}
 
@@ -112,19 +116,19 @@ def run_tests(version: str, site: Path) -> bool:
     return good
 
 
-def main() -> int:
-    """Install and check each release named on the command line; 0 if all work."""
-    if sys.argv[1:2] == ["--check"]:
-        check(Path(sys.argv[2]))
-        return 0
-    if sys.argv[1:2] == ["--python-only"]:
-        works = []
-        for version in sys.argv[2:]:
-            with tempfile.TemporaryDirectory() as scratch:
-                works.append(run_tests(version, unpack(version, Path(scratch))))
-        return 0 if all(works) else 1
-    failures = 0
-    for version in sys.argv[1:]:
+def check_python_only(versions: Sequence[str]) -> bool:
+    """Whether the tests that need no compiled code pass on all these releases."""
+    works = []
+    for version in versions:
+        with tempfile.TemporaryDirectory() as scratch:
+            works.append(run_tests(version, unpack(version, Path(scratch))))
+    return all(works)
+
+
+def check_releases(versions: Sequence[str]) -> bool:
+    """Whether the plugin works with the CPU builds of all these releases."""
+    works = []
+    for version in versions:
         with tempfile.TemporaryDirectory() as scratch:
             site = Path(scratch, "site")
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
@@ -135,12 +139,25 @@ def main() -> int:
             done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
             line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
             result = json.loads(line.removeprefix("RESULT")) if line else {}
-            good = result.get("equal") and result.get("sparse") and result["vllm"].startswith(version)
+            good = bool(result.get("equal") and result.get("sparse") and result["vllm"].startswith(version))
             print(f"{version}: {'works' if good else 'FAILS'} {result}", flush=True)
             if not good:
-                failures += 1
                 print(done.stdout[-3000:] + done.stderr[-3000:])
-    return 1 if failures else 0
+            works.append(good)
+    return all(works)
+
+
+def main() -> int:
+    """Install and check releases; 0 if all work."""
+    if sys.argv[1:2] == ["--check"]:
+        check(Path(sys.argv[2]))
+        return 0
+    if sys.argv[1:2] == ["--python-only"]:
+        return 0 if check_python_only(sys.argv[2:]) else 1
+    works = [check_releases(sys.argv[1:] or RELEASES)]
+    if not sys.argv[1:]:
+        works.append(check_python_only(PYTHON_ONLY_RELEASES))
+    return 0 if all(works) else 1
 
 
 if __name__ == "__main__":

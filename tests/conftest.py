@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import hypothesis
 import pytest
+
+from tests.watchdog import Watchdog
+
+# A shell starts background jobs with SIGINT ignored, and so would be every process that a test wants to interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Options set in the caller's shell would change what the tests see.
 for _name in [name for name in os.environ if name.startswith("VSPREFILL_")]:
@@ -33,6 +40,10 @@ hypothesis.settings.register_profile(
     "thorough", parent=hypothesis.settings.get_profile("default_run"), max_examples=1000
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_run"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Watchdog(), "watchdog")
 
 
 STARTS_VLLM = {"test_engine.py", "test_server.py"}
