@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks import environment
 
 PLANS = Path(__file__).parent / "plans"
+SHOWN = ("density", "sparse_density", "top1", "nll", "kl")
 
 
 def expand(line: str, layers: int, heads: int = 1) -> list[tuple[str, list[int] | None]]:
@@ -131,39 +132,38 @@ def main() -> None:
     }
     done = {(r["text"], r["length"], r["method"], json.dumps(r["layers"])) for r in data["runs"] if "error" not in r}
     data["runs"] = [run for run in data["runs"] if "error" not in run]
+    runners: dict[str, Runner] = {}
     for path in options.texts:
         text = path.read_text(encoding="utf-8")
         # Seven characters a token is more than any ordinary text has.
         ids = tokenizer(text[: 7 * (options.length + options.skip)])["input_ids"][options.skip :][: options.length]
         if len(ids) < options.length:
             sys.exit(f"{path.name} has {len(ids)} tokens, {options.length} are asked for")
-        todo = [run for line in lines for run in expand(line, layers, heads)]
-        todo = [run for run in todo if (path.stem, options.length, run[0], json.dumps(run[1])) not in done]
-        if not todo or time.monotonic() - begin > options.seconds:
-            continue
         with turn(options.lock):
-            runner = Runner(
+            runner = runners[path.stem] = Runner(
                 model,
                 torch.tensor(ids),
                 dense_first=options.dense_first,
                 chunk=options.chunk,
                 dense_last=options.dense_last,
             )
-        print(
-            f"{path.stem}: dense {runner.dense_seconds:.1f} s, nll {float(runner.reference.nll.mean()):.4f}", flush=True
-        )
-        for method, subset in todo:
+        nll = float(runner.reference.nll.mean())
+        print(f"{path.stem}: dense {runner.dense_seconds:.1f} s, nll {nll:.4f}", flush=True)
+    todo = [run for line in lines for run in expand(line, layers, heads)]
+    for method, subset in dict.fromkeys((method, tuple(s) if s is not None else None) for method, s in todo):
+        for text, runner in runners.items():
+            layer_list = None if subset is None else list(subset)
+            if (text, options.length, method, json.dumps(layer_list)) in done:
+                continue
             if time.monotonic() - begin > options.seconds:
-                print("out of time", flush=True)
-                break
-            run: dict[str, Any] = {"text": path.stem, **shape, "method": method, "layers": subset}
+                print(f"out of time before {method}", flush=True)
+                return
+            run: dict[str, Any] = {"text": text, **shape, "method": method, "layers": layer_list}
             try:
                 with turn(options.lock):
-                    run |= runner.run(make(method), subset, options.errors)
-                figures = " ".join(
-                    f"{name} {run[name]:.4f}" for name in ("density", "sparse_density", "top1", "nll", "kl")
-                )
-                print(f"{method} {'' if subset is None else subset}: {figures}, {run['seconds']} s", flush=True)
+                    run |= runner.run(make(method), layer_list, options.errors)
+                figures = " ".join(f"{name} {run[name]:.4f}" for name in SHOWN)
+                print(f"{text} {method} {layer_list or ''}: {figures}, {run['seconds']} s", flush=True)
             except Exception as error:
                 traceback.print_exc()
                 run["error"] = f"{type(error).__name__}: {error}"

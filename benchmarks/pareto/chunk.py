@@ -95,10 +95,11 @@ class Chunk:
         """int64 ``[blocks, n]``: rows of each block that causality lets see each key."""
         return (self.ends[:, None] - torch.maximum(self.positions, self.starts[:, None])).clamp(min=0)
 
-    def true_mass(self) -> Tensor:
-        """Attention of all rows: float32 ``[Hkv, blocks, n]``, summed over a block's rows, mean over the group.
+    def true_mass(self, over: str = "mean") -> Tensor:
+        """Attention of all rows: float32 ``[Hkv, blocks, n]``, mean over the group, summed over a block's rows.
 
-        Costs as much as dense attention: for oracles only.
+        With ``over="max"`` the largest of the rows and query heads instead. Costs as much as dense attention: for
+        oracles only.
         """
         mass = torch.zeros(self.k.shape[0], self.blocks, self.seq_len, device=self.device)
         for b in range(self.blocks):
@@ -108,7 +109,8 @@ class Chunk:
                 q = self.q[h * self.group : (h + 1) * self.group, r0:r1]
                 logits = (q @ self.k[h, :end].T).float() * self.scale
                 logits[..., self.first + r0 :] += _causal(r1 - r0, logits)
-                mass[h, b, :end] = torch.softmax(logits, dim=-1).sum((0, 1)) / self.group
+                probs = torch.softmax(logits, dim=-1)
+                mass[h, b, :end] = probs.amax((0, 1)) if over == "max" else probs.sum((0, 1)) / self.group
         return mass
 
 
@@ -129,6 +131,14 @@ class Kept:
     diagonals: Tensor | None = None
     residual: int = 0
     extra_pairs: float = 0.0
+
+
+@dataclass
+class Computed:
+    """What a method that has its own attention returns: the rows' output, ``[Hq, T, D]``, and pairs per head."""
+
+    output: Tensor
+    pairs: Tensor | float
 
 
 def _causal(rows: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.pareto.chunk import Chunk, Kept, attend, dense, pairs
+from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
 from benchmarks.pareto.structures import Estimator
 
 IMPLEMENTATION = "vsprefill_pareto"
@@ -73,7 +73,7 @@ class Runner:
         self._sparse: Collection[int] = ()
         self._judge = False
         self._first = 0
-        _register(self)
+        _register()
         model.set_attn_implementation(IMPLEMENTATION)
         with torch.inference_mode():
             self._pass(0, dense_first)
@@ -146,12 +146,15 @@ class Runner:
 
     def _pass(self, first: int, end: int) -> Tensor:
         """Hidden states of the rows from ``first`` to ``end``."""
+        global _current
+        _current = self
         self._first = first
         rows = torch.arange(first, end, device=self.tokens.device)[None]
         body = self.model.get_decoder()
         return body(input_ids=self.tokens[None, first:end], position_ids=rows, use_cache=False).last_hidden_state[0]
 
     def _rows(self, estimator: Estimator | None) -> Readings:
+        """A pass over the rows behind the beginning, chunk by chunk."""
         self._estimator = estimator
         parts: list[Readings] = []
         try:
@@ -193,7 +196,7 @@ class Runner:
         assert values is not None
         keys[:, first : first + rows], values[:, first : first + rows] = k, v
         k, v = keys[:, : first + rows], values[:, : first + rows]
-        kept: Kept | None = None
+        kept: Kept | Computed | None = None
         sparse_rows = rows - self.dense_last
         if self._estimator is not None and layer in self._sparse and sparse_rows > 0:
             chunk = Chunk(
@@ -211,10 +214,12 @@ class Runner:
             if kept is None:
                 tally.pairs.append(_causal_pairs(first, first + rows))
             else:
-                tally.pairs += [pairs(chunk, kept), _causal_pairs(first + sparse_rows, first + rows)]
+                count = kept.pairs if isinstance(kept, Computed) else pairs(chunk, kept)
+                tally.pairs += [count, _causal_pairs(first + sparse_rows, first + rows)]
         if kept is None:
             return dense(q, k, v, scale)
-        out = torch.cat((attend(chunk, kept), dense(q[:, sparse_rows:], k, v, scale)), 1)
+        sparse = kept.output if isinstance(kept, Computed) else attend(chunk, kept)
+        out = torch.cat((sparse, dense(q[:, sparse_rows:], k, v, scale)), 1)
         if self._judge:
             want = dense(q, k, v, scale).float()
             tally.error.append((out.float() - want).square().sum())
@@ -235,11 +240,9 @@ def _causal_pairs(first: int, end: int) -> float:
 _current: Runner | None = None
 
 
-def _register(runner: Runner) -> None:
+def _register() -> None:
     from transformers import AttentionInterface
 
-    global _current
-    _current = runner
     AttentionInterface.register(IMPLEMENTATION, _attention)
 
 

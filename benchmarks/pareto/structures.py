@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.pareto.chunk import Chunk, Kept
+from benchmarks.pareto.chunk import Chunk, Computed, Kept
 from vllm_vsprefill.kernels.sampled.naive import sampled
 from vllm_vsprefill.kernels.select.naive import select
 
@@ -23,8 +23,8 @@ class Estimator(Protocol):
 
     block: int
 
-    def keep(self, chunk: Chunk) -> Kept | None:
-        """What the chunk's rows look at."""
+    def keep(self, chunk: Chunk) -> Kept | Computed | None:
+        """What the chunk's rows look at, or what they get."""
 
 
 def group_scores(scores: Tensor, heads: int, how: str) -> Tensor:
@@ -127,7 +127,7 @@ class Structure:
         tile: rows of a tile; a multiple of the block, which is 128 rows or the tile if that is smaller.
         rank: what ranks them: the tile's mean query, or the attention of all of its rows (an oracle).
         probes: parts of a tile with a mean query each.
-        over: mean or max over these parts.
+        over: mean or max over these parts (of an oracle: over the tile's rows and query heads).
         spread: factor on the logits' variance over a part's rows (see ``mean_query_mass``).
         score: precision in which mean queries meet keys: bf16, fp8 or int4.
         group: mean or max over the query heads of a list.
@@ -203,10 +203,10 @@ class Structure:
     def _rank(self, chunk: Chunk, heads: int) -> Tensor:
         """Scores of the tiles, ``[heads, tiles, n]``."""
         if self.rank == "true":
-            blocks = chunk.true_mass()
+            blocks = chunk.true_mass(self.over)
             per_tile = self.tile // self.block
-            blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -chunk.blocks % per_tile))
-            return blocks.unflatten(1, (-1, per_tile)).sum(2) / self.tile
+            blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -chunk.blocks % per_tile)).unflatten(1, (-1, per_tile))
+            return blocks.amax(2) if self.over == "max" else blocks.sum(2) / self.tile
         return mean_query_mass(chunk, self.tile, self.probes, heads, self.group, self.over, self.spread, self.score)
 
     def _rank_columns(self, chunk: Chunk, near: Tensor, by_tile: Tensor | None, heads: int) -> Tensor:
@@ -331,3 +331,43 @@ class Sampled:
         share = on_columns.float().mean(1)
         share = share + (1 - share) * on_diagonals.float().mean(1)
         return None if float(share.mean()) > self.max_density else kept
+
+
+@dataclass
+class RowOracle:
+    """Upper bound: every row keeps its own keys by its own true attention, beside window and sinks.
+
+    Attributes:
+        keys: keys a row keeps; 0: those whose attention reaches ``level``.
+        level: share of a row's attention from which a key is kept.
+        lists: one set a KV head, by the mean over its query heads, or one a query head.
+    """
+
+    window: int = 256
+    sinks: int = 64
+    keys: int = 0
+    level: float = 1.0
+    lists: Literal["kv", "query"] = "kv"
+    block: int = 128
+
+    def keep(self, chunk: Chunk) -> Computed:
+        output = torch.empty_like(chunk.q)
+        count = torch.zeros((), dtype=torch.float64, device=chunk.device)
+        near = chunk.nearby(self.window, self.sinks)
+        for h in range(chunk.k.shape[0]):
+            heads = slice(h * chunk.group, (h + 1) * chunk.group)
+            for b in range(chunk.blocks):
+                r0, r1 = chunk.bounds(b)
+                end = chunk.first + r1
+                logits = (chunk.q[heads, r0:r1] @ chunk.k[h, :end].T).float() * chunk.scale
+                at = chunk.first + torch.arange(r0, r1, device=chunk.device)[:, None]
+                later = chunk.positions[:end] > at
+                probs = torch.softmax(logits.masked_fill_(later, float("-inf")), -1)
+                score = probs if self.lists == "query" else probs.mean(0, keepdim=True)
+                score = torch.where(near[b, :end] | later, UNWANTED, score)
+                chosen = top_keys(score, self.keys) if self.keys else score >= self.level
+                kept = (chosen | near[b, :end]) & ~later
+                count += kept.sum() * (chunk.group / len(kept))
+                probs = torch.softmax(logits.masked_fill_(~kept, float("-inf")), -1)
+                output[heads, r0:r1] = probs.to(chunk.v.dtype) @ chunk.v[h, :end]
+        return Computed(output, count / chunk.q.shape[0])

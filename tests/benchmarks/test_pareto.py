@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks.pareto.__main__ import PLANS, expand, read_plan
 from benchmarks.pareto.budgets import curves, divide
-from benchmarks.pareto.chunk import Chunk, Kept, attend, dense, pairs
+from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
 from benchmarks.pareto.methods import METHODS, make
 from benchmarks.pareto.report import at_density
-from benchmarks.pareto.structures import Structure, smallest_set, top_keys
+from benchmarks.pareto.structures import RowOracle, Structure, smallest_set, top_keys
 
 
 def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:
@@ -122,7 +122,7 @@ def test_every_line_of_a_plan_is_a_method(plan: str) -> None:
     for line in read_plan(plan):
         for method, layers in expand(line, 3):
             kept = make(method).keep(chunk(rows=300, n=940, block=make(method).block))
-            assert kept is None or kept.keys.shape[2] == 940
+            assert kept is None or isinstance(kept, Computed) or kept.keys.shape[2] == 940
             assert layers is None or all(0 <= layer < 3 for layer in layers)
 
 
@@ -237,3 +237,19 @@ def test_families_meet_at_one_density() -> None:
     assert at_density(runs, 0.1, "top1") == {"structure keys": pytest.approx(0.85)}
     assert at_density(runs, 0.1, "kl") == {"structure keys": pytest.approx(0.1)}
     assert at_density(runs, 0.3, "kl") == {}
+
+
+@pytest.mark.parametrize("lists", ["kv", "query"])
+def test_a_row_keeps_its_own_keys(lists: str) -> None:
+    c = chunk(rows=128, n=300, block=64)
+    found = RowOracle(window=16, sinks=4, keys=9, lists=lists, block=64).keep(c)
+    at = c.first + torch.arange(c.rows)
+    causal = torch.arange(c.seq_len) <= at[:, None]
+    probs = (c.q @ c.k.repeat_interleave(2, 0).mT * c.scale).masked_fill(~causal, float("-inf")).softmax(-1)
+    if lists == "kv":
+        probs = probs.unflatten(0, (2, 2)).mean(1).repeat_interleave(2, 0)
+    near = c.nearby(16, 4).repeat_interleave(64, 0) & causal
+    best = probs.masked_fill(near | ~causal, -1.0).topk(9, -1).indices
+    mask = near.expand(4, -1, -1).scatter(-1, best, True)
+    torch.testing.assert_close(found.output, masked(c, mask))
+    assert float(found.pairs) == pytest.approx(float(mask.sum()) / 4)
