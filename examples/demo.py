@@ -160,7 +160,7 @@ class Limits:
 
 def ask(server: VLLMServer, question: Question) -> Result:
     """Send the prompt, print the answer as it arrives, measure the time to its first token."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600, max_retries=0)
+    client = server.client(timeout=3600)
     # The first request of a process pays for things done once (compiled kernels, memory); it is not the one to time.
     warm_up = "The quick brown fox. " * 64
     client.chat.completions.create(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,14 +13,20 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
+import openai
+
 HOST = "127.0.0.1"
+
+
+def loopback(timeout: float | httpx.Timeout | None = 30) -> httpx.Client:
+    """A client for servers on this machine: no proxy of the environment comes between, and no certificate store."""
+    return httpx.Client(trust_env=False, timeout=timeout)
 
 
 class ServerError(RuntimeError):
@@ -119,8 +126,14 @@ class VLLMServer:
 
     def get(self, path: str) -> str:
         """Body of a GET request to the server."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return str(response.read().decode())
+        with loopback() as http:
+            return http.get(self.url + path).raise_for_status().text
+
+    def client(self, timeout: float = 300) -> openai.OpenAI:
+        """An openai client for the server that sends every request once."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", timeout=timeout, max_retries=0, http_client=loopback(timeout)
+        )
 
     def tail(self, lines: int = 30) -> str:
         """The end of the server's log."""
@@ -139,12 +152,9 @@ class VLLMServer:
                 raise ServerError(f"the server ended with exit code {code} before it was ready\n{self.tail()}")
             if waited > self.timeout:
                 raise ServerError(f"the server was not ready after {self.timeout:.0f} s\n{self.tail()}")
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
-                    if response.status == 200:
-                        return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                pass
+            with contextlib.suppress(httpx.TransportError), loopback(2) as http:
+                if http.get(f"{self.url}/health").status_code == 200:
+                    return
             if self.on_wait is not None:
                 self.on_wait(waited, self.tail(1))
             time.sleep(0.4)

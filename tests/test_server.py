@@ -21,7 +21,7 @@ import openai
 import pytest
 
 from examples.needle import tasks
-from examples.server import ServerError, VLLMServer
+from examples.server import ServerError, VLLMServer, loopback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -55,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
 
 @pytest.fixture
 def client(server: VLLMServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+    return server.client()
 
 
 def problem(tokens: int, seed: int = 0, task: tasks.Task = "single") -> tasks.Problem:
@@ -110,8 +110,8 @@ def test_eight_prompts_of_different_lengths_at_once(server: VLLMServer, client: 
 def test_client_that_leaves_while_its_prompt_is_read(server: VLLMServer, client: openai.OpenAI) -> None:
     """The server drops the request, and the next answer, over reused blocks, is right."""
     body = {"model": "needle", "messages": problem(8000, 2).messages(), "max_tokens": 48, "stream": True}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+    with pytest.raises(httpx.ReadTimeout), loopback(httpx.Timeout(30, read=0.3)) as http:
+        http.post(f"{server.url}/v1/chat/completions", json=body)
     deadline = time.monotonic() + 60
     while "vllm:num_requests_running{" in (text := server.get("/metrics")) and time.monotonic() < deadline:
         if all(line.endswith(" 0.0") for line in text.splitlines() if line.startswith("vllm:num_requests_running{")):
@@ -154,7 +154,7 @@ def test_the_log_names_the_estimator(server: VLLMServer) -> None:
 def test_two_servers_and_two_api_processes(server: VLLMServer, client: openai.OpenAI, tmp_path: Path) -> None:
     """A second server beside the first, with two API processes, counts on its own and disturbs nobody."""
     with serve(tmp_path, EAGER, "--api-server-count", "2") as second:
-        other = openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", timeout=300, max_retries=0)
+        other = second.client()
         before = server.densities()
         asked = problem(4000, 5)
         assert asked.is_correct(ask(other, asked))
@@ -178,7 +178,7 @@ def test_refusal_reaches_the_terminal(tmp_path: Path) -> None:
 
 def test_environment_options_reach_the_engine(tmp_path: Path) -> None:
     with serve(tmp_path, EAGER, options=None, VSPREFILL_ENABLED="false") as running:
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=300, max_retries=0)
+        client = running.client()
         asked = problem(4000, 6)
         assert asked.is_correct(ask(client, asked))
         assert "switched off" in running.log.read_text()
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
     """
     with serve(tmp_path, EAGER) as running:
         assert running.process is not None
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=300, max_retries=0)
+        client = running.client()
         ask(client, problem(3000))
         exchange = Path(tempfile.gettempdir()), f"vsprefill-{running.process.pid}-*"
         assert list(exchange[0].glob(exchange[1]))
@@ -208,8 +208,8 @@ def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
 
 
 def _swallow(url: str, body: dict[str, Any]) -> None:
-    with contextlib.suppress(httpx.HTTPError):
-        httpx.post(f"{url}/v1/completions", json=body, timeout=10)
+    with contextlib.suppress(httpx.HTTPError), loopback(10) as http:
+        http.post(f"{url}/v1/completions", json=body)
 
 
 def test_starting_from_the_repository_root_by_module(tmp_path: Path) -> None:
