@@ -34,21 +34,24 @@ from vllm_vsprefill.distil.mass import cpu as mass_cpu
 from vllm_vsprefill.distil.mass.triton import mass_sums
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
+from vllm_vsprefill.kernels.gathered import allocate_gathered
 from vllm_vsprefill.kernels.guard.triton import guard
+from vllm_vsprefill.kernels.index import Index, allocate_index
 from vllm_vsprefill.kernels.merge.naive import merge
-from vllm_vsprefill.kernels.merge.triton import Index, allocate_index, build_index, set_flags
+from vllm_vsprefill.kernels.merge.paged import check_build_index, set_flags
+from vllm_vsprefill.kernels.merge.triton import build_index
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
-from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
-from vllm_vsprefill.kernels.score.triton import (
-    allocate_missing,
-    prepare_weights,
-    score_missing,
-    score_reference,
-    score_slots,
-)
-from vllm_vsprefill.kernels.select.triton import allocate_select, select, select_gathered, select_reference
+from vllm_vsprefill.kernels.reference import keys_values
+from vllm_vsprefill.kernels.sampled.paged import allocate_sampled
+from vllm_vsprefill.kernels.sampled.triton import sampled
+from vllm_vsprefill.kernels.score import paged as score_reference
+from vllm_vsprefill.kernels.score.paged import allocate_missing, prepare_weights
+from vllm_vsprefill.kernels.score.triton import score_missing, score_slots
+from vllm_vsprefill.kernels.select import paged as select_reference
+from vllm_vsprefill.kernels.select.paged import allocate_select, check_gather, check_select
+from vllm_vsprefill.kernels.select.triton import gather, select
 from vllm_vsprefill.kernels.settings import TABLE, TABLE_FILE, Settings, capability, padded, write_table
-from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection, SparsePattern
+from vllm_vsprefill.kernels.types import UNLIMITED, Budgets, IndexerLayerWeights, Selection, SparsePattern
 
 QUERY_HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 GROUP = QUERY_HEADS // KV_HEADS
@@ -179,7 +182,7 @@ def exact_keys(case: Case, selection: Selection, window: int, rows: int = 16) ->
 def error_of(case: Case, out: Tensor, selection: Selection, pattern: SparsePattern, tiles: int = 3) -> float:
     """Largest relative error of some tiles and heads against float32 attention over the keys of the reference."""
     n, rows = case.seq_len, case.q.shape[0]
-    k, v = case.kv.gather(0, n)
+    k, v = keys_values(case.kv, 0, n)
     starts = torch.linspace(n - rows, n - pattern.block_q, tiles).long() // pattern.block_q * pattern.block_q
     worst = 0.0
     for start, head in itertools.product(starts.tolist(), (0, KV_HEADS - 1)):
@@ -238,7 +241,7 @@ def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
     missing = allocate_missing(1, case.seq_len, "cuda")
     time = milliseconds(lambda: score_slots(case.kv, slots, weights, logits, config=config))
     some = slots[:: len(slots) // 64]
-    score_reference(case.kv, some, weights, expected)
+    score_reference.score_slots(case.kv, some, weights, expected)
     error = float((logits[some] - expected[some]).norm() / expected[some].norm())
     score_missing(case.kv, case.batch, weights, logits, missing)
     again = milliseconds(lambda: score_missing(case.kv, case.batch, weights, logits, missing))
@@ -262,35 +265,42 @@ def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
 def select_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     """Selection and index over the whole context, by cumulative threshold.
 
-    Arguments are checked in the first layer of a step only, so the times are without the checks, and one with them.
+    Arguments are checked once a step, so the times are without the checks, and one with them.
     """
     rng = torch.Generator("cuda").manual_seed(3)
     logits = torch.randn(case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS, generator=rng, device="cuda") * 2
     tau = torch.tensor([[0.5] * KV_HEADS, [0.1] * KV_HEADS], dtype=torch.float64, device="cuda")
-    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
+    index, plain = (allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda") for _ in range(2))
+    gathered = allocate_gathered(1, KV_HEADS, case.seq_len, "cuda")
     workspace = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
 
-    def choose(checked: bool = True) -> None:
-        select(logits, case.kv, case.batch, tau, index, workspace, checked=checked)
+    def choose() -> None:
+        gather(logits, case.kv, case.batch, gathered)
+        select(gathered, case.batch, tau, index, workspace)
+
+    def with_checks() -> None:
+        check_gather(logits, case.kv, case.batch, gathered)
+        check_select(gathered, case.batch, tau, index, workspace, UNLIMITED)
+        choose()
 
     def both() -> None:
         choose()
-        build_index(index, case.kv, case.batch, checked=True)
+        build_index(index, case.kv, case.batch)
 
-    choose(checked=False)
-    expected = select_reference(logits, case.kv, case.batch, tau)[0]
-    flags = index.flags[0, :, :, : case.seq_len]
-    wrong = int((flags[0].sum(-1) - expected.num_columns).abs().max())
-    wrong = max(wrong, int((flags[1].sum(-1) - expected.num_diagonals).abs().max()))
+    check_build_index(index, case.kv, case.batch)
+    with_checks()
+    select_reference.select(gathered, case.batch, tau, plain, workspace)
+    counts, expected = (one.flags[0, :, :, : case.seq_len].sum(-1, dtype=torch.int64) for one in (index, plain))
+    wrong = int((counts - expected).abs().max())
     return {
         "ms": milliseconds(choose, runs=100),
-        "with_checks_ms": milliseconds(lambda: choose(checked=False), runs=100),
+        "with_checks_ms": milliseconds(with_checks, runs=100),
         "of_ten_in_a_row_ms": ten_in_a_row(choose, runs=20),
         "graph_ms": graph_milliseconds(choose),
         "with_index_ms": milliseconds(both, runs=100),
         "with_index_graph_ms": graph_milliseconds(both),
-        "columns": int(expected.num_columns[0]),
-        "diagonals": int(expected.num_diagonals[0]),
+        "columns": int(expected[0, 0]),
+        "diagonals": int(expected[1, 0]),
         "largest_difference_of_counts": wrong,
         "correct": wrong <= 2,
     }
@@ -314,7 +324,8 @@ def graph_milliseconds(call: Callable[[], Any]) -> float | None:
 def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = None) -> dict[str, Any]:
     """The training-free estimate alone, and with selection."""
     workspace = allocate_sampled(1, QUERY_HEADS, KV_HEADS, case.seq_len, 64, "cuda")
-    into = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
+    into = allocate_gathered(1, KV_HEADS, case.seq_len, "cuda")
+    scratch = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
     index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
     tau = torch.full((2, KV_HEADS), 0.5, dtype=torch.float64, device="cuda")
 
@@ -323,7 +334,7 @@ def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = No
 
     def both() -> None:
         estimate()
-        select_gathered(case.kv, case.batch, tau, index, into, max_columns=4096, max_diagonals=64)
+        select(into, case.batch, tau, index, scratch, budgets=Budgets(max_columns=4096, max_diagonals=64))
 
     estimate()
     sums = into.logits[0, :, :, : case.seq_len].exp().sum(-1)
@@ -345,21 +356,23 @@ def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     score_missing(case.kv, case.batch, weights, logits, missing)
     index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
+    gathered = allocate_gathered(1, KV_HEADS, case.seq_len, "cuda")
     workspace = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
     visited = torch.zeros(1, dtype=torch.int64, device="cuda")
     tau = torch.zeros(2, KV_HEADS, dtype=torch.float64, device="cuda")
     out = torch.empty_like(case.q)
 
-    budgets = {"min_columns": 4096, "max_columns": 4096, "max_diagonals": 0}
+    budgets = Budgets(min_columns=4096, max_columns=4096, max_diagonals=0)
 
-    def call(checked: bool = True) -> None:
+    def call() -> None:
         forget(logits, slots)
-        score_missing(case.kv, case.batch, weights, logits, missing, checked=checked)
-        select(logits, case.kv, case.batch, tau, index, workspace, checked=checked, **budgets)
-        build_index(index, case.kv, case.batch, checked=checked)
-        attend(case.q, case.kv, index, case.batch, scale=SCALE, out=out, visited=visited, checked=checked)
+        score_missing(case.kv, case.batch, weights, logits, missing)
+        gather(logits, case.kv, case.batch, gathered)
+        select(gathered, case.batch, tau, index, workspace, budgets=budgets)
+        build_index(index, case.kv, case.batch)
+        attend(case.q, case.kv, index, case.batch, scale=SCALE, out=out, visited=visited)
 
-    call(checked=False)
+    call()
 
     return {
         "ms": milliseconds(call, runs=50),
@@ -389,11 +402,12 @@ def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
     stock, last, none = flash_attention(whole), flash_attention(tail), flash_attention(whole, empty=True)
     if stock is None or last is None or none is None:
         raise RuntimeError("vLLM's FlashAttention is not installed")
-    budgets = {"min_columns": seq_len // 16, "max_columns": seq_len // 16, "max_diagonals": 16}
+    budgets = Budgets(min_columns=seq_len // 16, max_columns=seq_len // 16, max_diagonals=16)
     weights, slots = indexer(), whole.slots
     logits = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     missing = allocate_missing(1, seq_len, "cuda")
     index = allocate_index(1, KV_HEADS, seq_len, pattern, "cuda")
+    gathered = allocate_gathered(1, KV_HEADS, seq_len, "cuda")
     workspace = allocate_select(1, KV_HEADS, seq_len, "cuda")
     rows_of = allocate_sampled(1, QUERY_HEADS, KV_HEADS, seq_len, 64, "cuda")
     tau = torch.full((2, KV_HEADS), 0.9, dtype=torch.float64, device="cuda")
@@ -402,24 +416,24 @@ def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
     counts = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
     guarded = head._replace(row_end=limits[1][:1])
 
-    def layer(trained: bool, checked: bool = True) -> None:
+    def layer(trained: bool) -> None:
         if trained:
             forget(logits, slots)
-            score_missing(kv, whole.batch, weights, logits, missing, checked=checked)
-            select(logits, kv, whole.batch, tau, index, workspace, checked=checked, **budgets)
+            score_missing(kv, whole.batch, weights, logits, missing)
+            gather(logits, kv, whole.batch, gathered)
         else:
-            sampled(whole.q, kv, whole.batch, rows_of, workspace, scale=SCALE, checked=checked)
-            select_gathered(kv, whole.batch, tau, index, workspace, checked=checked, **budgets)
-        build_index(index, kv, head, checked=checked)
-        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0], checked=checked)
+            sampled(whole.q, kv, whole.batch, rows_of, gathered, scale=SCALE)
+        select(gathered, whole.batch, tau, index, workspace, budgets=budgets)
+        build_index(index, kv, head)
+        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0])
         none()
-        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1], checked=checked)
+        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1])
         last()
 
     dense = ten_in_a_row(stock)
     found = {"context": seq_len, "rows": rows, "stock_ms": dense}
     for name, trained in (("vsindexer", True), ("sampled", False)):
-        layer(trained, checked=False)  # a step's first layer; scores the whole context
+        layer(trained)  # scores the whole sequence
         time = ten_in_a_row(lambda trained=trained: layer(trained))  # type: ignore[misc]
         found |= {f"{name}_ms": time, f"{name}_times_stock": dense / time}
     return found

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import Selection, SparsePattern
+from .types import Budgets, Selection, SparsePattern
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,6 +69,37 @@ def check_selection(selection: Selection, num_kv_heads: int, device: torch.devic
                 raise ValueError(f"selection.{name} has {value.shape[0]} rows but k has {num_kv_heads} KV heads")
             if value.device != device:
                 raise ValueError(f"selection.{name} is on {value.device} but q is on {device}")
+
+
+def check_budgets(budgets: Budgets, highest: int | None = None) -> None:
+    """Checks that budgets are non-negative ints, up to ``highest`` if given, and no minimum is above its maximum."""
+    wanted = "a non-negative int" if highest is None else f"an int from 0 to {highest}"
+    for kind in ("columns", "diagonals"):
+        minimum, maximum = getattr(budgets, f"min_{kind}"), getattr(budgets, f"max_{kind}")
+        for name, value in ((f"min_{kind}", minimum), (f"max_{kind}", maximum)):
+            if value is None and name.startswith("max"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value > (highest or value):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if maximum is not None and minimum > maximum:
+            raise ValueError(f"min_{kind} is {minimum}, above max_{kind}, which is {maximum}")
+
+
+def check_tile(
+    columns: Tensor, diagonals: Tensor, tile_start: int, tile_end: int, seq_len: int, pattern: SparsePattern
+) -> None:
+    """Checks what a tile of a pattern is made of, the range of the values included."""
+    if not isinstance(pattern, SparsePattern):
+        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+    if not 0 <= tile_start < tile_end <= seq_len:
+        raise ValueError(
+            f"tile_start and tile_end must satisfy 0 <= tile_start < tile_end <= seq_len, "
+            f"got {tile_start}, {tile_end} and {seq_len}"
+        )
+    for name, value in (("columns", columns), ("diagonals", diagonals)):
+        check_tensor(name, value, 1, (torch.int32, torch.int64))
+        if value.numel() and not (0 <= int(value.min()) and int(value.max()) < seq_len):
+            raise ValueError(f"{name} must lie in [0, {seq_len})")
 
 
 def check_attend(

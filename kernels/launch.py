@@ -11,6 +11,7 @@ Triton's launch hooks are not called then: its own profiler does not see these l
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 import triton
@@ -38,6 +39,15 @@ def next_power_of_2(n: int) -> int:
 
 def _current_stream(device_index: int) -> Any:
     return triton.runtime.driver.active.get_current_stream(device_index)
+
+
+def raised_by_compiler(error: BaseException) -> bool:
+    """Whether an error says that this Triton does not take a kernel: one of Triton's own, or one of any kind from
+    within its compiler. Wrong arguments fail before the compiler is called."""
+    if isinstance(error, triton.TritonError):
+        return True
+    compiler = triton.compiler.compile.__code__
+    return any(frame.f_code is compiler for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3,
@@ -81,10 +91,12 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], num_warps:
         return
     run, function, metadata, settled, _ = found
     x, y, z = (*grid, 1, 1)[:3]
+    stream = _current_stream(device.index)
     try:
         # What `compiled[grid](...)` does, without metadata for launch hooks and without the hooks.
-        run(x, y, z, _current_stream(device.index), function, metadata, None, None, None, *values, *settled)
+        run(x, y, z, stream, function, metadata, None, None, None, *values, *settled)
     except TypeError as error:  # raised when the arguments are parsed, before the kernel is launched
-        logger.warning("VSPREFILL: this Triton's launcher has changed; launches take longer: %s", error)
-        _direct = False
+        # Triton's own way decides whose error it is: it raises one of ours as well.
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        _direct = False
+        logger.warning("VSPREFILL: this Triton's launcher has changed; launches take longer: %s", error)

@@ -25,7 +25,7 @@ class PagedKV(NamedTuple):
     Attributes:
         cache: ``[num_blocks, Hkv, block, 2 * D]``, keys in the first ``D`` channels, values in the others. Any
             strides, but the channels must be contiguous.
-        block_table: int32 ``[requests, max_blocks]``; what lies behind the blocks of a context is never read.
+        block_table: int32 ``[requests, max_blocks]``; what lies behind the blocks of a sequence is never read.
         k_scale: float32 ``[1]``, factor on the keys of an fp8 cache; None for 1.
         v_scale: float32 ``[1]``, factor on the values of an fp8 cache; None for 1.
     """
@@ -50,17 +50,6 @@ class PagedKV(NamedTuple):
         """Channels of a head."""
         return self.cache.shape[3] // 2
 
-    def gather(self, request: int, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Contiguous keys and values of one context, ``[n, Hkv, D]`` each (for references; not for serving)."""
-        ids = self.block_table[request, : -(-seq_len // self.block_size)].long()
-        # [blocks, Hkv, block, 2D] -> [n, Hkv, 2D]
-        both = self.cache[ids].transpose(1, 2).flatten(0, 1)[:seq_len]
-        k, v = both[..., : self.head_size], both[..., self.head_size :]
-        if self.cache.dtype in FP8_DTYPES:
-            k = k.float() * (1.0 if self.k_scale is None else self.k_scale)
-            v = v.float() * (1.0 if self.v_scale is None else self.v_scale)
-        return k, v
-
 
 class Batch(NamedTuple):
     """Which rows of the query tensor belong to which request. Nothing here is read on the host but the two bounds.
@@ -71,7 +60,7 @@ class Batch(NamedTuple):
             ``seq_len - 1``. A request without rows is skipped.
         seq_len: int32 ``[requests]``, tokens in the cache, those of the rows included.
         max_rows: bound on the rows of a request.
-        max_seq_len: bound on the contexts.
+        max_seq_len: bound on the lengths of sequences.
     """
 
     row_start: Tensor
@@ -81,13 +70,13 @@ class Batch(NamedTuple):
     max_seq_len: int
 
     @classmethod
-    def from_lists(cls, rows: list[int], contexts: list[int], device: torch.device | str = "cpu") -> Batch:
-        """Requests of ``rows[i]`` rows, one behind the other, on contexts of ``contexts[i]`` tokens."""
+    def from_lists(cls, rows: list[int], seq_lens: list[int], device: torch.device | str = "cpu") -> Batch:
+        """Requests of ``rows[i]`` rows, one behind the other, at the ends of sequences of ``seq_lens[i]`` tokens."""
         ends = torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         starts = ends - torch.tensor(rows, dtype=torch.int32)
-        lengths = torch.tensor(contexts, dtype=torch.int32)
+        lengths = torch.tensor(seq_lens, dtype=torch.int32)
         return cls(
-            starts.to(device), ends.to(device), lengths.to(device), max(rows, default=0), max(contexts, default=0)
+            starts.to(device), ends.to(device), lengths.to(device), max(rows, default=0), max(seq_lens, default=0)
         )
 
     @property
@@ -144,9 +133,25 @@ def check_paged(kv: PagedKV, batch: Batch, device: torch.device, dtype: torch.dt
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")
 
 
+def check_queries(q: Tensor, kv: PagedKV, batch: Batch) -> None:
+    """Checks queries ``[rows, Hq, D]`` against a cache, and the cache and batch themselves.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_tensor("q", q, 3, QUERY_DTYPES)
+    if q.stride(2) != 1:
+        raise ValueError(f"q must have contiguous channels, got strides {q.stride()}")
+    check_paged(kv, batch, q.device, q.dtype)
+    if kv.head_size != q.shape[2]:
+        raise ValueError(f"cache has head size {kv.head_size} but q has {q.shape[2]}")
+    if q.shape[1] == 0 or q.shape[1] % kv.num_kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {kv.num_kv_heads} KV heads of cache")
+
+
 @triton.jit
 def key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE: tl.constexpr):
-    """64-bit offsets into the cache of positions ``b_pos``, all of them inside the context."""
+    """64-bit offsets into the cache of positions ``b_pos``, all of them inside the sequence."""
     b_block = tl.load(p_table + b_pos // BLOCK_SIZE).to(tl.int64)
     return b_block * stride_block + (b_pos % BLOCK_SIZE).to(tl.int64) * stride_token
 

@@ -44,6 +44,104 @@ class SparsePattern:
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
+    # What follows from the pattern alone. Kernels work these out by themselves, with the same formulas; everything on
+    # the host asks here.
+
+    @property
+    def reach(self) -> int:
+        """Diagonals ``0 .. reach - 1`` are kept: the window, and a query's own position in any case."""
+        return max(self.window, 1)
+
+    @property
+    def sink_granules(self) -> int:
+        """Granules that hold a sink."""
+        return -(-self.sinks // self.block_k)
+
+    @property
+    def sink_keys(self) -> int:
+        """Sinks, rounded up to granules."""
+        return self.sink_granules * self.block_k
+
+    @property
+    def window_granules(self) -> int:
+        """The last relative granule that the window reaches (see ``granules_of``)."""
+        return (self.reach + self.block_k - 2) // self.block_k
+
+    @property
+    def granules_per_diagonal(self) -> int:
+        """Granules at most that a tile touches along one diagonal."""
+        return (self.block_q + self.block_k - 2) // self.block_k + 1
+
+    @property
+    def near_keys(self) -> int:
+        """Keys that every row is taken to compute beside its columns and diagonals: window, own tile, rounding."""
+        return self.window + self.block_q + self.block_k
+
+    @staticmethod
+    def causal_pairs(rows: int, seq_len: int) -> int:
+        """(query, key) pairs of the last ``rows`` rows of a sequence under the causal mask alone."""
+        return rows * (2 * seq_len - rows + 1) // 2
+
+    def granules_of(self, diagonals: Tensor, seq_len: int) -> int:
+        """Relative granules beyond the window that a set of diagonals touches, of a full tile.
+
+        Granule ``r`` lies ``r * block_k`` positions before the tile's first one, rounded to granules, and holds a key
+        at distance ``d`` from one of the tile's rows iff ``r * block_k - block_k < d < r * block_k + block_q``.
+        """
+        block_k = self.block_k
+        hit = torch.zeros(max(seq_len + 2 * block_k, 1) // block_k + 1, dtype=torch.bool, device=diagonals.device)
+        diagonals = diagonals[diagonals < seq_len].long()
+        last = (diagonals + block_k - 1) // block_k
+        for step in range(self.granules_per_diagonal):
+            granule = last - step
+            inside = (granule > self.window_granules) & (granule * block_k + self.block_q > diagonals)
+            hit[granule[inside]] = True
+        return int(hit.sum())
+
+    def expected_keys(self, num_columns: float, num_granules: float, share: float) -> float:
+        """Keys that a row of a chunk computes on average.
+
+        Args:
+            num_columns: columns and sinks of the selection.
+            num_granules: granules along diagonals beyond the window.
+            share: of the sequence, what a row sees on average.
+        """
+        return share * num_columns + num_granules * self.block_k + self.near_keys
+
+    def tile_keys(self, columns: Tensor, diagonals: Tensor, tile_start: int, tile_end: int) -> Tensor:
+        """Every key that some row of a query tile attends to, each once; arguments are as for ``merge.naive.merge``,
+        which checks them."""
+        device = columns.device
+        near = torch.arange(self.reach, device=device)
+        rows = torch.arange(tile_start, tile_end, device=device)
+        # [rows, diagonals]
+        touched = rows.unsqueeze(1) - torch.cat((near, diagonals.long())).unsqueeze(0)
+        sinks = torch.arange(min(self.sinks, tile_end), device=device)
+        granules = torch.cat((touched[touched >= 0], sinks)).div(self.block_k, rounding_mode="floor").unique()
+        offsets = torch.arange(self.block_k, device=device)
+        keys = torch.cat(((granules.unsqueeze(1) * self.block_k + offsets).flatten(), columns.long()))
+        merged: Tensor = keys[keys < tile_end].unique()
+        return merged
+
+
+class Budgets(NamedTuple):
+    """How many columns and diagonals a selection holds at least and at most.
+
+    Attributes:
+        min_columns: columns kept at least.
+        max_columns: columns kept at most; None: no cap.
+        min_diagonals: diagonals kept at least.
+        max_diagonals: diagonals kept at most; None: no cap.
+    """
+
+    min_columns: int = 0
+    max_columns: int | None = None
+    min_diagonals: int = 0
+    max_diagonals: int | None = None
+
+
+UNLIMITED = Budgets()
+
 
 class Selection(NamedTuple):
     """Columns and diagonals chosen for one sequence, per KV head.

@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 
 from vllm_vsprefill import _compat, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
-from vllm_vsprefill.kernels.types import IndexerLayerWeights
+from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
@@ -166,15 +166,10 @@ class Runtime:
         self._last_layer = max(self._last_layer, index)
 
     @property
-    def budgets(self) -> dict[str, int | None]:
-        """Least and most columns and diagonals, as ``select`` takes them."""
+    def budgets(self) -> Budgets:
+        """How many columns and diagonals ``select`` keeps at least and at most."""
         options = self.options
-        return {
-            "min_columns": options.min_columns,
-            "max_columns": options.max_columns,
-            "min_diagonals": options.min_diagonals,
-            "max_diagonals": options.max_diagonals,
-        }
+        return Budgets(options.min_columns, options.max_columns, options.min_diagonals, options.max_diagonals)
 
     def is_last(self, index: int) -> bool:
         """Whether a layer is the last one of this worker."""

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_vsprefill.kernels.forget import naive
+from vllm_vsprefill.kernels.forget import paged
 
 SUFFIX = ".vsprefill_logits"
 """Appended to the attention layer's name. Without a digit: vLLM reads the layer index off the name."""
@@ -40,7 +40,7 @@ class LogitCache(nn.Module, AttentionLayerBase):
         self,
         num_kv_heads: int,
         backend: type[AttentionBackend],
-        forget: Callable[[torch.Tensor, torch.Tensor], None] = naive.forget,
+        forget: Callable[[torch.Tensor, torch.Tensor], None] = paged.forget,
     ) -> None:
         super().__init__()
         self.num_kv_heads = num_kv_heads

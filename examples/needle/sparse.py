@@ -20,7 +20,7 @@ from examples.needle.modeling import dense_attention
 from vllm_vsprefill.indexer import VSIndexer
 from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.select.naive import distributions, select
-from vllm_vsprefill.kernels.types import Selection, SparsePattern
+from vllm_vsprefill.kernels.types import Budgets, Selection, SparsePattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,8 @@ def tile_keys(selection: Selection, head: int, first_tile: int, tiles: int, n: i
     d = selection.diagonals[head, : int(selection.num_diagonals[head])].long()
     high = last[:, None] - d[None]
     add(starts[:, None] - d[None], high, high >= 0)
-    reach = max(pattern.window, 1) - 1
     everywhere = torch.ones(tiles, 1, dtype=torch.bool, device=device)
-    add((starts - reach)[:, None], last[:, None], everywhere)
+    add((starts - pattern.reach + 1)[:, None], last[:, None], everywhere)
     if pattern.sinks:
         zero = torch.zeros(tiles, 1, dtype=torch.long, device=device)
         add(zero, zero + min(pattern.sinks, n) - 1, everywhere)
@@ -161,10 +160,7 @@ class SparseAttention:
             *distributions(logits),
             tau_columns=tau_columns,
             tau_diagonals=tau_diagonals,
-            min_columns=s.min_columns,
-            max_columns=s.max_columns,
-            min_diagonals=s.min_diagonals,
-            max_diagonals=s.max_diagonals,
+            budgets=Budgets(s.min_columns, s.max_columns, s.min_diagonals, s.max_diagonals),
         )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -67,10 +67,9 @@ def tile_granules(diagonals: IntArray, starts: IntArray, ends: IntArray, pattern
     """
     block_k = pattern.block_k
     num_granules = -(-int(ends[-1]) // block_k)
-    window = max(pattern.window, 1)
-    far = diagonals[diagonals >= window]
+    far = diagonals[diagonals >= pattern.reach]
     # [tiles, S + 1]: first and last position touched along each distance; the whole window is one run.
-    low = np.concatenate((starts[:, None] - far, starts[:, None] - (window - 1)), axis=1)
+    low = np.concatenate((starts[:, None] - far, starts[:, None] - (pattern.reach - 1)), axis=1)
     high = np.concatenate((ends[:, None] - 1 - far, ends[:, None] - 1), axis=1)
     first = np.maximum(low, 0) // block_k
     # A run that ends before position 0 becomes empty.
@@ -81,7 +80,7 @@ def tile_granules(diagonals: IntArray, starts: IntArray, ends: IntArray, pattern
     size = len(starts) * width
     edges = np.bincount((base + first).ravel(), minlength=size) - np.bincount((base + stop).ravel(), minlength=size)
     covered: BoolArray = np.cumsum(edges.reshape(len(starts), width), axis=1)[:, :num_granules] > 0
-    covered[:, : -(-pattern.sinks // block_k)] = True
+    covered[:, : pattern.sink_granules] = True
     return covered
 
 

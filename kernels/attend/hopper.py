@@ -40,9 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..launch import cdiv, next_power_of_2
-from ..launch import launch as launch_kernel
-from ..merge.triton import RANK, Index, listed_sinks
+from ..index import RANK, Index
+from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV
 
 # Its name from Triton 3.6 on, and a later one
@@ -676,14 +675,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def supports(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether this version runs a shape: head size 64 or 128, and rows of a consumer within a tile of the pattern."""
-    return (
-        head_size in (64, 128)
-        and dtype in (torch.bfloat16, torch.float16)
-        and next_power_of_2(group) <= MAX_GROUP
-        and ROWS // next_power_of_2(group) <= block_q
-    )
+def unsupported_shape(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> str | None:
+    """Why this version does not run a shape, None if it does: rows of a consumer must lie within a tile of the
+    pattern."""
+    if head_size not in (64, 128):
+        return f"it takes heads of 64 and 128 channels, not {head_size}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16 queries, not {dtype}"
+    pack = next_power_of_2(group)
+    if pack > MAX_GROUP:
+        return f"it takes at most {MAX_GROUP} query heads per KV head, not {group}"
+    if ROWS // pack > block_q:
+        return f"with {group} query heads per KV head it takes tiles of at least {ROWS // pack} rows, not {block_q}"
+    return None
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -693,24 +697,41 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-def launch(
-    q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor, lse: Tensor | None,
-    visited: Tensor | None, *, regs: tuple[int, int] = REGISTERS,
-) -> None:  # fmt: skip
-    """Runs the kernel on arguments that ``triton.attend`` has checked; there are no dense last rows.
+def unsupported(q: Tensor, kv: PagedKV, index: Index, dense_last: int) -> str | None:
+    """Why this version does not run a call on a device that it is for, None if it does."""
+    if dense_last:
+        return "it has no dense last rows"
+    if kv.cache.dtype != q.dtype:
+        return f"it takes a cache of the queries' type, {q.dtype}, not {kv.cache.dtype}"
+    reason = unsupported_shape(q.shape[1] // kv.num_kv_heads, index.pattern.block_q, kv.head_size, q.dtype)
+    if reason is None and not aligned(q, kv.cache):
+        return "rows of queries or of the cache do not begin at multiples of 16 bytes"
+    return reason
+
+
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    index: Index,
+    batch: Batch,
+    *,
+    scale: float,
+    dense_last: int | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    visited: Tensor | None = None,
+    regs: tuple[int, int] = REGISTERS,
+) -> Tensor:
+    """As ``paged.attend``, for calls of which ``unsupported`` says nothing; never waits for the device.
 
     Args:
-        q: as for ``attend``, like the following; ``q`` and ``kv.cache`` are ``aligned``.
-        kv: of the dtype of ``q``.
-        index: as for ``attend``.
-        batch: as for ``attend``.
-        scale: as for ``attend``.
-        out: written.
-        lse: written if given.
-        visited: added to if given.
         regs: registers of a thread, of the second consumer and of the producer; the first consumer gets as many as the
             second.
     """
+    if out is None:
+        out = torch.empty_like(q)
+    if batch.num_requests == 0 or batch.max_rows == 0:
+        return out
     size, num_kv_heads, pattern = kv.head_size, kv.num_kv_heads, index.pattern
     group = q.shape[1] // num_kv_heads
     pack = next_power_of_2(group)
@@ -718,7 +739,7 @@ def launch(
     num_tiles = cdiv(batch.max_rows - 1, 2 * positions) + 1
     total = num_tiles * num_kv_heads * batch.num_requests
     strides = kv.cache.stride()
-    launch_kernel(
+    launch(
         _attend_kernel, (min(total, _multiprocessors(q.device)),),
         (
             q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
@@ -726,10 +747,11 @@ def launch(
             scale / math.log(2), q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             *((0, 0) if lse is None else lse.stride()), *strides[:3], kv.block_table.stride(0),
             index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
-            num_tiles, total, max(pattern.window, 1), listed_sinks(pattern),
+            num_tiles, total, pattern.reach, pattern.sink_keys,
         ),
         HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, BLOCK_Q=pattern.block_q,
         BLOCK_K=pattern.block_k, D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,
         LINEAR=strides[0] == kv.block_size * strides[2], RANK=RANK, LSE=lse is not None, COUNT=visited is not None,
         REGS=regs,
     )  # fmt: skip
+    return out

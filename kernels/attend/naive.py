@@ -7,15 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_attend
-from ..merge.naive import merge
+from ..checks import check_attend, check_tile
 from ..types import Selection, SparsePattern
 
 
 def visible(
     selection: Selection, pattern: SparsePattern, *, head: int, num_rows: int, seq_len: int, device: torch.device
 ) -> Tensor:
-    """The mask of one KV head for the last ``num_rows`` rows of a context.
+    """The mask of one KV head for the last ``num_rows`` rows of a sequence.
 
     Returns:
         bool ``[num_rows, seq_len]``; row ``r`` stands for the query at position
@@ -28,12 +27,33 @@ def visible(
     first_row = n - num_rows
     for tile in range(first_row // pattern.block_q, (n - 1) // pattern.block_q + 1):
         start, end = tile * pattern.block_q, min((tile + 1) * pattern.block_q, n)
-        keys = merge(columns, diagonals, tile_start=start, tile_end=end, seq_len=n, pattern=pattern)
+        check_tile(columns, diagonals, start, end, n, pattern)
+        keys = pattern.tile_keys(columns, diagonals, start, end)
         mask[max(start - first_row, 0) : end - first_row, keys] = True
     if pattern.dense_last:
         mask[-pattern.dense_last :] = True
     rows = torch.arange(first_row, n, device=device)
     return mask & (torch.arange(n, device=device) <= rows.unsqueeze(1))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one KV head under a mask, in the dtype that ``attend`` computes in.
+
+    Args:
+        q: ``[T, group, D]``.
+        k: ``[n, D]``.
+        v: ``[n, D]``.
+        mask: bool ``[T, n]``.
+        scale: factor on ``q . k``.
+
+    Returns:
+        ``(out [T, group, D], lse [T, group])``, the log-sum-exp with the natural logarithm.
+    """
+    dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    # [group, T, n]
+    logits = torch.einsum("tgd,nd->gtn", q.to(dtype), k.to(dtype)) * scale
+    logits.masked_fill_(~mask, float("-inf"))
+    return torch.einsum("gtn,nd->tgd", torch.softmax(logits, dim=-1), v.to(dtype)), logits.logsumexp(-1).T
 
 
 def attend(
@@ -75,7 +95,6 @@ def attend(
     num_rows, num_heads, _ = q.shape
     seq_len, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
-    dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     visited = 0
@@ -83,8 +102,5 @@ def attend(
         mask = visible(selection, pattern, head=head, num_rows=num_rows, seq_len=seq_len, device=q.device)
         visited += int(mask.sum())
         heads = slice(head * group, (head + 1) * group)
-        # [group, T, n]
-        logits = torch.einsum("tgd,nd->gtn", q[:, heads].to(dtype), k[:, head].to(dtype)) * scale
-        probs = torch.softmax(logits.masked_fill_(~mask, float("-inf")), dim=-1)
-        out[:, heads] = torch.einsum("gtn,nd->tgd", probs, v[:, head].to(dtype)).to(out.dtype)
+        out[:, heads] = masked(q[:, heads], k[:, head], v[:, head], mask, scale)[0].to(out.dtype)
     return out, visited

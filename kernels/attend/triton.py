@@ -34,22 +34,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_like, check_scale, check_tensor
-from ..launch import cdiv, next_power_of_2
-from ..merge.triton import RANK, Index, check_index
-from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted, key_offsets
+from ..index import RANK, Index
+from ..launch import cdiv, next_power_of_2, raised_by_compiler
+from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, key_offsets
 from ..settings import Settings, capability, padded, settings
-from ..types import Selection
-from . import naive
 
 logger = logging.getLogger("vllm.vsprefill")
 
 _hopper: Any = None
+_no_hopper: str | None = "kernels are interpreted"
 if not is_interpreted():
     try:
         from . import hopper as _hopper
-    except ImportError:  # a Triton without Gluon
-        logger.debug("no Gluon", exc_info=True)
+
+        _no_hopper = None
+    except ImportError as error:
+        _no_hopper = f"this Triton has no Gluon: {error}"
+        logger.debug("%s", _no_hopper)
 
 
 @triton.jit
@@ -446,55 +447,14 @@ def packing(group: int, block_q: int, config: Settings) -> Packing:
     return Packing(pack, positions, 2 if two else 1)
 
 
-def check_attend(
-    q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor | None, lse: Tensor | None,
-    visited: Tensor | None,
-) -> None:  # fmt: skip
-    """Checks every argument of ``attend``."""
-    check_tensor("q", q, 3, QUERY_DTYPES)
-    if q.stride(2) != 1:
-        raise ValueError(f"q must have contiguous channels, got strides {q.stride()}")
-    check_paged(kv, batch, q.device, q.dtype)
-    if kv.head_size != q.shape[2]:
-        raise ValueError(f"cache has head size {kv.head_size} but q has {q.shape[2]}")
-    if q.shape[1] == 0 or q.shape[1] % kv.num_kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {kv.num_kv_heads} KV heads of cache")
-    check_index(index, batch, kv.num_kv_heads, q.device)
-    check_scale(scale)
-    if out is not None:
-        check_tensor("out", out, 3, QUERY_DTYPES)
-        check_like("out", out, "q", q, shape=True)
-        if out.stride(2) != 1:
-            raise ValueError(f"out must have contiguous channels, got strides {out.stride()}")
-    for name, value, ndim, dtype in (("lse", lse, 2, torch.float32), ("visited", visited, 1, torch.int64)):
-        if value is None:
-            continue
-        check_tensor(name, value, ndim, (dtype,))
-        if value.device != q.device:
-            raise ValueError(f"{name} is on {value.device} but q is on {q.device}")
-    if lse is not None and lse.shape != q.shape[:2]:
-        raise ValueError(f"lse has shape {tuple(lse.shape)}, expected {tuple(q.shape[:2])}")
-    if visited is not None and (visited.shape[0] < batch.num_requests or not visited.is_contiguous()):
-        raise ValueError(f"visited must be contiguous with an entry per request, got shape {tuple(visited.shape)}")
-
-
-def _run_hopper(
-    q: Tensor, kv: PagedKV, index: Index, batch: Batch, scale: float, out: Tensor, lse: Tensor | None,
-    visited: Tensor | None, group: int,
-) -> bool:  # fmt: skip
-    """Runs the version for compute capability 9.0 where it can; its language is young, and not every Triton has it."""
-    global _hopper
-    if capability(q.device) != 90 or kv.cache.dtype != q.dtype or _hopper is None:
-        return False
-    if not _hopper.supports(group, index.pattern.block_q, kv.head_size, q.dtype) or not _hopper.aligned(q, kv.cache):
-        return False
-    try:
-        _hopper.launch(q, kv, index, batch, scale, out, lse, visited)
-    except (TypeError, AttributeError, triton.TritonError) as error:
-        logger.warning("VSPREFILL: this Triton does not compile the kernel for Hopper; a slower one runs: %s", error)
-        _hopper = None
-        return False
-    return True
+def without_hopper(q: Tensor, kv: PagedKV, index: Index, dense_last: int) -> str | None:
+    """Why the version for compute capability 9.0 does not run a call, None if it does."""
+    if _no_hopper is not None:
+        return _no_hopper
+    if capability(q.device) != 90:
+        return "it is for compute capability 9.0"
+    reason: str | None = _hopper.unsupported(q, kv, index, dense_last)
+    return reason
 
 
 def attend(
@@ -509,46 +469,33 @@ def attend(
     lse: Tensor | None = None,
     visited: Tensor | None = None,
     config: Settings | None = None,
-    checked: bool = False,
 ) -> Tensor:
-    """Sparse causal attention of the rows of several requests; never waits for the device.
-
-    The semantics are those of ``naive.attend``, request by request.
+    """As ``paged.attend``; never waits for the device.
 
     Args:
-        q: ``[rows, Hq, D]``, contiguous channels; bfloat16, float16 or float32.
-        kv: the cache, of the same dtype or fp8.
-        index: from ``build_index``, for the same batch.
-        batch: which rows belong to which request. Rows of no request are left as they are.
-        scale: factor on ``q . k`` before the softmax.
-        dense_last: dense rows at the end of each request; None for those of the pattern.
-        out: ``[rows, Hq, D]``, written if given.
-        lse: float32 ``[rows, Hq]``, written if given: log-sum-exp of the scaled logits, natural logarithm.
-        visited: int64 ``[requests]``; the (row, key) pairs of all KV heads are added to it if given.
-        config: tile sizes; None for those of the table.
-        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
-
-    Returns:
-        The output, ``[rows, Hq, D]``.
-
-    Raises:
-        ValueError: dtype, shape, stride or device mismatch; the message names the argument.
+        config: tile sizes; None for those of the table, or the version for compute capability 9.0 where it runs.
     """
-    if not checked:
-        check_attend(q, kv, index, batch, scale, out, lse, visited)
-        check_device("q", q)
+    global _no_hopper
     pattern = index.pattern
     dense_last = pattern.dense_last if dense_last is None else dense_last
-    if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
-        raise ValueError(f"dense_last must be a non-negative int, got {dense_last!r}")
     if out is None:
         out = torch.empty_like(q)
     if batch.num_requests == 0 or batch.max_rows == 0:
         return out
     size, num_kv_heads = kv.head_size, kv.num_kv_heads
     group = q.shape[1] // num_kv_heads
-    if config is None and not dense_last and _run_hopper(q, kv, index, batch, scale, out, lse, visited, group):
-        return out
+    if config is None and without_hopper(q, kv, index, dense_last) is None:
+        try:
+            found: Tensor = _hopper.attend(
+                q, kv, index, batch, scale=scale, dense_last=dense_last, out=out, lse=lse, visited=visited
+            )
+            return found
+        except Exception as error:
+            # The language is young: a Triton may lack some of it. All other errors are ours and must be seen.
+            if not raised_by_compiler(error):
+                raise
+            _no_hopper = f"this Triton does not compile it: {error}"
+            logger.warning("VSPREFILL: the kernel for Hopper does not run, a slower one does: %s", _no_hopper)
     config = config or settings("attend", size, q.device, q.element_size())
     pack, positions, lanes = packing(group, pattern.block_q, config)
     # Rows may start anywhere in a tile.
@@ -568,7 +515,7 @@ def attend(
         *((0, 0) if lse is None else lse.stride()),
         strides[0], strides[1], strides[2], kv.block_table.stride(0),
         index.columns.shape[2], index.rank.shape[2], index.granules.shape[2], index.granule_rank.shape[2],
-        num_tiles, num_dense, dense_last, max(pattern.window, 1),
+        num_tiles, num_dense, dense_last, pattern.reach,
         HEADS=num_kv_heads, GROUP=group, PACK=pack, POSITIONS=positions, LANES=lanes,
         BLOCK_Q=pattern.block_q, BLOCK_K=pattern.block_k, BN=config.block_n, D=size, BD=padded(size),
         BLOCK_SIZE=kv.block_size, LINEAR=strides[0] == kv.block_size * strides[2], RANK=RANK, FP8=fp8,
@@ -577,24 +524,3 @@ def attend(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-def attend_reference(
-    q: Tensor, kv: PagedKV, selections: list[Selection], batch: Batch, index: Index, *, scale: float
-) -> tuple[Tensor, list[int]]:
-    """What ``attend`` computes, by the plain reference on contiguous copies, and the visited pairs of each request.
-
-    Rows of no request are NaN.
-    """
-    out = torch.full_like(q, float("nan"))
-    visited = []
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, seq_len) in enumerate(bounds):
-        if start == end:
-            visited.append(0)
-            continue
-        k, v = (x.to(q.dtype) for x in kv.gather(i, seq_len))
-        rows, pairs = naive.attend(q[start:end], k, v, selections[i].below(seq_len), index.pattern, scale=scale)
-        out[start:end] = rows
-        visited.append(pairs)
-    return out, visited

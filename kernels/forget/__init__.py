@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Marks the logits of cache slots as missing."""
 
-from .naive import MISSING, forget
+from .paged import MISSING, forget
 
 __all__ = ["MISSING", "forget"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import check_device
-from .naive import check_forget
+from .paged import check_forget
 
 BLOCK = 64  # tokens of a program
 
@@ -35,7 +35,7 @@ def _forget_kernel(
 
 
 def forget(logits: Tensor, slot_mapping: Tensor) -> None:
-    """Marks slots as missing, as ``naive.forget`` does.
+    """Marks slots as missing, as ``paged.forget`` does.
 
     Args:
         logits: ``[slots, width]``, contiguous rows, written in place.

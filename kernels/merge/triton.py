@@ -13,7 +13,7 @@ request and KV head enough for all tiles:
   is in it once.
 - ``near[r]``, how far the smallest selected distance lies behind the lower end of that interval, answers "is this key
   covered by a diagonal granule" with one load: iff ``near[r] <= L + block_k - 2``. The last, shorter tile of a
-  context reads the same table.
+  sequence reads the same table.
 
 Sinks are listed as columns: a tile drops a column iff its window or a granule covers it, and that is what must happen
 to a sink, too. The Hopper kernel does it the other way round: it drops from the granules what is a column or a sink, by
@@ -23,116 +23,12 @@ contiguous run that is cheaper to address directly) are not listed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..checks import check_selection, check_tensor
+from ..index import BLOCK, RANK, Index
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import Batch, PagedKV, check_device, check_paged
-from ..types import Selection, SparsePattern
-
-BLOCK = 1024  # positions a program handles
-RANK = 64  # positions between two entries of the rank tables
-NONE = 255  # no distance near enough
-
-
-class Index(NamedTuple):
-    """What ``attend`` reads. ``C`` is the room for positions, ``G`` that for granules.
-
-    Attributes:
-        columns: int32 ``[requests, Hkv, C]``, columns and sinks, ascending.
-        slots: int32 ``[requests, Hkv, C]``, their cache slots, ``block * block_size + offset``.
-        rank: int32 ``[requests, Hkv, C // 64]``, how many of them lie below ``64 * i``.
-        granules: int32 ``[requests, Hkv, G]``, relative granules beyond the window, ascending.
-        granule_rank: int32 ``[requests, Hkv, G // 64]``, how many of them are below ``64 * i``.
-        near: uint8 ``[requests, Hkv, G]``, see the module; 255 for none.
-        flags: uint8 ``[requests, 2, Hkv, C]``, nonzero where a column (0) or distance (1) is selected.
-        counts: int32 ``[requests, 2, Hkv, C // 1024]``, scratch.
-        pattern: what it was laid out for.
-    """
-
-    columns: Tensor
-    slots: Tensor
-    rank: Tensor
-    granules: Tensor
-    granule_rank: Tensor
-    near: Tensor
-    flags: Tensor
-    counts: Tensor
-    pattern: SparsePattern
-
-
-def check_pattern(pattern: SparsePattern) -> None:
-    """Checks that the kernels can run a pattern: they need what makes granules shift with the tiles.
-
-    Raises:
-        ValueError: names the field.
-    """
-    if not isinstance(pattern, SparsePattern):
-        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
-    q, k = pattern.block_q, pattern.block_k
-    if q & (q - 1) or not 16 <= q <= 128:
-        raise ValueError(f"block_q must be a power of two from 16 to 128 for this version, got {q}")
-    if k & (k - 1) or k > q:
-        raise ValueError(f"block_k must be a power of two of at most block_q ({q}) for this version, got {k}")
-
-
-def listed_sinks(pattern: SparsePattern) -> int:
-    """First positions that are listed as columns: whole granules of sinks."""
-    return cdiv(pattern.sinks, pattern.block_k) * pattern.block_k
-
-
-def allocate_index(
-    num_requests: int, num_kv_heads: int, max_seq_len: int, pattern: SparsePattern, device: torch.device | str
-) -> Index:
-    """Room for an index; allocate it once. About ``9 + 5 / block_k`` bytes a position and KV head.
-
-    Args:
-        num_requests: sparse requests of a step.
-        num_kv_heads: KV heads.
-        max_seq_len: longest context.
-        pattern: its ``block_k`` decides the number of granules.
-        device: device.
-    """
-    check_pattern(pattern)
-    # One block more than positions: the rank of a context's end lies behind its last position.
-    width = (cdiv(max_seq_len, BLOCK) + 1) * BLOCK
-    granules = (cdiv(cdiv(max_seq_len, pattern.block_k), BLOCK) + 1) * BLOCK
-    lead = (num_requests, num_kv_heads)
-
-    def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    return Index(
-        room(*lead, width),
-        room(*lead, width),
-        room(*lead, width // RANK),
-        room(*lead, granules),
-        room(*lead, granules // RANK),
-        room(*lead, granules, dtype=torch.uint8),
-        room(num_requests, 2, num_kv_heads, width, dtype=torch.uint8),
-        room(num_requests, 2, num_kv_heads, width // BLOCK),
-        pattern,
-    )
-
-
-@triton.jit(do_not_specialize=["stride_items", "width", "i_kind"])
-def _flag_kernel(
-    p_items, p_num, p_flags, p_seq_len, stride_items, width, i_kind, HEADS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Scatters one kind of a selection of one request into its flags."""
-    i_b, i_h = tl.program_id(0), tl.program_id(1)
-    n = tl.load(p_seq_len)
-    num = tl.load(p_num + i_h)
-    o_i = i_b * BLOCK + tl.arange(0, BLOCK)
-    # [BLOCK]
-    b_item = tl.load(p_items + i_h.to(tl.int64) * stride_items + o_i, mask=o_i < num, other=-1)
-    m_item = (b_item >= 0) & (b_item < n)
-    tl.store(p_flags + (i_kind * HEADS + i_h).to(tl.int64) * width + b_item, 1, mask=m_item)
+from ..paged import Batch, PagedKV
 
 
 @triton.jit
@@ -211,88 +107,20 @@ def _list_kernel(
         tl.store(p_granule_rank + i_head * (granule_width // RANK) + o_c // RANK, b_place, mask=o_c % RANK == 0)
 
 
-def check_index(index: Index, batch: Batch, num_kv_heads: int, device: torch.device) -> None:
-    """Checks that an index has room for a batch.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    check_pattern(index.pattern)
-    flags = check_tensor("index.flags", index.flags, 4, (torch.uint8,))
-    if flags.device != device:
-        raise ValueError(f"index is on {flags.device}, expected {device}")
-    if flags.shape[2] != num_kv_heads:
-        raise ValueError(f"index has room for {flags.shape[2]} KV heads, not {num_kv_heads}")
-    if flags.shape[0] < batch.num_requests:
-        raise ValueError(f"index has room for {flags.shape[0]} requests, not {batch.num_requests}")
-    if flags.shape[3] < (cdiv(batch.max_seq_len, BLOCK) + 1) * BLOCK:
-        raise ValueError(f"index has no room for contexts of {batch.max_seq_len} tokens")
-
-
-def set_flags(index: Index, selections: list[Selection], batch: Batch) -> None:
-    """Takes over selections that were made elsewhere, one per request, as ``select`` does with its own.
-
-    Args:
-        index: its flags are written.
-        selections: as the other versions return them; entries beyond the context are left out.
-        batch: the requests.
-
-    Raises:
-        ValueError: wrong shape, dtype or device; names the argument.
-    """
-    device, num_heads, width = index.flags.device, index.flags.shape[2], index.flags.shape[3]
-    check_device("index", index.flags)
-    check_index(index, batch, num_heads, device)
-    if len(selections) != batch.num_requests:
-        raise ValueError(f"selections has {len(selections)} entries for {batch.num_requests} requests")
-    index.flags[: batch.num_requests].zero_()
-    for i, selection in enumerate(selections):
-        check_selection(selection, num_heads, device)
-        lists = ((selection.columns, selection.num_columns), (selection.diagonals, selection.num_diagonals))
-        for kind, (items, counts) in enumerate(lists):
-            if items.shape[1] == 0:
-                continue
-            items, counts = items.contiguous(), counts.contiguous()
-            _flag_kernel[(cdiv(items.shape[1], BLOCK), num_heads)](
-                items, counts, index.flags[i], batch.seq_len[i:], items.stride(0), width, kind,
-                HEADS=num_heads, BLOCK=BLOCK,
-            )  # fmt: skip
-
-
-def build_index(index: Index, kv: PagedKV, batch: Batch, *, checked: bool = False) -> Index:
-    """Lists and tables from the flags.
-
-    Args:
-        index: flags are read, everything else is written.
-        kv: its block table gives the slots.
-        batch: the requests; rows are not looked at.
-        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
-
-    Returns:
-        ``index``.
-
-    Raises:
-        ValueError: wrong shape, dtype or device; names the argument.
-    """
-    if not checked:
-        check_device("index", index.flags)
-        check_paged(kv, batch, index.flags.device)
-        check_index(index, batch, kv.num_kv_heads, index.flags.device)
+def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
+    """As ``paged.build_index``."""
     if batch.num_requests == 0:
         return index
     pattern, num_heads = index.pattern, kv.num_kv_heads
     width, granule_width = index.columns.shape[2], index.granules.shape[2]
-    block_k = pattern.block_k
-    sinks = listed_sinks(pattern)
-    # The last relative granule that the window reaches: the interval of r + 1 begins behind it.
-    window_granules = (max(pattern.window, 1) - 1 + block_k - 1) // block_k
+    sinks, window_granules = pattern.sink_keys, pattern.window_granules
     grid = (cdiv(batch.max_seq_len, BLOCK) + 1, num_heads, batch.num_requests)
     launch(
         _count_kernel, grid,
         (
             index.flags, index.near, index.counts, batch.seq_len, sinks, window_granules, width, granule_width,
         ),
-        HEADS=num_heads, BLOCK_Q=pattern.block_q, BLOCK_K=block_k, BLOCK=BLOCK,
+        HEADS=num_heads, BLOCK_Q=pattern.block_q, BLOCK_K=pattern.block_k, BLOCK=BLOCK,
     )  # fmt: skip
     launch(
         _list_kernel, grid,

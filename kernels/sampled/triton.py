@@ -14,64 +14,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_scale, check_tensor
+from ..gathered import BLOCK, GatheredLogits
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV, check_device, check_paged, is_interpreted
-from ..select.triton import BLOCK, SelectWorkspace
+from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
 from ..settings import Settings, padded, settings
-from . import naive
+from .paged import MAX_ROWS, SPLITS, SampledWorkspace
 
-SPLITS = 32  # parts of the context in the first pass
 SPAN = 8  # blocks of keys of a program in the second pass, so that its rows are loaded once for all of them
-MOST_ROWS = 128  # of a tile: positions times heads of the group
-BAND_BYTES = 72 * 2**20  # room for probabilities of a tile of rows; more heads than fit take turns
 UNIT = 1024.0  # factor on stored probabilities, which keeps those above 6e-8 normal numbers of float16
-
-
-class SampledWorkspace(NamedTuple):
-    """Scratch of ``sampled``, allocated once.
-
-    Attributes:
-        partial: float32 ``[2, requests, Hkv, SPLITS, rows]``, maximum and sum of each part, base 2.
-        diagonals: float32 ``[requests, Hkv, C]``, sums along diagonals.
-        bands: float16 ``[heads, positions, C]``, probabilities of a tile of rows of some heads.
-        num_rows: rows to look at.
-    """
-
-    partial: Tensor
-    diagonals: Tensor
-    bands: Tensor
-    num_rows: int
-
-
-def allocate_sampled(
-    num_requests: int, num_query_heads: int, num_kv_heads: int, max_seq_len: int, num_rows: int,
-    device: torch.device | str,
-) -> SampledWorkspace:  # fmt: skip
-    """Room for estimates of ``num_rows`` rows a request.
-
-    Raises:
-        ValueError: ``num_rows`` is not a positive int.
-    """
-    naive.sampled_rows(1, num_rows)
-    pack = next_power_of_2(num_query_heads // num_kv_heads)
-    rows = cdiv(num_rows, 128) * 128 * pack
-    width = cdiv(max_seq_len, BLOCK) * BLOCK
-    positions = cdiv(MOST_ROWS, pack)
-    heads = min(num_kv_heads, max(1, BAND_BYTES // (2 * positions * width)))
-    return SampledWorkspace(
-        torch.empty(2, num_requests, num_kv_heads, SPLITS, rows, dtype=torch.float32, device=device),
-        torch.empty(num_requests, num_kv_heads, width, dtype=torch.float32, device=device),
-        torch.empty(heads, positions, width, dtype=torch.float16, device=device),
-        num_rows,
-    )
 
 
 @triton.jit
@@ -248,62 +204,25 @@ def _finish_kernel(p_seq_len, p_logits, p_diagonals, p_max, width, HEADS: tl.con
     tl.store(p_max + (i_row + HEADS) * (width // BLOCK) + i_b, tl.max(b_slash, 0))
 
 
-def _check(
-    q: Tensor, kv: PagedKV, batch: Batch, workspace: SampledWorkspace, into: SelectWorkspace, scale: float
-) -> None:
-    """Checks every argument of ``sampled``."""
-    check_tensor("q", q, 3, QUERY_DTYPES)
-    if q.stride(2) != 1:
-        raise ValueError(f"q must have contiguous channels, got strides {q.stride()}")
-    check_paged(kv, batch, q.device, q.dtype)
-    heads, size = kv.num_kv_heads, kv.head_size
-    if size != q.shape[2]:
-        raise ValueError(f"cache has head size {size} but q has {q.shape[2]}")
-    if q.shape[1] == 0 or q.shape[1] % heads:
-        raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {heads} KV heads of cache")
-    check_scale(scale)
-    room = into.logits
-    if room.device != q.device or room.shape[0] < batch.num_requests or room.shape[2] != heads:
-        raise ValueError(f"into is for {tuple(room.shape)} on {room.device}, too small for this batch")
-    if room.shape[3] < batch.max_seq_len or workspace.diagonals.shape[2] != room.shape[3]:
-        raise ValueError("workspace and into must be for the same contexts, of max_seq_len tokens at least")
-    if workspace.diagonals.shape[0] < batch.num_requests or workspace.diagonals.shape[1] != heads:
-        raise ValueError(f"workspace is for {tuple(workspace.diagonals.shape[:2])} requests and heads, too small")
-    check_device("q", q)
-
-
 def sampled(
     q: Tensor,
     kv: PagedKV,
     batch: Batch,
     workspace: SampledWorkspace,
-    into: SelectWorkspace,
+    gathered: GatheredLogits,
     *,
     scale: float,
     config: Settings | None = None,
-    checked: bool = False,
 ) -> None:
-    """Estimates columns and diagonals of every request from a few of its own rows, for ``select_gathered``.
-
-    A softmax over ``into.logits[r, 0, h, :n]`` is ``p_columns`` of ``naive.sampled``, one over
-    ``into.logits[r, 1, h, :n]``, reversed, ``p_diagonals``, the latter from probabilities rounded to float16.
+    """As ``paged.sampled``, but that diagonals are sums of probabilities rounded to float16.
 
     Args:
-        q: ``[rows, Hq, D]``, contiguous channels.
-        kv: the cache, of the same dtype or fp8.
-        batch: which rows belong to which request. Requests without rows are left out.
-        workspace: from ``allocate_sampled``.
-        into: from ``allocate_select``; its logits and maxima are written.
-        scale: factor on ``q . k`` before the softmax.
         config: tile sizes; None for those of the table.
-        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
 
     Raises:
-        ValueError: dtype, shape, stride or device mismatch; names the argument.
+        ValueError: ``config`` does not fit the workspace.
     """
-    if not checked:
-        _check(q, kv, batch, workspace, into, scale)
-    heads, size, room = kv.num_kv_heads, kv.head_size, into.logits
+    heads, size, room = kv.num_kv_heads, kv.head_size, gathered.logits
     group = q.shape[1] // heads
     pack = next_power_of_2(group)
     config = config or settings("sampled", size, q.device, q.element_size())
@@ -312,8 +231,8 @@ def sampled(
     rows = workspace.partial.shape[4]
     if tiles * block_m > rows:
         raise ValueError(f"workspace has room for {rows} rows of a KV head, {tiles * block_m} are needed")
-    if block_m > MOST_ROWS and block_m > pack:
-        raise ValueError(f"config has tiles of {block_m} rows, at most {MOST_ROWS} are possible")
+    if block_m > MAX_ROWS and block_m > pack:
+        raise ValueError(f"config has tiles of {block_m} rows, at most {MAX_ROWS} are possible")
     if batch.num_requests == 0:
         return
     fp8 = kv.cache.dtype in FP8_DTYPES
@@ -350,5 +269,5 @@ def sampled(
         )  # fmt: skip
     launch(
         _finish_kernel, (cdiv(batch.max_seq_len, BLOCK), heads, batch.num_requests),
-        (batch.seq_len, room, workspace.diagonals, into.block_max, width), HEADS=heads, BLOCK=BLOCK,
+        (batch.seq_len, room, workspace.diagonals, gathered.block_max, width), HEADS=heads, BLOCK=BLOCK,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import run_pieces
-from ..types import Selection
+from ..types import UNLIMITED, Budgets, Selection
 from . import naive
 
 
@@ -95,17 +95,13 @@ def select(
     *,
     tau_columns: Tensor | float,
     tau_diagonals: Tensor | float,
-    min_columns: int = 0,
-    max_columns: int | None = None,
-    min_diagonals: int = 0,
-    max_diagonals: int | None = None,
+    budgets: Budgets = UNLIMITED,
 ) -> Selection:
     """Same contract and same result as ``naive.select``, for CPU tensors."""
     if isinstance(p_columns, Tensor) and p_columns.device.type != "cpu":
         raise ValueError(f"p_columns is on {p_columns.device}; this version runs on the CPU only")
-    tau_c, tau_d = naive.check_select(
-        p_columns, p_diagonals, tau_columns, tau_diagonals, min_columns, max_columns, min_diagonals, max_diagonals
-    )
+    tau_c, tau_d = naive.check_select(p_columns, p_diagonals, tau_columns, tau_diagonals, budgets)
+    min_columns, max_columns, min_diagonals, max_diagonals = budgets
     heads, n = p_columns.shape
     limits_c, limits_d = tau_c.tolist(), tau_d.tolist()
     pieces = [partial(_chosen, p_columns[h], limits_c[h], min_columns, max_columns) for h in range(heads)]

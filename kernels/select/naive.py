@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_like, check_tensor
-from ..types import Selection
+from ..checks import check_budgets, check_like, check_tensor
+from ..types import UNLIMITED, Budgets, Selection
 
 
 def check_distributions(logits: Tensor) -> None:
@@ -19,9 +19,9 @@ def check_distributions(logits: Tensor) -> None:
 
 
 def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns the logits of a whole context into distributions over columns and diagonals.
+    """Turns the logits of a whole sequence into distributions over columns and diagonals.
 
-    The token at position ``t`` of a context of ``n`` tokens speaks for column ``t`` with its column logit and for
+    The token at position ``t`` of a sequence of ``n`` tokens speaks for column ``t`` with its column logit and for
     distance ``n - 1 - t`` with its diagonal logit.
 
     Args:
@@ -34,17 +34,9 @@ def distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: wrong dtype or shape, or no token.
     """
     check_distributions(logits)
-    # [2, H, n]: the context innermost, so that softmax and the later sort run over contiguous memory
+    # [2, H, n]: the positions innermost, so that softmax and the later sort run over contiguous memory
     probs = torch.softmax(logits.float().permute(2, 1, 0).contiguous(), dim=-1)
     return probs[0], probs[1].flip(-1)
-
-
-def _check_budget(kind: str, minimum: int, maximum: int | None) -> None:
-    for name, value in ((f"min_{kind}", minimum), (f"max_{kind}", maximum)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{name} must be a non-negative int, got {value!r}")
-    if maximum is not None and minimum > maximum:
-        raise ValueError(f"min_{kind} is {minimum}, above max_{kind}, which is {maximum}")
 
 
 def _check_tau(name: str, tau: Tensor | float, heads: int, device: torch.device) -> Tensor:
@@ -61,10 +53,7 @@ def check_select(
     p_diagonals: Tensor,
     tau_columns: Tensor | float,
     tau_diagonals: Tensor | float,
-    min_columns: int,
-    max_columns: int | None,
-    min_diagonals: int,
-    max_diagonals: int | None,
+    budgets: Budgets,
 ) -> tuple[Tensor, Tensor]:
     """Checks every argument of ``select``; returns both thresholds as float64 ``[H]``."""
     check_tensor("p_columns", p_columns, 2)
@@ -72,8 +61,7 @@ def check_select(
     check_like("p_diagonals", p_diagonals, "p_columns", p_columns, shape=True)
     if p_columns.shape[1] == 0:
         raise ValueError("p_columns must have at least one position")
-    _check_budget("columns", min_columns, max_columns)
-    _check_budget("diagonals", min_diagonals, max_diagonals)
+    check_budgets(budgets)
     heads, device = p_columns.shape[0], p_columns.device
     return (
         _check_tau("tau_columns", tau_columns, heads, device),
@@ -118,10 +106,7 @@ def select(
     *,
     tau_columns: Tensor | float,
     tau_diagonals: Tensor | float,
-    min_columns: int = 0,
-    max_columns: int | None = None,
-    min_diagonals: int = 0,
-    max_diagonals: int | None = None,
+    budgets: Budgets = UNLIMITED,
 ) -> Selection:
     """Per KV head, the smallest sets of columns and diagonals whose probability reaches the thresholds.
 
@@ -135,10 +120,7 @@ def select(
         p_diagonals: float ``[H, n]``, same dtype and device.
         tau_columns: number, or ``[H]``.
         tau_diagonals: number, or ``[H]``.
-        min_columns: entries kept at least.
-        max_columns: entries kept at most.
-        min_diagonals: entries kept at least.
-        max_diagonals: entries kept at most.
+        budgets: entries kept at least and at most.
 
     Returns:
         The selection; its arrays are as wide as the largest count.
@@ -146,9 +128,7 @@ def select(
     Raises:
         ValueError: wrong dtype, shape or device, a NaN threshold, or a minimum above its maximum.
     """
-    tau_c, tau_d = check_select(
-        p_columns, p_diagonals, tau_columns, tau_diagonals, min_columns, max_columns, min_diagonals, max_diagonals
-    )
-    columns, num_columns = threshold(p_columns, tau_c, min_columns, max_columns)
-    diagonals, num_diagonals = threshold(p_diagonals, tau_d, min_diagonals, max_diagonals)
+    tau_c, tau_d = check_select(p_columns, p_diagonals, tau_columns, tau_diagonals, budgets)
+    columns, num_columns = threshold(p_columns, tau_c, budgets.min_columns, budgets.max_columns)
+    diagonals, num_diagonals = threshold(p_diagonals, tau_d, budgets.min_diagonals, budgets.max_diagonals)
     return Selection(columns, num_columns, diagonals, num_diagonals)

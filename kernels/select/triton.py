@@ -19,71 +19,16 @@ flags. Nothing depends on values on the host.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..gathered import BLOCK, GatheredLogits
+from ..index import Index
 from ..launch import cdiv, launch, next_power_of_2
-from ..merge.triton import Index, check_index
-from ..paged import Batch, PagedKV, check_device, check_paged
-from ..types import Selection
-from . import naive
-
-BLOCK = 1024  # positions of a program
-BINS = 4096
-COPIES = 4  # of each histogram, so that equal logits do not all wait for one address
-NO_CAP = 2**31 - 1
-MAX_CONTEXT = 2**21 - 1  # counts of a bin have 21 bits
-
-
-class SelectWorkspace(NamedTuple):
-    """Scratch of ``select``, allocated once. ``C`` is the room for positions.
-
-    Attributes:
-        logits: float32 ``[requests, 2, Hkv, C]``, gathered; column, diagonal.
-        block_max: float32 ``[requests, 2, Hkv, C // 1024]``.
-        bins: int64 ``[requests, 2, Hkv, 2, COPIES, BINS]``, a histogram per pass; zero between calls.
-        cuts: int32 ``[requests, 2, Hkv, 4]``: coarse bin, ``u`` of the cut, tokens to take that are equal to it,
-            unused.
-        above: int64 ``[requests, 2, Hkv]`` tokens before the coarse bin.
-        mass: float64 ``[requests, 2, Hkv, 2]``: whole mass, mass before the coarse bin.
-        ties: int32 ``[requests, 2, Hkv, C // 1024]``.
-    """
-
-    logits: Tensor
-    block_max: Tensor
-    bins: Tensor
-    cuts: Tensor
-    above: Tensor
-    mass: Tensor
-    ties: Tensor
-
-
-def allocate_select(
-    num_requests: int, num_kv_heads: int, max_seq_len: int, device: torch.device | str
-) -> SelectWorkspace:
-    """Room for selections; 8 bytes a position and KV head, and 512 KiB a head for the histograms.
-
-    Raises:
-        ValueError: contexts longer than 2**21 - 1 tokens.
-    """
-    if max_seq_len > MAX_CONTEXT:
-        raise ValueError(f"max_seq_len must be at most {MAX_CONTEXT}, got {max_seq_len}")
-    width = cdiv(max_seq_len, BLOCK) * BLOCK
-    lead = (num_requests, 2, num_kv_heads)
-    return SelectWorkspace(
-        torch.empty(*lead, width, dtype=torch.float32, device=device),
-        torch.empty(*lead, width // BLOCK, dtype=torch.float32, device=device),
-        torch.zeros(*lead, 2, COPIES, BINS, dtype=torch.int64, device=device),
-        torch.empty(*lead, 4, dtype=torch.int32, device=device),
-        torch.empty(lead, dtype=torch.int64, device=device),
-        torch.empty(*lead, 2, dtype=torch.float64, device=device),
-        torch.empty(*lead, width // BLOCK, dtype=torch.int32, device=device),
-    )
+from ..paged import Batch, PagedKV
+from ..types import UNLIMITED, Budgets
+from .paged import BINS, COPIES, NO_CAP, SelectWorkspace
 
 
 @triton.jit(do_not_specialize=["stride_table", "width"])
@@ -268,137 +213,44 @@ def _flag_kernel(
     tl.store(p_flags + i_row * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
 
 
-def _budget(kind: str, minimum: int, maximum: int | None) -> tuple[int, int]:
-    for name, value in ((f"min_{kind}", minimum), (f"max_{kind}", maximum)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= NO_CAP):
-            raise ValueError(f"{name} must be an int from 0 to {NO_CAP}, got {value!r}")
-    if maximum is not None and minimum > maximum:
-        raise ValueError(f"min_{kind} is {minimum}, above max_{kind}, which is {maximum}")
-    return minimum, NO_CAP if maximum is None else maximum
-
-
-def _budgets(
-    min_columns: int, max_columns: int | None, min_diagonals: int, max_diagonals: int | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Least and maximum entries, of columns and diagonals each."""
-    columns = _budget("columns", min_columns, max_columns)
-    diagonals = _budget("diagonals", min_diagonals, max_diagonals)
-    return (columns[0], diagonals[0]), (columns[1], diagonals[1])
-
-
-def _check(
-    kv: PagedKV, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, device: torch.device
-) -> None:
-    """Checks what both entries share."""
-    check_paged(kv, batch, device)
-    heads = kv.num_kv_heads
-    check_tensor("tau", tau, 2, (torch.float64,))
-    if tuple(tau.shape) != (2, heads) or not tau.is_contiguous() or tau.device != device:
-        raise ValueError(f"tau must be contiguous, [2, {heads}] on {device}, got {tuple(tau.shape)} on {tau.device}")
-    check_index(index, batch, heads, device)
-    room = workspace.logits
-    if room.device != device or room.shape[0] < batch.num_requests or room.shape[2] != heads:
-        raise ValueError(f"workspace is for {tuple(room.shape)} on {room.device}, too small for this batch")
-    if room.shape[3] < batch.max_seq_len:
-        raise ValueError(f"workspace has no room for contexts of {batch.max_seq_len} tokens")
-
-
-def select(
-    logits: Tensor,
-    kv: PagedKV,
-    batch: Batch,
-    tau: Tensor,
-    index: Index,
-    workspace: SelectWorkspace,
-    *,
-    min_columns: int = 0,
-    max_columns: int | None = None,
-    min_diagonals: int = 0,
-    max_diagonals: int | None = None,
-    checked: bool = False,
-) -> None:
-    """Chooses columns and diagonals of every request and writes them into the flags of an index.
-
-    The sets are those that ``naive.select`` takes from ``naive.distributions`` of each request's logits, but for
-    differences of 4e-6 in the logits, which count as ties, and a sum within rounding of the threshold. A NaN logit
-    counts as the largest one.
-
-    Args:
-        logits: float32 or bfloat16 ``[slots, 2 * Hkv]``, contiguous rows: column and diagonal of head 0, of head 1, ...
-        kv: its block table says in which slots a context lies.
-        batch: the requests; rows are not looked at.
-        tau: float64 ``[2, Hkv]``, thresholds of columns and of diagonals.
-        index: its flags are written. ``build_index`` makes the lists.
-        workspace: from ``allocate_select``.
-        min_columns: entries kept at least.
-        max_columns: entries kept at most.
-        min_diagonals: entries kept at least.
-        max_diagonals: entries kept at most.
-        checked: an earlier call with tensors of these shapes, strides, types and devices has passed the checks.
-
-    Raises:
-        ValueError: wrong dtype, shape, stride or device, or a minimum above its maximum; names the argument.
-    """
-    heads = kv.num_kv_heads
-    if not checked:
-        check_tensor("logits", logits, 2, (torch.float32, torch.bfloat16))
-        _check(kv, batch, tau, index, workspace, logits.device)
-        if logits.shape[1] != 2 * heads:
-            raise ValueError(f"logits has {logits.shape[1]} values a slot, expected {2 * heads}")
-        if logits.stride(1) != 1:
-            raise ValueError(f"logits must have contiguous rows, got strides {logits.stride()}")
-        check_device("logits", logits)
-    minimum, maximum = _budgets(min_columns, max_columns, min_diagonals, max_diagonals)
+def gather(logits: Tensor, kv: PagedKV, batch: Batch, gathered: GatheredLogits) -> None:
+    """As ``paged.gather``."""
     if batch.num_requests == 0:
         return
-    room = workspace.logits
+    heads = kv.num_kv_heads
     launch(
         _gather_kernel, (cdiv(batch.max_seq_len, BLOCK), batch.num_requests),
         (
-            logits, kv.block_table, batch.seq_len, room, workspace.block_max, logits.stride(0),
-            kv.block_table.stride(0), room.shape[3],
+            logits, kv.block_table, batch.seq_len, gathered.logits, gathered.block_max, logits.stride(0),
+            kv.block_table.stride(0), gathered.logits.shape[3],
         ),
         HEADS=heads, ROWS=next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
     )  # fmt: skip
-    _choose(heads, batch, tau, index, workspace, minimum, maximum)
 
 
-def select_gathered(
-    kv: PagedKV,
+def select(
+    gathered: GatheredLogits,
     batch: Batch,
     tau: Tensor,
     index: Index,
     workspace: SelectWorkspace,
     *,
-    min_columns: int = 0,
-    max_columns: int | None = None,
-    min_diagonals: int = 0,
-    max_diagonals: int | None = None,
-    checked: bool = False,
+    budgets: Budgets = UNLIMITED,
 ) -> None:
-    """``select`` from logits that lie in the workspace already, with their block maxima, as ``sampled`` leaves them.
-
-    Raises:
-        ValueError: as for ``select``.
-    """
-    if not checked:
-        _check(kv, batch, tau, index, workspace, workspace.logits.device)
-        check_device("workspace", workspace.logits)
-    minimum, maximum = _budgets(min_columns, max_columns, min_diagonals, max_diagonals)
-    if batch.num_requests:
-        _choose(kv.num_kv_heads, batch, tau, index, workspace, minimum, maximum)
-
-
-def _choose(
-    heads: int, batch: Batch, tau: Tensor, index: Index, workspace: SelectWorkspace, minimum: tuple[int, int],
-    maximum: tuple[int, int],
-) -> None:  # fmt: skip
-    """Flags from gathered logits; arguments have been checked."""
-    room = workspace.logits
-    width = room.shape[3]
+    """As ``paged.select``, but for differences of 4e-6 in the logits, which count as ties, and a sum within rounding
+    of the threshold."""
+    if batch.num_requests == 0:
+        return
+    min_columns, max_columns, min_diagonals, max_diagonals = budgets
+    limits = (
+        min_columns, min_diagonals, NO_CAP if max_columns is None else max_columns,
+        NO_CAP if max_diagonals is None else max_diagonals,
+    )  # fmt: skip
+    room = gathered.logits
+    heads, width = room.shape[2:]
     grid = (cdiv(batch.max_seq_len, BLOCK), batch.num_requests * 2 * heads)
     blocks = next_power_of_2(width // BLOCK)
-    rows = (room, workspace.block_max, batch.seq_len)
+    rows = (room, gathered.block_max, batch.seq_len)
     for fine in (False, True):
         launch(
             _histogram_kernel, grid, (*rows, workspace.bins, workspace.cuts, width),
@@ -406,7 +258,7 @@ def _choose(
         )  # fmt: skip
         launch(
             _cut_kernel, (grid[1],),
-            (workspace.bins, batch.seq_len, tau, workspace.cuts, workspace.above, workspace.mass, *minimum, *maximum),
+            (workspace.bins, batch.seq_len, tau, workspace.cuts, workspace.above, workspace.mass, *limits),
             num_warps=8, HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES,
         )  # fmt: skip
     launch(_tie_kernel, grid, (*rows, workspace.cuts, workspace.ties, width), HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks)
@@ -415,21 +267,3 @@ def _choose(
         (*rows, workspace.cuts, workspace.ties, index.flags, workspace.bins, width, index.flags.shape[3]),
         HEADS=heads, ROOM=2 * COPIES * BINS, BLOCK=BLOCK, BLOCKS=blocks,
     )  # fmt: skip
-
-
-def select_reference(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[Selection]:
-    """What ``select`` chooses, by the plain reference, one selection per request."""
-    selections = []
-    for i, n in enumerate(batch.seq_len.tolist()):
-        position = torch.arange(n, device=logits.device)
-        slots = kv.block_table[i].long()[position // kv.block_size] * kv.block_size + position % kv.block_size
-        columns, diagonals = naive.distributions(logits[slots].float().unflatten(1, (kv.num_kv_heads, 2)))
-        chosen = naive.select(
-            columns,
-            diagonals,
-            tau_columns=tau[0],
-            tau_diagonals=tau[1],
-            **budgets,  # type: ignore[arg-type]
-        )
-        selections.append(chosen)
-    return selections

@@ -81,10 +81,7 @@ def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tenso
         diagonals,
         tau_columns=options.tau_columns,
         tau_diagonals=options.tau_diagonals,
-        min_columns=options.min_columns,
-        max_columns=options.max_columns,
-        min_diagonals=options.min_diagonals,
-        max_diagonals=options.max_diagonals,
+        budgets=layer.impl._runtime.budgets,
     )
     pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
     tail = options.dense_last_rows

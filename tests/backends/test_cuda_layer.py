@@ -94,7 +94,7 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Any, Spa
         diagonals,
         tau_columns=layer.layer.vsprefill_tau[0].cpu(),
         tau_diagonals=layer.layer.vsprefill_tau[1].cpu(),
-        **layer.impl._runtime.budgets,
+        budgets=layer.impl._runtime.budgets,
     )
     pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
     return selection, pattern

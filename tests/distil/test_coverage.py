@@ -12,6 +12,7 @@ from vllm_vsprefill.distil import calibrate
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.coverage import COLUMN_GRID, DISTANCE_GRID, Budgets, Coverage, best_recall, true_rows
 from vllm_vsprefill.distil.targets import Range
+from vllm_vsprefill.kernels import types
 from vllm_vsprefill.kernels.attend.naive import attend
 from vllm_vsprefill.kernels.select.naive import distributions, select
 from vllm_vsprefill.kernels.types import SparsePattern
@@ -47,10 +48,7 @@ def test_shares_are_those_of_the_selection_and_the_kernels_semantics(budgets: Bu
         *distributions(logits[:, :end].transpose(0, 1)),
         tau_columns=COLUMN_GRID[pair[0]],
         tau_diagonals=DISTANCE_GRID[pair[1]],
-        min_columns=budgets.min_columns,
-        max_columns=budgets.max_columns,
-        min_diagonals=budgets.min_diagonals,
-        max_diagonals=budgets.max_diagonals,
+        budgets=types.Budgets(budgets.min_columns, budgets.max_columns, budgets.min_diagonals, budgets.max_diagonals),
     )
     # With values that are one-hot in the position, attention's output names the keys it used.
     eye = torch.eye(end).unsqueeze(1).expand(end, HEADS, end)

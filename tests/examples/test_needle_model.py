@@ -25,7 +25,7 @@ from vllm_vsprefill.distil.model import load
 from vllm_vsprefill.distil.targets import Range, TargetKind, compute
 from vllm_vsprefill.kernels.attend.naive import attend
 from vllm_vsprefill.kernels.select.naive import distributions, select
-from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.kernels.types import Budgets, SparsePattern
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "needle" / "model"
@@ -273,7 +273,7 @@ def test_the_evaluators_sparse_attention_is_that_of_the_kernels(
     q, k, v = torch.randn(8, rows, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
     pattern = SparsePattern(128, 64, window, sinks, dense_last)
     probabilities = distributions(torch.randn(n, 2, 2) * 3)
-    selection = select(*probabilities, tau_columns=0.5, tau_diagonals=0.3, max_diagonals=5)
+    selection = select(*probabilities, tau_columns=0.5, tau_diagonals=0.3, budgets=Budgets(max_diagonals=5))
     out, visited = sparse_rows(q, k, v, selection, pattern)
     flat = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     expected, count = attend(*flat, selection, pattern, scale=16**-0.5)

@@ -37,7 +37,7 @@ class NoDevice:
 def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compiles one shape; facts about its code."""
     from vllm_vsprefill.kernels.attend import hopper
-    from vllm_vsprefill.kernels.merge.triton import allocate_index
+    from vllm_vsprefill.kernels.index import allocate_index
     from vllm_vsprefill.kernels.paged import Batch, PagedKV
     from vllm_vsprefill.kernels.types import SparsePattern
 
@@ -57,7 +57,7 @@ def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
     q = torch.zeros(64, group * heads, head_size, dtype=dtype)
     index = allocate_index(1, heads, context, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
     visited = torch.zeros(1, dtype=torch.int64)
-    hopper.launch(q, kv, index, Batch.from_lists([64], [context]), 0.1, torch.zeros_like(q), None, visited)
+    hopper.attend(q, kv, index, Batch.from_lists([64], [context]), scale=0.1, visited=visited)
     (kernel,) = found
     code = kernel.asm["ptx"].splitlines()
     arrivals = [i for i, line in enumerate(code) if re.search(r"(?<!cp\.async\.)\bmbarrier\.arrive\.", line)]

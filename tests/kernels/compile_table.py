@@ -39,12 +39,17 @@ from vllm_vsprefill.kernels import launch as launch_module
 from vllm_vsprefill.kernels import settings as settings_module
 from vllm_vsprefill.kernels.attend import triton as attend_module
 from vllm_vsprefill.kernels.forget import triton as forget_module
+from vllm_vsprefill.kernels.gathered import allocate_gathered
 from vllm_vsprefill.kernels.guard import triton as guard_module
+from vllm_vsprefill.kernels.index import Index, allocate_index
 from vllm_vsprefill.kernels.merge import triton as merge_module
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV
 from vllm_vsprefill.kernels.sampled import triton as sampled_module
+from vllm_vsprefill.kernels.sampled.paged import allocate_sampled
 from vllm_vsprefill.kernels.score import triton as score_module
+from vllm_vsprefill.kernels.score.paged import allocate_missing, prepare_weights
 from vllm_vsprefill.kernels.select import triton as select_module
+from vllm_vsprefill.kernels.select.paged import allocate_select
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
 
 # Bytes of shared memory that a program can have, by compute capability.
@@ -130,9 +135,9 @@ def _paged(size: int, dtype: str, group: int = 1) -> tuple[PagedKV, torch.Tensor
     return kv, torch.zeros(ROWS, group * HEADS, size, dtype=asked)
 
 
-def _index(block_q: int = 16, block_k: int = 4) -> merge_module.Index:
+def _index(block_q: int = 16, block_k: int = 4) -> Index:
     pattern = SparsePattern(block_q=block_q, block_k=block_k, dense_last=0)
-    return merge_module.allocate_index(1, HEADS, CONTEXT, pattern, "cpu")
+    return allocate_index(1, HEADS, CONTEXT, pattern, "cpu")
 
 
 def attend(size: int, dtype: str, group: int, block_q: int) -> None:
@@ -148,17 +153,17 @@ def score(size: int, dtype: str, hidden: int) -> None:
         torch.zeros(HEADS, 2 * size, hidden), torch.zeros(HEADS, hidden), torch.zeros(HEADS, hidden, 2),
         torch.zeros(HEADS, 2),
     )  # fmt: skip
-    prepared = score_module.prepare_weights(weights, q.dtype)
+    prepared = prepare_weights(weights, q.dtype)
     logits = torch.zeros(CONTEXT, 2 * HEADS)
     score_module.score_slots(kv, torch.arange(ROWS), prepared, logits)
-    missing = score_module.allocate_missing(1, CONTEXT, "cpu")
+    missing = allocate_missing(1, CONTEXT, "cpu")
     score_module.score_missing(kv, Batch.from_lists([ROWS], [CONTEXT]), prepared, logits, missing)
 
 
 def sampled(size: int, dtype: str, group: int) -> None:
     kv, q = _paged(size, dtype, group)
-    into = select_module.allocate_select(1, HEADS, CONTEXT, "cpu")
-    workspace = sampled_module.allocate_sampled(1, group * HEADS, HEADS, CONTEXT, 32, "cpu")
+    into = allocate_gathered(1, HEADS, CONTEXT, "cpu")
+    workspace = allocate_sampled(1, group * HEADS, HEADS, CONTEXT, 32, "cpu")
     batch = Batch.from_lists([ROWS], [CONTEXT])
     sampled_module.sampled(q, kv, batch, workspace, into, scale=0.1)
 
@@ -181,7 +186,9 @@ def others(block_q: int, block_k: int, logits: str) -> None:
     values = torch.zeros(CONTEXT, 2 * HEADS, dtype=torch.float32 if logits == "fp32" else torch.bfloat16)
     index, batch = _index(block_q, block_k), Batch.from_lists([ROWS], [CONTEXT])
     tau = torch.full((2, HEADS), 0.9, dtype=torch.float64)
-    select_module.select(values, kv, batch, tau, index, select_module.allocate_select(1, HEADS, CONTEXT, "cpu"))
+    gathered = allocate_gathered(1, HEADS, CONTEXT, "cpu")
+    select_module.gather(values, kv, batch, gathered)
+    select_module.select(gathered, batch, tau, index, allocate_select(1, HEADS, CONTEXT, "cpu"))
     merge_module.build_index(index, kv, batch)
     ends = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)

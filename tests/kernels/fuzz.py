@@ -48,22 +48,35 @@ from benchmarks import environment
 from vllm_vsprefill.distil.mass import naive as naive_mass
 from vllm_vsprefill.distil.mass.triton import column_weights, mass_sums
 from vllm_vsprefill.kernels.attend import naive as naive_attend
+from vllm_vsprefill.kernels.attend.paged import check_attend
 from vllm_vsprefill.kernels.attend.triton import attend
-from vllm_vsprefill.kernels.forget import naive as naive_forget
+from vllm_vsprefill.kernels.forget import paged as paged_forget
 from vllm_vsprefill.kernels.forget.triton import forget
-from vllm_vsprefill.kernels.guard.naive import causal_pairs, expected_density
+from vllm_vsprefill.kernels.gathered import allocate_gathered
+from vllm_vsprefill.kernels.guard.naive import expected_density
 from vllm_vsprefill.kernels.guard.triton import guard
+from vllm_vsprefill.kernels.index import NONE, RANK, Index, allocate_index
 from vllm_vsprefill.kernels.merge import naive as naive_merge
-from vllm_vsprefill.kernels.merge.triton import NONE, RANK, Index, allocate_index, build_index, set_flags
+from vllm_vsprefill.kernels.merge.paged import check_build_index, set_flags
+from vllm_vsprefill.kernels.merge.triton import build_index
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
 from vllm_vsprefill.kernels.sampled import naive as naive_sampled
-from vllm_vsprefill.kernels.sampled.triton import allocate_sampled, sampled
+from vllm_vsprefill.kernels.sampled.paged import allocate_sampled, check_sampled
+from vllm_vsprefill.kernels.sampled.triton import sampled
 from vllm_vsprefill.kernels.score import naive as naive_score
-from vllm_vsprefill.kernels.score.triton import LIMIT as LARGEST_LOGIT
-from vllm_vsprefill.kernels.score.triton import allocate_missing, prepare_weights, score_missing, score_slots
-from vllm_vsprefill.kernels.select.triton import allocate_select, select, select_gathered, select_reference
+from vllm_vsprefill.kernels.score.paged import LIMIT as LARGEST_LOGIT
+from vllm_vsprefill.kernels.score.paged import (
+    allocate_missing,
+    check_score_missing,
+    check_score_slots,
+    prepare_weights,
+)
+from vllm_vsprefill.kernels.score.triton import score_missing, score_slots
+from vllm_vsprefill.kernels.select import naive as naive_select
+from vllm_vsprefill.kernels.select.paged import allocate_select, check_gather, check_select
+from vllm_vsprefill.kernels.select.triton import gather, select
 from vllm_vsprefill.kernels.settings import Settings, settings
-from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection, SparsePattern
+from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, Selection, SparsePattern
 
 Params = dict[str, Any]
 
@@ -329,6 +342,7 @@ def make_index(rng: random.Random, config: Params, kv: PagedKV, batch: Batch, ch
     for tensor in index[:-1]:
         tensor.fill_(77)
     set_flags(index, [one.selection for one in chosen], batch)
+    check_build_index(index, kv, batch)
     return build_index(index, kv, batch)
 
 
@@ -426,7 +440,8 @@ def draw_hopper(rng: random.Random, tiny: bool) -> Params:
     for _ in range(10_000):
         config = draw_attend(rng, tiny)
         config["cache"] = config["dtype"]
-        if hopper.supports(config["group"], config["block_q"], config["size"], DTYPES[config["dtype"]]):
+        shape = config["group"], config["block_q"], config["size"], DTYPES[config["dtype"]]
+        if hopper.unsupported_shape(*shape) is None:
             return config
     raise RuntimeError("the Hopper kernel supports none of 10,000 random shapes")
 
@@ -477,6 +492,7 @@ def solve_attend(
     lse = torch.full(q.shape[:2], float("nan"), device=DEVICE) if config["lse"] else None
     out = torch.full(q.shape, float("nan"), dtype=dtype, device=DEVICE)
     visited = torch.full((len(rows),), 5, dtype=torch.int64, device=DEVICE)  # they are added
+    check_attend(q, kv, index, batch, scale, out, lse, visited)
     attend(q, kv, index, batch, scale=scale, out=out, lse=lse, visited=visited, config=tiles)
 
     check.holds("rows of no request were written", bool(out[~used].isnan().all()))
@@ -494,7 +510,7 @@ def solve_attend(
         mask = visible(chosen[i].columns, chosen[i].diagonals, pattern, count)
         pairs.append(5 + int(mask.sum()))
         if bool(chosen[i].columns.all()) or bool(chosen[i].diagonals.all()) or pattern.window >= n:
-            check.equal("pairs with everything selected", pairs[-1] - 5, heads * causal_pairs(count, n))
+            check.equal("pairs with everything selected", pairs[-1] - 5, heads * SparsePattern.causal_pairs(count, n))
         wanted, wanted_lse = masked_attention(part, k, v, mask, scale * k_scale)
         wanted *= v_scale
         error = out[start : start + count].double() - wanted
@@ -628,6 +644,7 @@ def run_score(config: Params, rng: random.Random, gen: torch.Generator, check: C
     padding = torch.tensor([-1, -1], device=DEVICE)
     some = torch.cat((every[:: rng.choice((1, 2, 3))], padding))
     logits = torch.full((kv.cache.shape[0] * kv.block_size, 2 * heads), float("nan"), dtype=logit_dtype, device=DEVICE)
+    check_score_slots(kv, some, weights, logits)
     score_slots(kv, some, weights, logits, config=tiles)
 
     # The kernel multiplies an fp8 value by its scale and rounds to the type of the weights: so does this.
@@ -655,7 +672,9 @@ def run_score(config: Params, rng: random.Random, gen: torch.Generator, check: C
     kept = int(every[0])
     if kept != broken:
         logits[kept] = 5.0  # what is there already stays
-    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_seq_len, DEVICE), config=tiles)
+    missing = allocate_missing(len(contexts), batch.max_seq_len, DEVICE)
+    check_score_missing(kv, batch, weights, logits, missing)
+    score_missing(kv, batch, weights, logits, missing, config=tiles)
     compare("missing slots", torch.ones_like(done), kept)
     check.holds("a logit was scored again", kept == broken or bool((logits[kept] == 5).all()))
     nobody = torch.ones(logits.shape[0], dtype=torch.bool, device=DEVICE)
@@ -678,13 +697,13 @@ def draw_select(rng: random.Random, tiny: bool) -> Params:
     return config | {"logits": rng.choice(("float32", "float32", "bfloat16")), "block_q": 16, "block_k": 1}
 
 
-def draw_budgets(rng: random.Random, reach: int) -> dict[str, int | None]:
-    budgets: dict[str, int | None] = {}
-    for name in ("columns", "diagonals"):
-        most = rng.choice([None, None, None, 0, 1, 64, reach + 900])
-        least = rng.choice([0, 0, 0, 1, 50, reach // 2])
-        budgets |= {f"min_{name}": least if most is None else min(least, most), f"max_{name}": most}
-    return budgets
+def draw_budgets(rng: random.Random, reach: int) -> Budgets:
+    bounds: list[Any] = []
+    for _ in ("columns", "diagonals"):
+        maximum = rng.choice([None, None, None, 0, 1, 64, reach + 900])
+        minimum = rng.choice([0, 0, 0, 1, 50, reach // 2])
+        bounds += [minimum if maximum is None else min(minimum, maximum), maximum]
+    return Budgets(*bounds)
 
 
 def draw_tau(rng: random.Random, heads: int) -> Tensor:
@@ -713,7 +732,7 @@ def make_logits(rng: random.Random, gen: torch.Generator, n: int, heads: int, to
 
 
 def check_choice(
-    check: Check, logits: Tensor, flags: Tensor, tau: Tensor, budgets: dict[str, int | None]
+    check: Check, logits: Tensor, flags: Tensor, tau: Tensor, budgets: Budgets
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Whether flags ``[2, H, n]`` are what ``select`` promises for logits ``[2, H, n]``.
 
@@ -736,9 +755,8 @@ def check_choice(
     for slack in (-SELECT_SLACK, SELECT_SLACK):
         count = ((mass < goal + slack).sum(-1) + 1).clamp(max=n)
         count = torch.where(tau <= 0, 0, torch.where(tau >= 1, n, count))
-        for kind, name in enumerate(("columns", "diagonals")):
-            least, most = budgets[f"min_{name}"] or 0, budgets[f"max_{name}"]
-            count[kind] = count[kind].clamp(min=least).clamp(max=n if most is None else min(most, n))
+        for kind, (minimum, maximum) in enumerate((budgets[:2], budgets[2:])):
+            count[kind] = count[kind].clamp(min=minimum).clamp(max=n if maximum is None else min(maximum, n))
         bounds.append(count)
     taken = torch.stack((flags[0], flags[1].flip(-1))) != 0
     count = taken.sum(-1)
@@ -761,23 +779,27 @@ def run_select(config: Params, rng: random.Random, gen: torch.Generator, check: 
         logits[slots_of(kv, i, n)] = make_logits(rng, gen, n, heads, told).to(dtype)
     kv = kv._replace(block_table=table)
     tau, budgets = draw_tau(rng, heads), draw_budgets(rng, reach)
-    told |= {"contexts": contexts, "tau": tau.tolist(), "budgets": budgets}
+    told |= {"contexts": contexts, "tau": tau.tolist(), "budgets": budgets._asdict()}
     pattern = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
     index = allocate_index(len(contexts), heads, reach, pattern, DEVICE)
-    workspace = allocate_select(len(contexts) + rng.choice((0, 1)), heads, reach, DEVICE)
+    room = len(contexts) + rng.choice((0, 1))
+    gathered, workspace = allocate_gathered(room, heads, reach, DEVICE), allocate_select(room, heads, reach, DEVICE)
     index.flags.fill_(77)
-    for name, tensor in workspace._asdict().items():
+    for name, tensor in (gathered._asdict() | workspace._asdict()).items():
         if name != "bins":
             tensor.fill_(-7)
-    select(logits, kv, batch, tau, index, workspace, **budgets)  # type: ignore[arg-type]
+    check_gather(logits, kv, batch, gathered)
+    gather(logits, kv, batch, gathered)
+    check_select(gathered, batch, tau, index, workspace, budgets)
+    select(gathered, batch, tau, index, workspace, budgets=budgets)
     check.holds("bins are not left empty", not bool(workspace.bins.any()))
-    reference = select_reference(logits, kv, batch, tau, **budgets)
     for i, n in enumerate(contexts):
         mine = logits[slots_of(kv, i, n)].float().unflatten(1, (heads, 2)).permute(2, 1, 0)
         taken, behind, doubt = check_choice(check, mine, index.flags[i, :, :, :n], tau, budgets)
         if bool(mine.isnan().any()):
             continue  # the plain reference keeps everything then, this one the broken token
-        one = reference[i]
+        probs = naive_select.distributions(mine.permute(2, 1, 0))
+        one = naive_select.select(*probs, tau_columns=tau[0], tau_diagonals=tau[1], budgets=budgets)
         lists = ((one.columns, one.num_columns), (one.diagonals, one.num_diagonals))
         for kind, (items, counts) in enumerate(lists):
             wanted = torch.zeros(heads, n + 1, dtype=torch.bool, device=DEVICE)
@@ -812,7 +834,7 @@ def draw_sampled(rng: random.Random, tiny: bool) -> Params:
 
 
 def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
-    """The estimate, and ``select_gathered`` from it."""
+    """The estimate, and ``select`` from it."""
     heads, group, reach, dtype = config["heads"], config["group"], config["reach"], DTYPES[config["dtype"]]
     rows, contexts = draw_lengths(rng, config)
     scale = config["size"] ** -0.5 * rng.choice((1, 3))
@@ -822,10 +844,11 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
     q, _ = make_queries(gen, config, batch, total)
     requests = len(rows)
     workspace = allocate_sampled(requests, q.shape[1], heads, reach, config["num_rows"], DEVICE)
-    into = allocate_select(requests, heads, reach, DEVICE)
+    into = allocate_gathered(requests, heads, reach, DEVICE)
     for tensor in (workspace.partial, workspace.diagonals, workspace.bands, into.logits, into.block_max):
         tensor.fill_(float("nan"))
     tiles = None if config["tiles"] == "table" else Settings(32, 32, 4, 1)
+    check_sampled(q, kv, batch, workspace, into, scale)
     sampled(q, kv, batch, workspace, into, scale=scale, config=tiles)
     k_scale = factor(kv.k_scale)
     for i, (count, n, start) in enumerate(zip(rows, contexts, batch.row_start.tolist(), strict=True)):
@@ -861,11 +884,13 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
             check.by_naive += 1
     if min(rows):
         tau, budgets = draw_tau(rng, heads), draw_budgets(rng, reach)
-        told |= {"tau": tau.tolist(), "budgets": budgets}
+        told |= {"tau": tau.tolist(), "budgets": budgets._asdict()}
         pattern = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
         index = allocate_index(requests, heads, reach, pattern, DEVICE)
         index.flags.fill_(77)
-        select_gathered(kv, batch, tau, index, into, **budgets)  # type: ignore[arg-type]
+        scratch = allocate_select(requests, heads, reach, DEVICE)
+        check_select(into, batch, tau, index, scratch, budgets)
+        select(into, batch, tau, index, scratch, budgets=budgets)
         for i, n in enumerate(contexts):
             check_choice(check, into.logits[i, :, :, :n], index.flags[i, :, :, :n], tau, budgets)
 
@@ -885,7 +910,7 @@ def run_forget(config: Params, rng: random.Random, gen: torch.Generator, check: 
     chosen = torch.randperm(slots, generator=gen, device=DEVICE)[:tokens]
     chosen[:: rng.choice((2, 5, 1000))] = -1
     wanted = logits.clone()
-    naive_forget.forget(wanted[:, : config["width"]], chosen)
+    paged_forget.forget(wanted[:, : config["width"]], chosen)
     forget(logits[:, : config["width"]], chosen)
     check.same("missing", logits.isnan(), wanted.isnan())
     check.same("values", logits.nan_to_num(), wanted.nan_to_num())
@@ -924,7 +949,7 @@ def run_guard(config: Params, rng: random.Random, gen: torch.Generator, check: C
                 dense = density > limit
         check.equal(f"dense rows of request {i}", said, [0, count if dense else 0])
         check.equal(f"end of the sparse rows of request {i}", int(sparse_end[i]), starts[i] if dense else ends[i])
-        pairs += heads * causal_pairs(count, n) if dense and count else 0
+        pairs += heads * SparsePattern.causal_pairs(count, n) if dense and count else 0
         chunks += int(dense and count > 0)
     if counts is not None:
         check.equal("counts", counts.tolist(), [pairs, chunks])

@@ -13,6 +13,10 @@ import torch
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_paged
 from tests.kernels.programs import run_compiler
+from vllm_vsprefill.kernels.index import allocate_index
+from vllm_vsprefill.kernels.merge.paged import set_flags
+from vllm_vsprefill.kernels.merge.triton import build_index
+from vllm_vsprefill.kernels.types import SparsePattern
 
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
@@ -34,10 +38,8 @@ def test_compiles_without_a_device() -> None:
 @pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("seed", range(40))
 def test_equals_the_reference(seed: int) -> None:
-    from vllm_vsprefill.kernels.attend import hopper
-    from vllm_vsprefill.kernels.attend.triton import attend_reference
-    from vllm_vsprefill.kernels.merge.triton import allocate_index, build_index, set_flags
-    from vllm_vsprefill.kernels.types import SparsePattern
+    from vllm_vsprefill.kernels.attend import hopper, paged
+    from vllm_vsprefill.kernels.attend.triton import without_hopper
 
     rng = random.Random(seed)
     group, size, block_q = rng.choice([(4, 128, 16), (8, 64, 32), (7, 128, 16), (1, 128, 64), (2, 64, 128)])
@@ -67,12 +69,11 @@ def test_equals_the_reference(seed: int) -> None:
     out = torch.full_like(problem.q, float("nan"))
     lse = torch.full(problem.q.shape[:2], float("nan"), device=DEVICE)
     visited = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
-    assert hopper.supports(group, block_q, size, problem.q.dtype)
-    hopper.launch(problem.q, problem.kv, index, problem.batch, problem.scale, out, lse, visited)
-    expected, pairs = attend_reference(
-        problem.q, problem.kv, problem.selections, problem.batch, index, scale=problem.scale
-    )
-    assert visited.tolist() == pairs
+    assert without_hopper(problem.q, problem.kv, index, 0) is None
+    hopper.attend(problem.q, problem.kv, index, problem.batch, scale=problem.scale, out=out, lse=lse, visited=visited)
+    counted = torch.zeros_like(visited)
+    expected = paged.attend(problem.q, problem.kv, index, problem.batch, scale=problem.scale, visited=counted)
+    assert visited.tolist() == counted.tolist()
     for start, end in zip(problem.batch.row_start.tolist(), problem.batch.row_end.tolist(), strict=True):
         found, wanted = out[start:end].float(), expected[start:end].float()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-2

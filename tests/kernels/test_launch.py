@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,6 +93,68 @@ def test_a_launcher_with_other_arguments_is_left_to_triton(monkeypatch: pytest.M
         launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
     assert [entry[0] for entry in kernel.log] == ["first"] * 3
     assert [("17 arguments" in line) for line in told] == [True]
+
+
+def test_a_wrong_argument_of_ours_is_no_changed_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own launch of the same arguments fails as well: the error is raised, and launches stay direct."""
+
+    class Strict(Compiled):
+        def run(self, *args: Any) -> None:
+            if not isinstance(args[0], int):
+                raise TypeError("'float' object cannot be interpreted as an integer")
+            super().run(*args)
+
+    class Careful(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            if not isinstance(grid[0], int):
+                raise TypeError(f"a grid of {grid}")
+            return super().__getitem__(grid)
+
+    told: list[str] = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args: told.append(text % args))
+    kernel, x = Careful(Strict), torch.zeros(64)
+    launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
+    with pytest.raises(TypeError, match="a grid of"):
+        launch(kernel, (3.0,), (x, 7), DEPTH=5, WIDTH=4)  # type: ignore[arg-type]
+    launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
+    assert [entry[0] for entry in kernel.log] == ["first", "again"]
+    assert module._direct
+    assert told == []
+
+
+def test_a_device_without_a_stream_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails before the launcher is called is no sign of a changed one."""
+
+    def no_stream(device_index: int | None) -> str:
+        raise TypeError(f"no stream on device {device_index}")
+
+    kernel, x = Kernel(), torch.zeros(64)
+    launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
+    monkeypatch.setattr(module, "_current_stream", no_stream)
+    with pytest.raises(TypeError, match="no stream"):
+        launch(kernel, (3,), (x, 7), DEPTH=5, WIDTH=4)
+    assert [entry[0] for entry in kernel.log] == ["first"]
+    assert module._direct
+
+
+def test_errors_of_the_compiler_are_told_from_ours() -> None:
+    import triton
+
+    def caught(call: Callable[[], object]) -> Exception:
+        with pytest.raises(Exception) as found:
+            call()
+        return found.value
+
+    def wrong(q: int) -> int:
+        return q
+
+    compile_any: Any = triton.compiler.compile
+    assert module.raised_by_compiler(caught(lambda: compile_any(object())))
+    assert module.raised_by_compiler(triton.CompilationError("a kernel", None, "no such function"))
+    assert module.raised_by_compiler(triton.OutOfResources(300_000, 232_448, "shared memory"))
+    assert not module.raised_by_compiler(caught(lambda: wrong(1, 2)))  # type: ignore[call-arg]
+    assert not module.raised_by_compiler(caught(lambda: compile_any(surplus=1)))  # not in it: on the way to it
+    assert not module.raised_by_compiler(AttributeError("'NoneType' object has no attribute 'stride'"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_vsprefill.kernels import select as package
 from vllm_vsprefill.kernels.select import cpu, naive
-from vllm_vsprefill.kernels.types import Selection
+from vllm_vsprefill.kernels.types import Budgets, Selection
 
 Select = Callable[..., Selection]
 BOTH = pytest.mark.parametrize("select", [naive.select, cpu.select], ids=["naive", "cpu"])
@@ -37,7 +37,7 @@ def columns_of(
     select: Select, probs: list[float], tau: float, minimum: int = 0, maximum: int | None = None
 ) -> list[int]:
     p = torch.tensor([probs])
-    result = select(p, p, tau_columns=tau, tau_diagonals=tau, min_columns=minimum, max_columns=maximum)
+    result = select(p, p, tau_columns=tau, tau_diagonals=tau, budgets=Budgets(minimum, maximum))
     return kept(result.columns, result.num_columns)[0]
 
 
@@ -103,10 +103,10 @@ def test_cpu_equals_naive(probs: list[float], tau: float, minimum: int, extra: i
 def test_cpu_equals_naive_on_a_long_context(dtype: torch.dtype) -> None:
     logits = torch.randn(20_000, 3, 2, generator=torch.Generator().manual_seed(0)) * 3
     probs = [p.to(dtype) for p in naive.distributions(logits)]
-    budgets: dict[str, Any] = {"min_columns": 100, "max_columns": 900, "min_diagonals": 10, "max_diagonals": None}
+    budgets = Budgets(min_columns=100, max_columns=900, min_diagonals=10)
     for tau in (0.0, 0.3, 0.95, 1.0):
-        fast = cpu.select(*probs, tau_columns=tau, tau_diagonals=tau, **budgets)
-        reference = naive.select(*probs, tau_columns=tau, tau_diagonals=tau, **budgets)
+        fast = cpu.select(*probs, tau_columns=tau, tau_diagonals=tau, budgets=budgets)
+        reference = naive.select(*probs, tau_columns=tau, tau_diagonals=tau, budgets=budgets)
         for a, b in zip(fast, reference, strict=True):
             assert torch.equal(a, b)
 
@@ -144,7 +144,7 @@ def test_sums_that_fall_short_take_everything(select: Select) -> None:
 @BOTH
 def test_a_head_with_nan_keeps_everything_and_leaves_the_others_alone(select: Select) -> None:
     p = torch.tensor([[0.5, float("nan"), 0.25, 0.25], [0.5, 0.25, 0.25, 0.0]])
-    result = select(p, p, tau_columns=0.5, tau_diagonals=0.5, max_diagonals=3)
+    result = select(p, p, tau_columns=0.5, tau_diagonals=0.5, budgets=Budgets(max_diagonals=3))
     assert kept(result.columns, result.num_columns) == [[0, 1, 2, 3], [0]]
     assert kept(result.diagonals, result.num_diagonals) == [[0, 1, 2], [0]]
 
@@ -153,11 +153,13 @@ def test_a_head_with_nan_keeps_everything_and_leaves_the_others_alone(select: Se
 def test_thresholds_per_head_and_repeatable(select: Select) -> None:
     p = torch.softmax(torch.randn(4, 500, generator=torch.Generator().manual_seed(1)), dim=-1)
     tau = torch.tensor([0.0, 0.2, 0.7, 1.0])
-    first = select(p, p.flip(0), tau_columns=tau, tau_diagonals=0.3, min_columns=2)
+    first = select(p, p.flip(0), tau_columns=tau, tau_diagonals=0.3, budgets=Budgets(min_columns=2))
     assert first.num_columns[0] == 2
     assert 2 < first.num_columns[1] < first.num_columns[2] < 500
     assert first.num_columns[3] == 500
-    again = select(p.clone(), p.flip(0).clone(), tau_columns=tau.double(), tau_diagonals=0.3, min_columns=2)
+    again = select(
+        p.clone(), p.flip(0).clone(), tau_columns=tau.double(), tau_diagonals=0.3, budgets=Budgets(min_columns=2)
+    )
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
@@ -207,10 +209,10 @@ P = torch.full((2, 4), 0.25)
         ({"p_diagonals": P.to("meta")}, "p_diagonals is on meta"),
         ({"tau_columns": float("nan")}, "tau_columns must not be NaN"),
         ({"tau_diagonals": torch.tensor([0.5, 0.5, 0.5])}, "tau_diagonals must be a number or have shape"),
-        ({"min_columns": -1}, "min_columns must be a non-negative int"),
-        ({"max_columns": 1.5}, "max_columns must be a non-negative int"),
-        ({"min_diagonals": 5, "max_diagonals": 4}, "min_diagonals is 5, above max_diagonals"),
-        ({"max_diagonals": True}, "max_diagonals must be a non-negative int"),
+        ({"budgets": Budgets(min_columns=-1)}, "min_columns must be a non-negative int"),
+        ({"budgets": Budgets(max_columns=1.5)}, "max_columns must be a non-negative int"),
+        ({"budgets": Budgets(min_diagonals=5, max_diagonals=4)}, "min_diagonals is 5, above max_diagonals"),
+        ({"budgets": Budgets(max_diagonals=True)}, "max_diagonals must be a non-negative int"),
     ],
 )
 def test_bad_argument_is_named(select: Select, bad: dict[str, Any], message: str) -> None:

@@ -16,8 +16,13 @@ from torch import Tensor
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import PagedProblem, make_paged
 from tests.kernels.problems import TOLERANCE, make_selection
-from vllm_vsprefill.kernels.attend.triton import attend, attend_reference, packing
-from vllm_vsprefill.kernels.merge.triton import Index, allocate_index, build_index, set_flags
+from vllm_vsprefill.kernels.attend import paged
+from vllm_vsprefill.kernels.attend.paged import check_attend
+from vllm_vsprefill.kernels.attend.triton import attend, packing
+from vllm_vsprefill.kernels.index import Index, allocate_index
+from vllm_vsprefill.kernels.merge.paged import set_flags
+from vllm_vsprefill.kernels.merge.triton import build_index
+from vllm_vsprefill.kernels.reference import keys_values
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.types import Selection, SparsePattern
 
@@ -42,10 +47,11 @@ def check(problem: PagedProblem, config: Settings | None = None) -> tuple[Tensor
     index = index_of(problem)
     out = torch.full_like(problem.q, float("nan"))
     visited = torch.zeros(problem.batch.num_requests, dtype=torch.int64, device=DEVICE)
+    check_attend(problem.q, problem.kv, index, problem.batch, problem.scale, out, None, visited)
     attend(problem.q, problem.kv, index, problem.batch, scale=problem.scale, out=out, visited=visited, config=config)
-    expected, pairs = attend_reference(
-        problem.q, problem.kv, problem.selections, problem.batch, index, scale=problem.scale
-    )
+    expected, counted = torch.full_like(out, float("nan")), torch.zeros_like(visited)
+    paged.attend(problem.q, problem.kv, index, problem.batch, scale=problem.scale, out=expected, visited=counted)
+    pairs = counted.tolist()
     assert visited.tolist() == pairs
     # Rows of no request are untouched, all others are finite.
     assert torch.equal(out.isnan(), expected.isnan())
@@ -143,7 +149,7 @@ def test_log_sum_exp() -> None:
     problem = make_paged(contexts=[50], rows=[20], pattern=pattern, group=2)
     lse = torch.full(problem.q.shape[:2], float("nan"), device=DEVICE)
     attend(problem.q, problem.kv, index_of(problem), problem.batch, scale=0.3, lse=lse)
-    k, _ = problem.kv.gather(0, 50)
+    k, _ = keys_values(problem.kv, 0, 50)
     rows = slice(1, 21)
     logits = torch.einsum("thd,nhd->thn", problem.q[rows].double(), k.double().repeat_interleave(2, 1)) * 0.3
     future = torch.arange(50, device=DEVICE) > torch.arange(30, 50, device=DEVICE).unsqueeze(1)
@@ -151,6 +157,9 @@ def test_log_sum_exp() -> None:
     torch.testing.assert_close(lse[rows].double(), expected, rtol=1e-5, atol=1e-5)
     assert lse[0].isnan().all()
     assert lse[21].isnan().all()
+    plain = torch.full_like(lse, float("nan"))
+    paged.attend(problem.q, problem.kv, index_of(problem), problem.batch, scale=0.3, lse=plain)
+    torch.testing.assert_close(lse, plain, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_output_with_strides() -> None:
@@ -180,9 +189,13 @@ def test_output_with_strides() -> None:
 )
 def test_bad_arguments_are_named(name: str, change: dict[str, Any]) -> None:
     problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
-    arguments = {"q": problem.q, "kv": problem.kv, "index": index_of(problem), "batch": problem.batch, "scale": 1.0}
+    arguments: dict[str, Any] = {
+        "q": problem.q, "kv": problem.kv, "index": index_of(problem), "batch": problem.batch, "scale": 1.0, "out": None,
+        "lse": None, "visited": None,
+    }  # fmt: skip
+    check_attend(**arguments)
     with pytest.raises(ValueError, match="^" + re.escape(name)):
-        attend(**{**arguments, **change})
+        check_attend(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
@@ -210,9 +223,9 @@ def test_bad_caches_are_named() -> None:
         ("k_scale is for an fp8 cache", kv._replace(k_scale=torch.ones(1, device=DEVICE))),
     ):
         with pytest.raises(ValueError, match="^" + re.escape(name)):
-            attend(problem.q, bad, index, batch, scale=1.0)
+            check_attend(problem.q, bad, index, batch, 1.0, None, None, None)
     with pytest.raises(ValueError, match=r"^seq_len"):
-        attend(problem.q, kv, index, batch._replace(seq_len=batch.seq_len.repeat(2)), scale=1.0)
+        check_attend(problem.q, kv, index, batch._replace(seq_len=batch.seq_len.repeat(2)), 1.0, None, None, None)
     long = kv._replace(block_table=kv.block_table.repeat(1, 100))
     with pytest.raises(ValueError, match=r"^index has no room"):
-        attend(problem.q, long, index, batch._replace(max_seq_len=5000), scale=1.0)
+        check_attend(problem.q, long, index, batch._replace(max_seq_len=5000), 1.0, None, None, None)

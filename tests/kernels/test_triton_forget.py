@@ -10,7 +10,7 @@ import torch
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 
 if USABLE:
-    from vllm_vsprefill.kernels.forget import naive
+    from vllm_vsprefill.kernels.forget import paged
     from vllm_vsprefill.kernels.forget.triton import forget
 
 pytestmark = [pytest.mark.skipif(not USABLE, reason=REASON)] + ([pytest.mark.gpu] if DEVICE == "cuda" else [])
@@ -25,7 +25,7 @@ def test_against_the_reference(width: int, tokens: int, dtype: torch.dtype) -> N
     slots = torch.randperm(500, generator=rng)[:tokens]
     slots[::5] = -1
     expected = logits.clone()
-    naive.forget(expected, slots)
+    paged.forget(expected, slots)
     found = logits.to(DEVICE)
     forget(found, slots.to(DEVICE))
     assert torch.equal(found.cpu().isnan(), expected.isnan())
@@ -67,6 +67,6 @@ if DEVICE == "cuda":
 def test_wrong_arguments_are_named(logits: torch.Tensor, slots: torch.Tensor, named: str) -> None:
     # A copy on another device would have contiguous entries.
     slots = torch.zeros(slots.shape[0] * slots.stride(0), dtype=slots.dtype, device=DEVICE)[:: slots.stride(0)]
-    for version in (naive.forget, forget):
+    for version in (paged.forget, forget):
         with pytest.raises(ValueError, match=named):
             version(logits.to(DEVICE), slots)

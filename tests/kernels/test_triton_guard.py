@@ -11,13 +11,18 @@ import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from vllm_vsprefill.kernels.attend.naive import attend
-from vllm_vsprefill.kernels.guard.naive import causal_pairs, expected_density, granules_of, upper_bound
-from vllm_vsprefill.kernels.types import Selection, SparsePattern
+from vllm_vsprefill.kernels.guard import paged
+from vllm_vsprefill.kernels.guard.naive import expected_density, upper_bound
+from vllm_vsprefill.kernels.types import Budgets, Selection, SparsePattern
 
 if USABLE:
     from vllm_vsprefill.kernels.guard.triton import guard
-    from vllm_vsprefill.kernels.merge.triton import allocate_index, build_index, set_flags
+    from vllm_vsprefill.kernels.index import allocate_index
+    from vllm_vsprefill.kernels.merge.paged import set_flags
+    from vllm_vsprefill.kernels.merge.triton import build_index
     from vllm_vsprefill.kernels.paged import Batch, PagedKV
+
+BOUNDS = ((200, 6), (None, 6), (200, None))  # columns and diagonals at most
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -47,7 +52,7 @@ def test_granules_are_those_that_hold_a_selected_distance(seed: int) -> None:
     for granule in range(n + 2):
         low, high = granule * block_k - block_k + 1, granule * block_k + pattern.block_q - 1
         count += low > near and any(low <= d <= high for d in diagonals.tolist())
-    assert granules_of(diagonals, pattern, n) == count
+    assert pattern.granules_of(diagonals, n) == count
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -59,11 +64,12 @@ def test_estimate_is_near_what_attention_visits(seed: int) -> None:
     q = torch.zeros(rows, heads, 4)
     k = torch.zeros(n, heads, 4)
     _, visited = attend(q, k, k, selection, pattern, scale=1.0)
-    measured = visited / (heads * causal_pairs(rows, n))
+    measured = visited / (heads * pattern.causal_pairs(rows, n))
     expected = expected_density(selection, pattern, rows, n)
     assert measured == pytest.approx(expected, rel=0.34)
-    assert expected <= upper_bound(pattern, rows, n, 200, 6) <= upper_bound(pattern, rows, n, None, 6)
-    assert expected <= upper_bound(pattern, rows, n, 200, None)
+    both, diagonals, columns = (upper_bound(pattern, rows, n, Budgets(0, c, 0, d)) for c, d in BOUNDS)
+    assert expected <= both <= diagonals
+    assert expected <= columns
 
 
 def test_everything_selected_is_dense() -> None:
@@ -96,20 +102,28 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
     counts = torch.tensor([5, 1], device=DEVICE)
     guard(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
     pairs = chunks = 0
+    close = False
     for i, (count, n) in enumerate(zip(rows, contexts, strict=True)):
         dense = False
         if count:
             density = expected_density(selections[i].below(n), pattern, count, n)
             if abs(density - limit) < 1e-5:
+                close = True
                 continue  # the device works in float32
             dense = density > limit
         start, end = int(batch.row_start[i]), int(batch.row_end[i])
         assert dense_rows[2 * i : 2 * i + 2].tolist() == [0, count if dense else 0]
         assert int(sparse_end[i]) == (start if dense else end)
-        pairs += dense * heads * causal_pairs(count, n)
+        pairs += dense * heads * pattern.causal_pairs(count, n)
         chunks += dense
     assert counts.tolist() == [5 + pairs, 1 + chunks]
     assert [*dense_rows[6:].tolist(), int(sparse_end[3])] == [-7, -7, -7]
+    # The plain reference over the same index, which computes in float64
+    found = torch.full_like(dense_rows, -7), torch.full_like(sparse_end, -7), torch.tensor([5, 1], device=DEVICE)
+    paged.guard(index, batch, limit, dense_rows=found[0], sparse_end=found[1], counts=found[2])
+    if not close:
+        for one, other in zip(found, (dense_rows, sparse_end, counts), strict=True):
+            assert one.tolist() == other.tolist()
 
 
 @pytest.mark.skipif(not USABLE, reason=REASON)
@@ -120,6 +134,6 @@ def test_wrong_arguments_are_named() -> None:
     wrong = ((0.0, good, "max_density"), (0.5, good.long(), "dense_rows"), (0.5, good[:1], "dense_rows"))
     for limit, bounds, named in wrong:
         with pytest.raises(ValueError, match=named):
-            guard(index, batch, limit, dense_rows=bounds, sparse_end=good)
+            paged.check_guard(index, batch, limit, bounds, good, None)
     with pytest.raises(ValueError, match="counts"):
-        guard(index, batch, 0.5, dense_rows=good, sparse_end=good, counts=good[:1].long())
+        paged.check_guard(index, batch, 0.5, good, good, good[:1].long())

@@ -12,13 +12,14 @@ import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_batch, paged_cache
-from vllm_vsprefill.kernels.score.triton import (
+from vllm_vsprefill.kernels.score import paged
+from vllm_vsprefill.kernels.score.paged import (
     allocate_missing,
+    check_score_missing,
+    check_score_slots,
     prepare_weights,
-    score_missing,
-    score_reference,
-    score_slots,
 )
+from vllm_vsprefill.kernels.score.triton import score_missing, score_slots
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
@@ -54,13 +55,16 @@ def test_slots_and_missing(seed: int) -> None:
     # Some slots, and padding.
     some = torch.cat((every[::2], torch.tensor([-1, -1], device=DEVICE)))
     score_slots(kv, some, weights, logits, config=config)
-    score_reference(kv, some, weights, expected)
+    paged.score_slots(kv, some, weights, expected)
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
     # What is missing, and nothing else.
     logits[every[0]] = 5.0
-    score_missing(kv, batch, weights, logits, allocate_missing(len(contexts), batch.max_seq_len, DEVICE), config=config)
-    score_reference(kv, every, weights, expected)
     expected[every[0]] = 5.0
+    missing = allocate_missing(len(contexts), batch.max_seq_len, DEVICE)
+    check_score_missing(kv, batch, weights, logits, missing)
+    score_missing(kv, batch, weights, logits, missing, config=config)
+    paged.score_missing(kv, batch, weights, expected, missing)
+    assert float(expected[every[0], 0]) == 5.0
     torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
 
 
@@ -95,4 +99,4 @@ def test_bad_arguments_are_named() -> None:
         ("slot_mapping must have dtype", (kv, slots.int(), weights, logits)),
     ):
         with pytest.raises(ValueError, match="^" + re.escape(name)):
-            score_slots(*arguments)
+            check_score_slots(*arguments)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_batch, paged_cache
-from vllm_vsprefill.kernels.merge.triton import allocate_index
+from vllm_vsprefill.kernels.gathered import allocate_gathered
+from vllm_vsprefill.kernels.index import allocate_index
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
-from vllm_vsprefill.kernels.select.triton import allocate_select, select, select_reference
-from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.kernels.select import paged, triton
+from vllm_vsprefill.kernels.select.paged import allocate_select, check_gather, check_select
+from vllm_vsprefill.kernels.types import UNLIMITED, Budgets, SparsePattern
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
@@ -43,16 +46,22 @@ def make(contexts: list[int], heads: int, kind: str, seed: int) -> tuple[Tensor,
     return logits.to(DEVICE), kv, batch
 
 
-def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[list[set[int]]]:
+def chosen(
+    logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, budgets: Budgets = UNLIMITED, version: Any = triton
+) -> list[list[set[int]]]:
     """Sets of each request: columns of every head, then diagonals of every head."""
-    heads, requests = kv.num_kv_heads, batch.num_requests
-    index = allocate_index(requests, heads, batch.max_seq_len, PATTERN, DEVICE)
-    workspace = allocate_select(requests, heads, batch.max_seq_len, DEVICE)
+    heads, requests, longest = kv.num_kv_heads, batch.num_requests, batch.max_seq_len
+    index = allocate_index(requests, heads, longest, PATTERN, DEVICE)
+    gathered = allocate_gathered(requests, heads, longest, DEVICE)
+    workspace = allocate_select(requests, heads, longest, DEVICE)
     index.flags.fill_(77)
-    for name, tensor in workspace._asdict().items():
+    for name, tensor in (gathered._asdict() | workspace._asdict()).items():
         if name != "bins":
             tensor.fill_(-7)
-    select(logits, kv, batch, tau, index, workspace, **budgets)  # type: ignore[arg-type]
+    check_gather(logits, kv, batch, gathered)
+    version.gather(logits, kv, batch, gathered)
+    check_select(gathered, batch, tau, index, workspace, budgets)
+    version.select(gathered, batch, tau, index, workspace, budgets=budgets)
     assert not workspace.bins.any(), "bins must be left empty for the next call"
     return [
         [set(row[:n].nonzero().flatten().tolist()) for row in index.flags[i].flatten(0, 1)]
@@ -60,13 +69,26 @@ def chosen(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: in
     ]
 
 
-def expected(logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, **budgets: int | None) -> list[list[set[int]]]:
+def expected(
+    logits: Tensor, kv: PagedKV, batch: Batch, tau: Tensor, budgets: Budgets = UNLIMITED
+) -> list[list[set[int]]]:
+    return chosen(logits, kv, batch, tau, budgets, paged)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gathered_logits_are_those_of_the_reference(seed: int) -> None:
+    logits, kv, batch = make([1500, 1024, 3][: seed + 1], seed + 1, "normal", seed)
+    logits[int(kv.block_table[0, 0]) * 16 + 1] = torch.tensor([float("nan"), float("inf")] * (seed + 1), device=DEVICE)
     found = []
-    for one in select_reference(logits, kv, batch, tau, **budgets):
-        columns = [set(row[:count].tolist()) for row, count in zip(one.columns, one.num_columns, strict=True)]
-        diagonals = [set(row[:count].tolist()) for row, count in zip(one.diagonals, one.num_diagonals, strict=True)]
-        found.append(columns + diagonals)
-    return found
+    for version in (triton, paged):
+        gathered = allocate_gathered(batch.num_requests, seed + 1, batch.max_seq_len, DEVICE)
+        for tensor in gathered:
+            tensor.fill_(-7)
+        version.gather(logits, kv, batch, gathered)
+        found.append(gathered)
+    for i, n in enumerate(batch.seq_len.tolist()):
+        assert torch.equal(found[0].logits[i, :, :, :n], found[1].logits[i, :, :, :n])
+        assert torch.equal(found[0].block_max[i, :, :, : -(-n // 1024)], found[1].block_max[i, :, :, : -(-n // 1024)])
 
 
 @pytest.mark.parametrize("kind", ["normal", "wide", "equal", "few values", "a peak"])
@@ -81,19 +103,20 @@ def test_equals_the_reference(kind: str, seed: int) -> None:
         dtype=torch.float64,
         device=DEVICE,
     )
-    budgets: dict[str, int | None] = {}
-    for name in ("columns", "diagonals"):
-        most = rng.choice([None, None, 0, 1, 64, 5000])
-        least = rng.choice([0, 0, 1, 50, 3000])
-        budgets |= {f"min_{name}": least if most is None else min(least, most), f"max_{name}": most}
+    bounds: list[int | None] = []
+    for _ in ("columns", "diagonals"):
+        maximum = rng.choice([None, None, 0, 1, 64, 5000])
+        minimum = rng.choice([0, 0, 1, 50, 3000])
+        bounds += [minimum if maximum is None else min(minimum, maximum), maximum]
+    budgets = Budgets(*bounds)  # type: ignore[arg-type]
     logits, kv, batch = make(contexts, heads, kind, seed)
-    assert chosen(logits, kv, batch, tau, **budgets) == expected(logits, kv, batch, tau, **budgets)
+    assert chosen(logits, kv, batch, tau, budgets) == expected(logits, kv, batch, tau, budgets)
 
 
 def test_ties_go_to_lower_positions_and_smaller_diagonals() -> None:
     logits, kv, batch = make([1500], 1, "equal", 0)
     tau = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
-    assert chosen(logits, kv, batch, tau, min_columns=1100, min_diagonals=1030) == [
+    assert chosen(logits, kv, batch, tau, Budgets(min_columns=1100, min_diagonals=1030)) == [
         [set(range(1100)), set(range(1030))]
     ]
 
@@ -119,7 +142,7 @@ def test_a_long_context() -> None:
 def test_bad_arguments_are_named() -> None:
     logits, kv, batch = make([30], 2, "normal", 0)
     tau = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
-    for name, change, budgets in (
+    for name, change, bounds in (
         ("logits has 3 values", {"logits": logits[:, :3]}, {}),
         ("logits must have dtype", {"logits": logits.double()}, {}),
         ("tau must have dtype", {"tau": tau.float()}, {}),
@@ -129,6 +152,6 @@ def test_bad_arguments_are_named() -> None:
     ):
         arguments = {"logits": logits, "kv": kv, "batch": batch, "tau": tau, **change}
         with pytest.raises(ValueError, match="^" + re.escape(name)):
-            chosen(**arguments, **budgets)  # type: ignore[arg-type]
+            chosen(**arguments, budgets=Budgets(**bounds))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^max_seq_len"):
         allocate_select(1, 1, 2**21, DEVICE)

@@ -213,10 +213,7 @@ class VSPrefillCPUImpl(SparseLayerMixin, CPUAttentionBackendImpl):
             diagonals,
             tau_columns=state.tau_columns,
             tau_diagonals=state.tau_diagonals,
-            min_columns=options.min_columns,
-            max_columns=options.max_columns,
-            min_diagonals=options.min_diagonals,
-            max_diagonals=options.max_diagonals,
+            budgets=runtime.budgets,
         )
         rows, n = slice(request.row_start, request.row_end), request.seq_len
         selection = selection.below(n)

@@ -29,15 +29,21 @@ from vllm_vsprefill import _compat
 from vllm_vsprefill.backends import cuda_limits
 from vllm_vsprefill.backends.cuda_buffers import CountsReader, DeviceBuffers, Shape
 from vllm_vsprefill.backends.layer import DecoderBackendMixin, DenseRun, SparseLayerMixin
+from vllm_vsprefill.kernels.attend.paged import check_attend
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.guard import upper_bound
+from vllm_vsprefill.kernels.guard.paged import check_guard
 from vllm_vsprefill.kernels.guard.triton import guard
+from vllm_vsprefill.kernels.merge.paged import check_build_index
 from vllm_vsprefill.kernels.merge.triton import build_index
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, QUERY_DTYPES, Batch, PagedKV
+from vllm_vsprefill.kernels.sampled.paged import check_sampled
 from vllm_vsprefill.kernels.sampled.triton import sampled
-from vllm_vsprefill.kernels.score.triton import prepare_weights, score_missing
-from vllm_vsprefill.kernels.select.triton import select, select_gathered
+from vllm_vsprefill.kernels.score.paged import check_score_missing, prepare_weights
+from vllm_vsprefill.kernels.score.triton import score_missing
+from vllm_vsprefill.kernels.select.paged import check_gather, check_select
+from vllm_vsprefill.kernels.select.triton import gather, select
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 from vllm_vsprefill.plan import RequestRows, StepPlan, plan_step
 from vllm_vsprefill.registration import BACKEND_NAME
@@ -217,7 +223,7 @@ class VSPrefillFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         options = self._runtime.options
         if options.max_density >= 1.0:
             return False
-        bound = upper_bound(self._runtime.pattern, rows.rows, rows.seq_len, options.max_columns, options.max_diagonals)
+        bound = upper_bound(self._runtime.pattern, rows.rows, rows.seq_len, self._runtime.budgets)
         return bound > options.max_density
 
 
@@ -539,28 +545,32 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
         runtime = self._runtime
         assert runtime is not None
         buffers: DeviceBuffers = runtime.device
-        tau = layer.vsprefill_tau
-        budgets: dict[str, Any] = runtime.budgets
-        checked = _is_checked(state)
+        tau, budgets = layer.vsprefill_tau, runtime.budgets
+        gathered, index = buffers.gathered, buffers.index
+        unchecked = not _is_checked(state)
         if state.weights is None:
             assert buffers.sampled is not None
-            sampled(query, kv, part.whole, buffers.sampled, buffers.select, scale=scale, checked=checked)
-            select_gathered(kv, part.whole, tau, buffers.index, buffers.select, checked=checked, **budgets)
+            if unchecked:
+                check_sampled(query, kv, part.whole, buffers.sampled, gathered, scale)
+            sampled(query, kv, part.whole, buffers.sampled, gathered, scale=scale)
         else:
             logits = self._scratch(kv) if state.logits is None else state.logits.slots
-            score_missing(kv, part.whole, state.weights, logits, buffers.missing, checked=checked)
-            select(logits, kv, part.whole, tau, buffers.index, buffers.select, checked=checked, **budgets)
-        build_index(buffers.index, kv, part.rows, checked=checked)
+            if unchecked:
+                check_score_missing(kv, part.whole, state.weights, logits, buffers.missing)
+                check_gather(logits, kv, part.whole, gathered)
+            score_missing(kv, part.whole, state.weights, logits, buffers.missing)
+            gather(logits, kv, part.whole, gathered)
+        if unchecked:
+            check_select(gathered, part.whole, tau, index, buffers.select, budgets)
+            check_build_index(index, kv, part.rows)
+        select(gathered, part.whole, tau, index, buffers.select, budgets=budgets)
+        build_index(index, kv, part.rows)
         if part.guarded is not None:
-            guard(
-                buffers.index,
-                part.rows,
-                runtime.options.max_density,
-                dense_rows=buffers.dense_rows,
-                sparse_end=buffers.sparse_end,
-                counts=buffers.guarded(state.row),
-                checked=checked,
-            )
+            max_density, counts = runtime.options.max_density, buffers.guarded(state.row)
+            dense_rows, sparse_end = buffers.dense_rows, buffers.sparse_end
+            if unchecked:
+                check_guard(index, part.rows, max_density, dense_rows, sparse_end, counts)
+            guard(index, part.rows, max_density, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
 
     def _scratch(self, kv: PagedKV) -> torch.Tensor:
         """Logits for every slot of the cache, all missing: for layers that cannot keep them."""
@@ -584,17 +594,11 @@ class VSPrefillFlashImpl(SparseLayerMixin, FlashAttentionImpl):
         runtime = self._runtime
         assert runtime is not None
         buffers: DeviceBuffers = runtime.device
-        attend(
-            query,
-            kv,
-            buffers.index,
-            part.rows if part.guarded is None else part.guarded,
-            scale=scale,
-            dense_last=0,
-            out=output,
-            visited=buffers.visited(state.row),
-            checked=_is_checked(state),
-        )
+        rows = part.rows if part.guarded is None else part.guarded
+        visited = buffers.visited(state.row)
+        if not _is_checked(state):
+            check_attend(query, kv, buffers.index, rows, scale, output, None, visited)
+        attend(query, kv, buffers.index, rows, scale=scale, dense_last=0, out=output, visited=visited)
 
     def _record(self, counts: LayerCounts) -> None:
         """Add a step's counts that the host knows and, after the model's last layer, queue those of the device."""

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_vsprefill.kernels.guard.triton import DENSE_CHUNKS, DENSE_PAIRS
-from vllm_vsprefill.kernels.merge.triton import Index, allocate_index
-from vllm_vsprefill.kernels.sampled.triton import SampledWorkspace, allocate_sampled
-from vllm_vsprefill.kernels.score.triton import MissingSlots, allocate_missing
-from vllm_vsprefill.kernels.select.triton import SelectWorkspace, allocate_select
+from vllm_vsprefill.kernels.gathered import GatheredLogits, allocate_gathered
+from vllm_vsprefill.kernels.guard.paged import DENSE_CHUNKS, DENSE_PAIRS
+from vllm_vsprefill.kernels.index import Index, allocate_index
+from vllm_vsprefill.kernels.sampled.paged import SampledWorkspace, allocate_sampled
+from vllm_vsprefill.kernels.score.paged import MissingSlots, allocate_missing
+from vllm_vsprefill.kernels.select.paged import SelectWorkspace, allocate_select
 from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.stats import LayerCounts, Recorder
@@ -60,12 +61,13 @@ def requests_per_round(shape: Shape, pattern: SparsePattern, max_num_seqs: int, 
 
 def _allocate(
     requests: int, shape: Shape, pattern: SparsePattern, device: torch.device
-) -> tuple[SelectWorkspace, Index, MissingSlots, SampledWorkspace | None]:
+) -> tuple[GatheredLogits, SelectWorkspace, Index, MissingSlots, SampledWorkspace | None]:
     heads, longest = shape.num_kv_heads, shape.max_seq_len
     sampled = None
     if shape.sampled_rows is not None:
         sampled = allocate_sampled(requests, shape.num_heads, heads, longest, shape.sampled_rows, device)
     return (
+        allocate_gathered(requests, heads, longest, device),
         allocate_select(requests, heads, longest, device),
         allocate_index(requests, heads, longest, pattern, device),
         allocate_missing(requests, longest, device),
@@ -83,7 +85,8 @@ class DeviceBuffers:
 
     Attributes:
         requests: requests of a round.
-        select, index, missing, sampled: workspaces of the kernels; ``sampled`` only for the training-free estimator.
+        gathered, select, index, missing, sampled: workspaces of the kernels; ``sampled`` only for the training-free
+            estimator.
         dense_rows, sparse_end: int32 ``[2 * requests]`` and ``[requests]``, written by ``guard``.
         counts: int64 ``[layers, 16]``: visited pairs by request of a round, then pairs and chunks that ``guard`` sent
             to the stock kernel.
@@ -95,6 +98,7 @@ class DeviceBuffers:
 
     shape: Shape
     requests: int
+    gathered: GatheredLogits
     select: SelectWorkspace
     index: Index
     missing: MissingSlots
@@ -112,10 +116,11 @@ class DeviceBuffers:
     ) -> DeviceBuffers:
         """Buffers for ``requests_per_round`` requests."""
         requests = requests_per_round(shape, pattern, max_num_seqs, max_tokens)
-        select, index, missing, sampled = _allocate(requests, shape, pattern, device)
+        gathered, select, index, missing, sampled = _allocate(requests, shape, pattern, device)
         return cls(
             shape,
             requests,
+            gathered,
             select,
             index,
             missing,
@@ -128,8 +133,8 @@ class DeviceBuffers:
     @property
     def num_bytes(self) -> int:
         """Device memory held."""
-        tensors = [self.dense_rows, self.sparse_end, self.counts, *_tensors(self.select), *_tensors(self.index)]
-        tensors += [*_tensors(self.missing), *_tensors(self.sampled)]
+        tensors = [self.dense_rows, self.sparse_end, self.counts, *_tensors(self.gathered)]
+        tensors += [*_tensors(self.select), *_tensors(self.index), *_tensors(self.missing), *_tensors(self.sampled)]
         tensors += [value for value in (self.scratch, self.query) if value is not None]
         return sum(value.numel() * value.element_size() for value in tensors)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Reference for marking the logits of cache slots as missing."""
+"""Marks the logits of cache slots as missing: the plain reference, which the CPU uses, too."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Which requests of a round sparse attention would not pay for: the plain reference, and the checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor
+from ..index import Index, check_index
+from ..paged import Batch, check_device
+from ..reference import selection_of
+from . import naive
+
+DENSE_PAIRS, DENSE_CHUNKS = 0, 1
+"""Entries of the counters."""
+
+
+def check_guard(
+    index: Index, batch: Batch, max_density: float, dense_rows: Tensor, sparse_end: Tensor, counts: Tensor | None
+) -> None:
+    """Checks every argument of ``guard``.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, or a density outside (0, 1]; names the argument.
+    """
+    check_index(index, batch, index.rank.shape[1], index.rank.device)
+    if not 0.0 < max_density <= 1.0:
+        raise ValueError(f"max_density must be > 0 and <= 1, got {max_density!r}")
+    outputs: list[tuple[str, Tensor | None, torch.dtype, int]] = [
+        ("dense_rows", dense_rows, torch.int32, 2 * batch.num_requests),
+        ("sparse_end", sparse_end, torch.int32, batch.num_requests),
+        ("counts", counts, torch.int64, 2),
+    ]
+    for name, value, dtype, minimum in outputs:
+        if value is None:
+            continue
+        check_tensor(name, value, 1, (dtype,))
+        if value.shape[0] < minimum or not value.is_contiguous() or value.device != index.rank.device:
+            raise ValueError(
+                f"{name} must be contiguous with {minimum} entries on {index.rank.device}, got shape "
+                f"{tuple(value.shape)} on {value.device}"
+            )
+    check_device("index", index.rank)
+
+
+def guard(
+    index: Index,
+    batch: Batch,
+    max_density: float,
+    *,
+    dense_rows: Tensor,
+    sparse_end: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """Sorts the requests of a batch by ``naive.expected_density`` of their selections.
+
+    Args:
+        index: from ``build_index``, for the same batch.
+        batch: which rows belong to which request.
+        max_density: above this share the dense kernel runs.
+        dense_rows: int32 ``[2 * requests]``, written: 0 and, for every request, how many of its rows the dense kernel
+            computes: all or none. Two entries are the ``cu_seqlens_q`` of a call for one request.
+        sparse_end: int32 ``[requests]``, written: ``row_start`` where the dense kernel runs, else ``row_end``.
+        counts: int64 ``[2]``; (row, key) pairs of all KV heads of the dense requests, and their number, are added.
+    """
+    pattern, heads = index.pattern, index.rank.shape[1]
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    for i, (start, end, n) in enumerate(bounds):
+        rows = end - start
+        dense = rows > 0 and naive.expected_density(selection_of(index, i, n), pattern, rows, n) > max_density
+        dense_rows[2 * i], dense_rows[2 * i + 1] = 0, rows if dense else 0
+        sparse_end[i] = start if dense else end
+        if counts is not None and dense:
+            counts[DENSE_PAIRS] += heads * pattern.causal_pairs(rows, n)
+            counts[DENSE_CHUNKS] += 1
