@@ -229,6 +229,8 @@ class Engine:
             return
         import dataclasses
 
+        import torch
+
         found = budgets(length)
         runtime = self.runtime
         runtime.options = runtime.options.model_copy(
@@ -239,8 +241,9 @@ class Engine:
             }
         )
         runtime.pattern = dataclasses.replace(runtime.pattern, window=found["window"])
-        if runtime.device is not None:
-            runtime.device.index = runtime.device.index._replace(pattern=runtime.pattern)
+        prefill = runtime.prefill(torch.device("cuda"))
+        prefill.budgets, work = runtime.budgets, prefill.buffers.work
+        prefill.buffers.work = dataclasses.replace(work, index=work.index._replace(pattern=runtime.pattern))
 
     @property
     def runtime(self) -> Any:
@@ -373,7 +376,7 @@ def measure_memory(engine: Engine, results: Results, label: dict[str, Any], leng
         kept = [state.logits.slots for state in runtime.layers.values() if state.logits is not None]
         weights = [part for state in runtime.layers.values() for part in state.weights or ()]
         row |= {
-            "workspace_bytes": runtime.device.num_bytes,
+            "workspace_bytes": runtime.prefill(torch.device("cuda")).buffers.num_bytes,
             "cached_logits_bytes": sum(part.numel() * part.element_size() for part in kept),
             "indexer_bytes": sum(part.numel() * part.element_size() for part in weights),
         }

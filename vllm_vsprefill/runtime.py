@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What the layers of one model share in a worker: options, estimator, weights, counts.
+"""What the layers of one model share in a worker on every platform: options, estimator, gate, counts.
 
 The layers of a model are constructed one by one and know nothing of each other; the first one to ask gets the runtime
 made, the others find it.
@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -21,37 +20,19 @@ from vllm.logger import init_logger
 
 from vllm_vsprefill import _compat, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
-from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights
+from vllm_vsprefill.kernels.types import Budgets
 from vllm_vsprefill.plan import Gate, StepPlan
+from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
 from vllm_vsprefill.tuning import pairs_worth_choosing, platform_tuning
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 logger = init_logger("vllm.vsprefill")
 
 Threshold = float | tuple[float, ...]
-
-
-@dataclass
-class LayerState:
-    """What one attention layer needs to run sparse.
-
-    Attributes:
-        index: layer index in the model.
-        weights: this rank's indexer weights, or None for the training-free estimator.
-        tau_columns, tau_diagonals: thresholds of this layer, numbers or float64 ``[num_kv_heads]``.
-        logits: per-slot cache of index logits, or None where they are computed anew for every chunk.
-        shape: query heads, KV heads and head size of this rank (set by the CUDA backend).
-        row: row of the layer in counters on a device.
-    """
-
-    index: int
-    weights: IndexerLayerWeights | None
-    tau_columns: float | torch.Tensor
-    tau_diagonals: float | torch.Tensor
-    logits: Any | None
-    shape: tuple[int, int, int] = (0, 0, 0)
-    row: int = 0
 
 
 class Runtime:
@@ -60,7 +41,7 @@ class Runtime:
     _instances: ClassVar[weakref.WeakValueDictionary[int, Runtime]] = weakref.WeakValueDictionary()
 
     def __init__(self, vllm_config: Any) -> None:
-        self.layers: dict[str, LayerState] = {}
+        self.layers: dict[str, SparseLayer] = {}
         self.known_layers: set[str] = set()  # all of this model with this backend, sparse or not
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
@@ -78,9 +59,6 @@ class Runtime:
         self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange)
         self.switch = Switch.of(exchange)
         self._prefilled = False
-        # What the backend of the platform keeps for all layers together (buffers on a device).
-        self.device: Any = None
-        self.counts_reader: Any = None
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
         self._last_layer = -1
         self._explained: set[str] = set()
@@ -94,13 +72,12 @@ class Runtime:
         self.recorder.write()  # lets `vsprefill status` find the server before its first prompt
 
     @classmethod
-    def of(cls, vllm_config: Any) -> Runtime:
+    def of(cls, vllm_config: Any) -> Self:
         """The runtime of the model that ``vllm_config`` describes, made on first use."""
         key = id(vllm_config.compilation_config.static_forward_context)
         runtime = cls._instances.get(key)
-        if runtime is None:
-            runtime = cls(vllm_config)
-            cls._instances[key] = runtime
+        if not isinstance(runtime, cls):
+            cls._instances[key] = runtime = cls(vllm_config)
         return runtime
 
     def look_at_switch(self) -> None:
@@ -130,15 +107,14 @@ class Runtime:
             return "the indexer checkpoint does not cover the layer"
         return None
 
-    def add_layer(self, layer_name: str, index: int, logits: Any | None) -> LayerState:
-        """Register a layer that runs sparse."""
+    def new_layer(self, index: int, heads: Heads, logits: SlotLogits | None) -> SparseLayer:
+        """A layer that runs sparse, with this rank's weights as they were loaded and thresholds on the CPU."""
         weights = None if self.indexer is None else self.indexer.layer_weights(index)
-        columns, diagonals = (
-            torch.tensor(tau, dtype=torch.float64) if isinstance(tau, tuple) else tau for tau in self.thresholds(index)
-        )
-        state = LayerState(index, weights, columns, diagonals, logits)
-        self.layers[layer_name] = state
-        return state
+        tau = torch.empty(2, heads.num_kv_heads, dtype=torch.float64, device="cpu")
+        for row, value in zip(tau, self.thresholds(index), strict=True):
+            # Not in PyTorch's default dtype and device, which are the model's while weights are loaded.
+            row.copy_(torch.as_tensor(value, dtype=torch.float64, device="cpu"))
+        return SparseLayer(index, len(self.layers), heads, weights, tau, logits)
 
     def thresholds(self, index: int) -> tuple[Threshold, Threshold]:
         """``(tau_columns, tau_diagonals)`` of a layer: the user's, else the one the checkpoint was calibrated with for
@@ -171,16 +147,15 @@ class Runtime:
         options = self.options
         return Budgets(options.min_columns, options.max_columns, options.min_diagonals, options.max_diagonals)
 
-    def is_last(self, index: int) -> bool:
-        """Whether a layer is the last one of this worker."""
-        return index == self._last_layer
-
     def record(self, index: int, counts: LayerCounts) -> None:
         """Add a step's counts of one layer and, after the model's last layer, publish."""
-        if counts.causal:
-            self.recorder.record(index, counts)
-        if self.is_last(index):
-            self.recorder.publish()
+        self.recorder.record(index, counts)
+        if index == self._last_layer:
+            self.publish()
+
+    def publish(self) -> None:
+        """Make the counts of the steps so far visible."""
+        self.recorder.publish()
 
     def _min_pairs(self, vllm_config: Any) -> int:
         """Rows times context of the least sparse chunk: the user's choice, else what was measured, for this rank."""
@@ -297,22 +272,3 @@ def find_layer_name(vllm_config: Any, impl: Any) -> str | None:
         if getattr(layer, "impl", None) is impl:
             return str(name)
     return None
-
-
-class Workspace:
-    """Two scratch tensors for the keys and values of one context, shared by all layers and grown when needed."""
-
-    def __init__(self) -> None:
-        self._storage: torch.Tensor | None = None
-
-    def keys_values(self, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised ``[heads, tokens, dim]`` tensors; valid until the next call."""
-        needed = 2 * heads * tokens * dim
-        if self._storage is None or self._storage.dtype != dtype or self._storage.numel() < needed:
-            # Powers of two: a prompt that arrives in chunks grows the scratch a few times, not at every chunk.
-            # An ordinary tensor also when vLLM asks for it in inference mode: one made there is closed to writers
-            # outside of it, and the scratch outlives the engine that asked first.
-            with torch.inference_mode(False):
-                self._storage = torch.empty(1 << (needed - 1).bit_length(), dtype=dtype)
-        both = self._storage[:needed].view(2, heads, tokens, dim)
-        return both[0], both[1]

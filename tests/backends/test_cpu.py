@@ -11,14 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.backends import oracle
+from tests.backends.oracle import check, dense
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
-from vllm_vsprefill.backends import cpu
-from vllm_vsprefill.kernels.attend.naive import attend
-from vllm_vsprefill.kernels.sampled import sampled
-from vllm_vsprefill.kernels.score.naive import score
-from vllm_vsprefill.kernels.select.naive import distributions, select
-from vllm_vsprefill.kernels.types import SparsePattern
-from vllm_vsprefill.runtime import Workspace
+from vllm_vsprefill.kernels.score.cpu import score
 
 OPTIONS: dict[str, Any] = {
     "min_seq_len": 256,
@@ -34,79 +30,16 @@ OPTIONS: dict[str, Any] = {
     "max_diagonals": 4,
     "max_density": 1.0,
 }
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture
 def make_layer(single_process: Path, random_model: Path, random_indexer: Path, tmp_path: Path) -> Any:
     def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
-        chosen = {**OPTIONS, "estimator": estimator, **(options or {})}
-        if estimator == "vsindexer":
-            chosen["checkpoint"] = str(random_indexer)
-        return LayerUnderTest(random_model, tmp_path / "rendezvous", chosen, **settings)
+        return oracle.layer_with(
+            random_model, random_indexer, tmp_path, {**OPTIONS, **(options or {})}, estimator, **settings
+        )
 
     return make
-
-
-def dense(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
-    """Plain causal attention of the last computed rows, float64."""
-    n = request.computed
-    group = layer.num_heads // layer.num_kv_heads
-    query = request.query[n - rows : n].double()
-    key = request.key[:n].double().repeat_interleave(group, 1)
-    value = request.value[:n].double().repeat_interleave(group, 1)
-    weights = torch.einsum("thd,nhd->htn", query, key) * layer.impl.scale
-    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
-    return torch.einsum("htn,nhd->thd", weights.masked_fill(hidden, float("-inf")).softmax(-1), value)
-
-
-def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
-    """The same rows over the selection that follows from the logits beside the cache (or from sampled queries)."""
-    n = request.computed
-    options = layer.impl._runtime.options
-    query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
-    if layer.impl._state.weights is None:
-        columns, diagonals = sampled(query, key, scale=layer.impl.scale, num_rows=options.sampled_rows)
-    else:
-        expected = score(key, value, layer.impl._state.weights)
-        logits = expected
-        if layer.side is not None:
-            # The very numbers the backend used, so that rounding cannot tip a threshold; they must be right too.
-            logits = layer.cached_logits(request)
-            close = 1e-4 if layer.dtype == torch.float32 else 0.1
-            torch.testing.assert_close(logits, expected, atol=close, rtol=close)
-        columns, diagonals = distributions(logits)
-    selection = select(
-        columns,
-        diagonals,
-        tau_columns=options.tau_columns,
-        tau_diagonals=options.tau_diagonals,
-        budgets=layer.impl._runtime.budgets,
-    )
-    pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
-    tail = options.dense_last_rows
-    sparse, _ = attend(
-        query[: rows - tail].double(),
-        key[: n - tail].double(),
-        value[: n - tail].double(),
-        selection.below(n - tail),
-        pattern,
-        scale=layer.impl.scale,
-    )
-    return torch.cat((sparse, dense(layer, request, tail)))
-
-
-def check(layer: LayerUnderTest, work: list[tuple[Request, int]]) -> tuple[int, int]:
-    """Run a step and compare every row; how many requests ran sparse and dense."""
-    gate = layer.impl._runtime.gate
-    sparse = [gate.admits(rows, request.computed + rows, request.computed < request.prompt) for request, rows in work]
-    outputs = layer.step(work)
-    tolerance = TOLERANCE[str(layer.dtype).removeprefix("torch.")]
-    for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
-        expected = reference(layer, request, rows) if is_sparse else dense(layer, request, rows)
-        error = (output.double() - expected).norm() / expected.norm()
-        assert error < tolerance, f"{rows} rows at {request.computed}, sparse={is_sparse}: {error:.2e}"
-    return sum(sparse), len(sparse) - sum(sparse)
 
 
 def test_sparse_is_not_dense(make_layer: Any) -> None:
@@ -121,9 +54,8 @@ def test_sparse_is_not_dense(make_layer: Any) -> None:
     assert 0.05 < counts.density < 0.8
 
 
-def test_inference_mode_leaves_nothing_behind(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_mode_leaves_nothing_behind(make_layer: Any) -> None:
     """vLLM computes in inference mode; what is kept between steps can be written to outside of it, too."""
-    monkeypatch.setattr(cpu, "_WORKSPACE", Workspace())
     layer = make_layer()
     request = layer.request(900)
     with torch.inference_mode():
@@ -154,19 +86,18 @@ def test_mixed_batch(make_layer: Any, order: int) -> None:
     assert check(layer, [(running[1], 1), (long, 200), (running[0], 1)]) == (1, 2)
 
 
-def test_prefix_hit_reuses_logits_and_scores_only_new_tokens(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_hit_reuses_logits_and_scores_only_new_tokens(make_layer: Any) -> None:
     layer = make_layer()
     first = layer.request(640)
     check(layer, [(first, 640)])
-    from vllm_vsprefill.backends import cpu
-
     scored: list[int] = []
 
     def counting(key: torch.Tensor, value: torch.Tensor, weights: Any) -> torch.Tensor:
         scored.append(len(key))
         return score(key, value, weights)
 
-    monkeypatch.setattr(cpu, "score", counting)
+    prefill = layer.impl._runtime.prefill
+    prefill.operations = prefill.operations._replace(score=counting)
     second = layer.request(900, like=first, shared=608)
     check(layer, [(second, 292)])
     assert scored == [292]
@@ -273,7 +204,7 @@ def test_switched_off_is_stock(make_layer: Any) -> None:
 )
 def test_unsupported_layers_run_stock(make_layer: Any, settings: dict[str, Any], reason: str) -> None:
     layer = make_layer(**settings)
-    assert layer.impl._state is None
+    assert layer.impl._sparse is None
     assert any(reason in text for text in layer.impl.unsupported_reasons())
     stock = make_layer(backend="CPU_ATTN", **settings)
     outputs = [tested.step([(tested.request(700), 700)])[0] for tested in (layer, stock)]
@@ -310,5 +241,5 @@ def test_padding_slots_are_ignored(make_layer: Any) -> None:
 
 def test_layer_is_found_by_name(make_layer: Any) -> None:
     layer = make_layer()
-    assert layer.impl._state.index == 1
+    assert layer.impl._sparse.index == 1
     assert LAYER in layer.impl._runtime.layers

@@ -18,30 +18,15 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_vsprefill import _compat
-from vllm_vsprefill.backends import cuda, cuda_limits
-from vllm_vsprefill.backends.cuda import (
-    VSPrefillFlashBackend,
-    VSPrefillFlashImpl,
-    VSPrefillFlashMetadataBuilder,
-    _Upload,
-)
-from vllm_vsprefill.backends.cuda_buffers import (
-    MOST_REQUESTS,
-    ROUND_BYTES,
-    CountsReader,
-    DeviceBuffers,
-    Shape,
-    bytes_per_request,
-    requests_per_round,
-)
+from vllm_vsprefill.backends import cuda_limits, cuda_runtime
+from vllm_vsprefill.backends.cuda import VSPrefillFlashBackend, VSPrefillFlashImpl, VSPrefillFlashMetadataBuilder
+from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.config import VSPrefillConfig
-from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.plan import StepPlan
+from vllm_vsprefill.prefill.buffers import MAX_REQUESTS
 from vllm_vsprefill.runtime import Runtime
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.tuning import CUDA, cuda_tuning
-
-PATTERN = SparsePattern(16, 4, 512, 64, 0)
 
 
 def test_classes_are_the_stock_ones_with_our_name() -> None:
@@ -162,52 +147,18 @@ def test_tuning_fits_the_kernels() -> None:
         assert cuda_limits.block_problems(options) == []
 
 
-@pytest.mark.parametrize("sampled", [None, 64])
-@pytest.mark.parametrize("longest", [8192, 131072, 262144, 1048576])
-def test_requests_of_a_round_fit_into_their_share(longest: int, sampled: int | None) -> None:
-    shape = Shape(32, 8, longest, 36, sampled)
-    size = bytes_per_request(shape, PATTERN)
-    count = requests_per_round(shape, PATTERN, 256, 8192)
-    assert 1 <= count <= MOST_REQUESTS
-    assert count == 1 or count * size <= ROUND_BYTES
-    assert requests_per_round(shape, PATTERN, 1, 8192) == 1
-    assert requests_per_round(shape, PATTERN, 256, 32) == 1
-
-
-def test_all_buffers_are_counted() -> None:
-    shape = Shape(4, 2, 4096, 3, 16)
-    buffers = DeviceBuffers.allocate(shape, PATTERN, max_num_seqs=4, max_tokens=2048, device=torch.device("cpu"))
-    assert buffers.requests == 4
-    parts = [*buffers.select, *buffers.index, *buffers.missing, *(buffers.sampled or ())]
-    parts += [buffers.dense_rows, buffers.sparse_end, buffers.counts]
-    assert buffers.num_bytes == sum(part.numel() * part.element_size() for part in parts if hasattr(part, "numel"))
-    assert buffers.num_bytes < 4 * bytes_per_request(shape, PATTERN) + buffers.counts.numel() * 8 + 64
-    for layer in range(3):
-        assert buffers.visited(layer).data_ptr() % 16 == 0
-        assert buffers.guarded(layer).data_ptr() % 16 == 0
-
-
 def test_slots_that_kinds_of_caches_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rarest kind decides how large groups are, and so how many slots fit into memory."""
-    monkeypatch.setattr(cuda, "cache_kinds", lambda layers: layers)
+    monkeypatch.setattr(cuda_runtime, "cache_kinds", lambda layers: layers)
 
-    def least(**kinds: int) -> int:
+    def min_layers(**kinds: int) -> int:
         layers = dict(enumerate(kind for kind, count in kinds.items() for _ in range(count)))
         found = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-        return cuda.min_layers_of_a_slot(found, kinds["full"])
+        return cuda_runtime.min_layers_of_a_slot(found, kinds["full"])
 
-    assert least(full=36) == 36
-    assert least(full=10, window=52) == 10
-    assert least(full=30, window=10) == 10
-
-
-def test_upload_keeps_lists_apart_and_aligned() -> None:
-    upload = _Upload()
-    lists = [[1], [2, 3, 4], [], [5, 6, 7, 8], [9]]
-    places = [upload.add(values) for values in lists]
-    sent = upload.send(torch.device("cpu"))
-    assert [sent.take(place).tolist() for place in places] == lists
-    assert all(place.start % 4 == 0 for place in places)
+    assert min_layers(full=36) == 36
+    assert min_layers(full=10, window=52) == 10
+    assert min_layers(full=30, window=10) == 10
 
 
 def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +167,7 @@ def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.M
     recorder = Recorder()
     recorder.record(0, LayerCounts(5, 5, 0, 1))
     reader = CountsReader(recorder, [1, 3])
-    counts = torch.zeros(2, 2 * MOST_REQUESTS, dtype=torch.int64)
+    counts = torch.zeros(2, 2 * MAX_REQUESTS, dtype=torch.int64)
     assert not reader.drain()
     for prompt in range(2):
         recorder.begin_prompt()
@@ -224,7 +175,7 @@ def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.M
             recorder.record(1, LayerCounts(10, 100, 2, 0))
             recorder.record(3, LayerCounts(10, 100, 2, 0))
             counts[0, :2] += 20  # two requests of a round
-            counts[1, MOST_REQUESTS:][:2] += torch.tensor([90 - 40 * prompt, 1])  # the guard sent one away
+            counts[1, MAX_REQUESTS:][:2] += torch.tensor([90 - 40 * prompt, 1])  # the guard sent one away
             reader.enqueue(counts)
     assert reader.drain()
     assert recorder._totals[1] == LayerCounts(4 * 50, 400, 8, 0)
@@ -238,7 +189,7 @@ def test_counts_appear_without_asking() -> None:
     recorder = Recorder()
     recorder.record(0, LayerCounts(1, 10, 1, 0))
     reader = CountsReader(recorder, [0])
-    reader.enqueue(torch.ones(1, 2 * MOST_REQUESTS, dtype=torch.int64) * 0)
+    reader.enqueue(torch.ones(1, 2 * MAX_REQUESTS, dtype=torch.int64) * 0)
     deadline = time.monotonic() + 10
     while recorder._totals.get(0) is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -5,21 +5,17 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.backends import flash, simulator
-from tests.backends.simulator import LayerUnderTest, Request
+from tests.backends import flash, oracle, simulator
+from tests.backends.oracle import check, dense
+from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
-from vllm_vsprefill.kernels.attend.naive import attend
-from vllm_vsprefill.kernels.guard import expected_density
-from vllm_vsprefill.kernels.sampled.naive import sampled
-from vllm_vsprefill.kernels.score.naive import score
-from vllm_vsprefill.kernels.select.naive import distributions, select
-from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
 
 pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
 
@@ -41,7 +37,6 @@ OPTIONS: dict[str, Any] = {
     "sampled_rows": 16,
 }
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
-TOLERANCE = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 @pytest.fixture
@@ -51,101 +46,19 @@ def make_layer(
     flash.install(monkeypatch)
 
     def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
-        chosen = {**OPTIONS, "estimator": estimator, **(options or {})}
-        if estimator == "vsindexer":
-            chosen["checkpoint"] = str(random_indexer)
         settings = {"dtype": DTYPE, "device": DEVICE, **settings}
-        return LayerUnderTest(random_model, tmp_path / "rendezvous", chosen, **settings)
+        return oracle.layer_with(
+            random_model, random_indexer, tmp_path, {**OPTIONS, **(options or {})}, estimator, **settings
+        )
 
     return make
 
 
-def dense(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
-    """Plain causal attention of the last computed rows, float64."""
-    n = request.computed
-    group = layer.num_heads // layer.num_kv_heads
-    query = request.query[n - rows : n].double()
-    key = request.key[:n].double().repeat_interleave(group, 1)
-    value = request.value[:n].double().repeat_interleave(group, 1)
-    weights = torch.einsum("thd,nhd->htn", query, key) * layer.impl.scale
-    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
-    return torch.einsum("htn,nhd->thd", weights.masked_fill(hidden, float("-inf")).softmax(-1), value)
-
-
-def chosen(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Any, SparsePattern]:
-    """The selection that follows from the logits beside the cache (or from sampled queries), and the pattern."""
-    n = request.computed
-    options = layer.impl._runtime.options
-    query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
-    if layer.impl._state.weights is None:
-        columns, diagonals = sampled(query.float(), key.float(), scale=layer.impl.scale, num_rows=options.sampled_rows)
-    else:
-        weights = IndexerLayerWeights(*(part.cpu() for part in layer.impl._state.weights))
-        expected = score(key, value, weights)
-        logits = expected
-        if layer.side is not None:
-            # The very numbers the backend used, so that rounding cannot tip a threshold; they must be right too.
-            logits = layer.cached_logits(request)
-            close = 1e-4 if layer.dtype == torch.float32 else 0.1
-            torch.testing.assert_close(logits, expected, atol=close, rtol=close)
-        columns, diagonals = distributions(logits)
-    selection = select(
-        columns,
-        diagonals,
-        tau_columns=layer.layer.vsprefill_tau[0].cpu(),
-        tau_diagonals=layer.layer.vsprefill_tau[1].cpu(),
-        budgets=layer.impl._runtime.budgets,
-    )
-    pattern = SparsePattern(options.block_q, options.block_k, options.window, options.sinks, dense_last=0)
-    return selection, pattern
-
-
-def reference(layer: LayerUnderTest, request: Request, rows: int) -> torch.Tensor:
-    """Rows over the selection; dense ones where it exceeds ``max_density``."""
-    selection, pattern = chosen(layer, request, rows)
-    tail, n = layer.impl._runtime.options.dense_last_rows, request.computed
-    query, key, value = (getattr(request, name).double() for name in ("query", "key", "value"))
-    below = selection.below(n - tail)
-    if expected_density(below, pattern, rows - tail, n - tail) > layer.impl._runtime.options.max_density:
-        return dense(layer, request, rows)
-    sparse, _ = attend(
-        query[n - rows : n - tail], key[: n - tail], value[: n - tail], below, pattern, scale=layer.impl.scale
-    )
-    return torch.cat((sparse, dense(layer, request, tail))) if tail else sparse
-
-
-def check(
-    layer: LayerUnderTest,
-    work: list[tuple[Request, int]],
-    prefilling: list[bool] | None = None,
-    rejected: int = 0,
-    tolerance: float | None = None,
-) -> tuple[int, int]:
-    """Run a step and compare every row; how many requests ran sparse and dense."""
-    gate = layer.impl._runtime.gate
-    flags = prefilling or [request.computed < request.prompt for request, _ in work]
-    sparse = [
-        gate.admits(rows, request.computed + rows, flag) for (request, rows), flag in zip(work, flags, strict=True)
-    ]
-    outputs = layer.step(work, prefilling, rejected)
-    tolerance = tolerance or TOLERANCE[str(layer.dtype).removeprefix("torch.")]
-    for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
-        expected = reference(layer, request, rows) if is_sparse else dense(layer, request, rows)
-        error = (output.double() - expected).norm() / expected.norm()
-        assert error < tolerance, f"{rows} rows at {request.computed}, sparse={is_sparse}: {error:.2e}"
-    return sum(sparse), len(sparse) - sum(sparse)
-
-
 def totals(layer: LayerUnderTest) -> Any:
     """Counts of the layer as they are published."""
-    runtime = layer.impl._runtime
-    if runtime.device is not None:
-        runtime.counts_reader.enqueue(runtime.device.counts)
-        runtime.counts_reader.drain()
-        import time
-
-        time.sleep(0.3)  # the reader's own thread may have been faster
-    return runtime.recorder._totals[1]
+    layer.impl._runtime.drain()
+    time.sleep(0.3)  # the reader's own thread may have been faster
+    return layer.impl._runtime.recorder._totals[1]
 
 
 def test_sparse_is_not_dense(make_layer: Any) -> None:
@@ -196,13 +109,15 @@ def test_mixed_batch(make_layer: Any, order: int) -> None:
 
 @pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
 def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
-    from vllm_vsprefill.backends import cuda_buffers
+    from vllm_vsprefill.backends import cuda_counts
+    from vllm_vsprefill.prefill import buffers
 
-    monkeypatch.setattr(cuda_buffers, "MOST_REQUESTS", 2)
+    for module in (buffers, cuda_counts):
+        monkeypatch.setattr(module, "MAX_REQUESTS", 2)
     layer = make_layer(estimator)
     work = [(layer.request(length), length) for length in (150, 200, 70, 180)]
     assert check(layer, work) == (3, 1)
-    assert layer.impl._runtime.device.requests == 2
+    assert layer.impl._runtime.prefill(layer.device).buffers.requests == 2
     assert len(layer.metadata.vsprefill.rounds) == 2
     assert totals(layer).sparse_chunks == 3
 
@@ -267,12 +182,12 @@ def test_speculative_verification_is_dense(make_layer: Any, rejected: int) -> No
 
 def test_verification_alone_is_not_planned(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of drafts only costs the host no look at each request."""
-    from vllm_vsprefill.backends import cuda
+    from vllm_vsprefill.backends import step
 
     layer = make_layer()
     request = layer.request(150, 20)
     check(layer, [(request, 150)])
-    monkeypatch.delattr(cuda, "plan_step")
+    monkeypatch.delattr(step, "plan_step")
     assert check(layer, [(request, 5)]) == (0, 1)
     assert layer.metadata.vsprefill is None
 
@@ -306,7 +221,7 @@ def test_uploads_are_aligned(make_layer: Any) -> None:
     layer = make_layer()
     layer.step([(layer.request(length), length) for length in (140, 150, 160)])
     (part,) = layer.metadata.vsprefill.rounds
-    for batch in (part.whole, part.rows):
+    for batch in (part.batches.whole, part.batches.rows):
         for tensor in (batch.row_start, batch.row_end, batch.seq_len):
             assert tensor.data_ptr() % 16 == 0
 
@@ -324,12 +239,10 @@ def test_guard_sends_wide_selections_to_the_stock_kernel(
     work = [(layer.request(length), length) for length in lengths]
     check(layer, work)
     (part,) = layer.metadata.vsprefill.rounds
-    assert part.guarded is not None
+    assert part.batches.guarded is not None
     for (request, _), flag in zip(work, expected, strict=True):
-        selection, pattern = chosen(layer, request, request.computed)
-        n = request.computed - 16
-        assert (expected_density(selection.below(n), pattern, n, n) > limit) == flag
-    bounds = layer.impl._runtime.device.dense_rows[:4].tolist()
+        assert (oracle.chosen(layer, request, request.computed) is None) == flag
+    bounds = layer.impl._runtime.prefill(layer.device).buffers.dense_rows[:4].tolist()
     rows = [length - 16 if flag else 0 for length, flag in zip(lengths, expected, strict=True)]
     assert bounds == [0, rows[0], 0, rows[1]]
     counts = totals(layer)
@@ -343,7 +256,7 @@ def test_no_guard_where_budgets_make_it_needless(make_layer: Any) -> None:
     request = layer.request(600)
     check(layer, [(request, 600)])
     (part,) = layer.metadata.vsprefill.rounds
-    assert part.guarded is None
+    assert part.batches.guarded is None
     assert part.fallbacks == ()
 
 
@@ -352,21 +265,11 @@ def test_counts_are_those_of_the_kernel(make_layer: Any) -> None:
     layer = make_layer()
     request, other = layer.request(400), layer.request(50)
     expected = causal = 0
-    for work in ([(request, 200)], [(other, 50)], [(request, 200)]):
-        layer.step(work)
-        for one, rows in work:
-            n, heads = one.computed, layer.num_kv_heads
-            pairs = rows * (2 * n - rows + 1) // 2 * heads
-            causal += pairs
-            if one is other:
-                expected += pairs
-                continue
-            selection, pattern = chosen(layer, one, rows)
-            query, key, value = (getattr(one, name).double() for name in ("query", "key", "value"))
-            _, visited = attend(
-                query[n - rows : n - 16], key[: n - 16], value[: n - 16], selection.below(n - 16), pattern, scale=1.0
-            )
-            expected += visited + heads * sum(range(n - 15, n + 1))
+    for one, rows in ((request, 200), (other, 50), (request, 200)):
+        layer.step([(one, rows)])
+        pairs = oracle.causal_pairs(layer, one, rows)
+        causal += pairs
+        expected += pairs if one is other else oracle.reference(layer, one, rows)[1]
     counts = totals(layer)
     assert (counts.computed, counts.causal) == (expected, causal)
     assert (counts.sparse_chunks, counts.dense_chunks) == (2, 1)
@@ -428,7 +331,7 @@ REASONS = [
 @pytest.mark.parametrize(("attention", "reason"), REASONS, ids=[reason for _, reason in REASONS])
 def test_stock_layers_say_why(make_layer: Any, plugin_log: list[str], attention: dict[str, Any], reason: str) -> None:
     layer = make_layer(**attention)
-    assert layer.impl._state is None
+    assert layer.impl._sparse is None
     assert any(reason in message for message in plugin_log)
 
 
@@ -466,14 +369,14 @@ def test_layers_behind_another_builder_are_stock(
 
     monkeypatch.setattr(simulator, "Attention", partial(ChunkedLocalAttention, attention_chunk_size=256))
     layer = make_layer()
-    assert layer.impl._state is None
+    assert layer.impl._sparse is None
     assert layer.side is None
     assert list(cache_kinds([layer.layer])) == ["ChunkedLocalAttention"]
     assert any("ChunkedLocalAttentionBuilder" in message for message in plugin_log)
     request = layer.request(256)  # longer ones attend to parts of themselves
     (output,) = layer.step([(request, 256)])
     expected = dense(layer, request, 256)
-    assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[str(layer.dtype).removeprefix("torch.")]
+    assert (output.double() - expected).norm() / expected.norm() < oracle.TOLERANCE[layer.dtype]
 
 
 def test_all_reasons_at_once(make_layer: Any, plugin_log: list[str]) -> None:

@@ -159,3 +159,28 @@ def _runs(block_ids: list[int]) -> list[tuple[int, int]]:
         else:
             runs.append((block, 1))
     return runs
+
+
+def slots(block_ids: list[int], seq_len: int, block_size: int) -> torch.Tensor:
+    """int64 ``[seq_len]``, cache slots of a sequence."""
+    position = torch.arange(seq_len)
+    return torch.tensor(block_ids, dtype=torch.int64)[position // block_size] * block_size + position % block_size
+
+
+class Workspace:
+    """Two scratch tensors for the keys and values of one sequence, shared by all layers and grown when needed."""
+
+    def __init__(self) -> None:
+        self._storage: torch.Tensor | None = None
+
+    def keys_values(self, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised ``[heads, tokens, dim]`` tensors; valid until the next call."""
+        needed = 2 * heads * tokens * dim
+        if self._storage is None or self._storage.dtype != dtype or self._storage.numel() < needed:
+            # Powers of two: a prompt that arrives in chunks grows the scratch a few times, not at every chunk.
+            # An ordinary tensor also when vLLM asks for it in inference mode: one made there is closed to writers
+            # outside of it, and the scratch outlives the engine that asked first.
+            with torch.inference_mode(False):
+                self._storage = torch.empty(1 << (needed - 1).bit_length(), dtype=dtype)
+        both = self._storage[:needed].view(2, heads, tokens, dim)
+        return both[0], both[1]

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What an attention layer with VSPREFILL does on every platform: find itself, decide, set itself up."""
+"""What an attention layer with VSPREFILL does on every platform: find itself, decide, set itself up, share out rows."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_vsprefill import _compat
-from vllm_vsprefill.runtime import LayerState, Runtime, find_layer_name
+from vllm_vsprefill.backends.step import DenseRun, SparseStep
+from vllm_vsprefill.prefill.layer import Heads, SparseLayer
+from vllm_vsprefill.registration import BACKEND_NAME
+from vllm_vsprefill.runtime import Runtime, find_layer_name
 from vllm_vsprefill.side_cache import SUFFIX, LogitCache
+from vllm_vsprefill.stats import LayerCounts
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DenseRun:
-    """Rows next to each other in the batch that the stock kernel computes in one call."""
-
-    row_start: int
-    row_end: int
-    metadata: Any
+RuntimeT = TypeVar("RuntimeT", bound=Runtime)
 
 
 class DecoderBackendMixin:
@@ -31,6 +28,10 @@ class DecoderBackendMixin:
     # Every write to the cache must pass by do_kv_cache_update, which marks the slots. An attribute, as in vLLM: a
     # method of that name would read as true.
     supports_kv_cache_update_bypass: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -49,7 +50,7 @@ class DecoderBackendMixin:
         return False  # runs of rows are cut where the host believes requests to begin
 
 
-class SparseLayerMixin:
+class SparseLayerMixin(Generic[RuntimeT]):
     """Comes before the stock implementation class of one layer."""
 
     supports_dcp: bool = False
@@ -59,13 +60,21 @@ class SparseLayerMixin:
     """Backend class of the layer; the logit cache asks for the same block sizes and layout."""
     _forget: Any
     """Marks cache slots as missing on this platform."""
+    _runtime_class: type[RuntimeT]
+    """What the layers of a model share on this platform."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._vllm_config: Any = get_current_vllm_config()
-        self._runtime: Runtime | None = None
-        self._state: LayerState | None = None
+        self._runtime: RuntimeT | None = None
+        self._sparse: SparseLayer | None = None
         self._layer_index = -1
+
+    @property
+    def heads(self) -> Heads:
+        """Heads of this layer."""
+        this: Any = self
+        return Heads(this.num_heads, this.num_kv_heads, this.head_size)
 
     def unsupported_reasons(self) -> list[str]:
         """Why this kind of layer cannot run sparse; empty if it can."""
@@ -103,7 +112,7 @@ class SparseLayerMixin:
         layer = self._vllm_config.compilation_config.static_forward_context[name]
         if _compat.is_draft_layer(self._vllm_config, name, layer):
             return  # stock throughout, and no part of the served model's density
-        self._runtime = runtime = Runtime.of(self._vllm_config)
+        self._runtime = runtime = self._runtime_class.of(self._vllm_config)
         runtime.known_layers.add(name)
         reasons = self.unsupported_reasons()
         if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
@@ -114,32 +123,110 @@ class SparseLayerMixin:
             reasons.append(f"vLLM puts {builder.__name__} before the backend, which changes its requests")
         index = _compat.layer_index(name)
         if index is None:
-            reasons.append("its name carries no layer index")
-        elif not reasons and (choice := runtime.reason_for_stock(index)):
+            runtime.explain_stock([*reasons, "its name carries no layer index"])
+            return
+        self._layer_index = index
+        runtime.note_layer(index)
+        if not reasons and (choice := runtime.reason_for_stock(index)):
             reasons.append(choice)
-        if index is not None:
-            self._layer_index = index
-            runtime.note_layer(index)
         if reasons:
             runtime.explain_stock(reasons)
             return
-        cache = None
+        logits = None
         if runtime.keeps_logits:
-            this: Any = self
-            cache = LogitCache(this.num_kv_heads, self._backend, self._forget)
-            _compat.attach_side_layer(self._vllm_config, name + SUFFIX, cache)
-        assert index is not None
-        self._state = runtime.add_layer(name, index, cache)
-        self.set_up(layer, self._state, act_dtype)
+            logits = LogitCache(self.heads.num_kv_heads, self._backend, self._forget)
+            _compat.attach_side_layer(self._vllm_config, name + SUFFIX, logits)
+        self._sparse = runtime.layers[name] = self.set_up(
+            layer, runtime.new_layer(index, self.heads, logits), act_dtype
+        )
 
-    def set_up(self, layer: Any, state: LayerState, act_dtype: torch.dtype) -> None:
-        """Prepare a layer that runs sparse; called once, while weights are loaded."""
+    def set_up(self, layer: Any, sparse: SparseLayer, act_dtype: torch.dtype) -> SparseLayer:
+        """The layer with its tensors where and how the platform wants them; called once, while weights are loaded."""
+        return sparse
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write keys and values; whatever was known about those slots no longer holds."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
-        if self._state is not None and self._state.logits is not None:
-            self._state.logits.check(kv_cache)
-            self._state.logits.invalidate(slot_mapping)
+        if self._sparse is not None and isinstance(logits := self._sparse.logits, LogitCache):
+            logits.check(kv_cache)
+            logits.invalidate(slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of a step; shapes as in the stock backend. Writes into ``output`` and returns it.
+
+        Dense rows go to the stock kernel in contiguous runs, sparse ones to ``attend_sparse``.
+        """
+        stock = super().forward  # type: ignore[misc]
+        runtime, sparse = self._runtime, self._sparse
+        if runtime is not None and sparse is not None:
+            self.prepare(runtime, sparse, layer, query, kv_cache, attn_metadata)
+        step: SparseStep[Any] | None = getattr(attn_metadata, "vsprefill", None)
+        if step is None or runtime is None:
+            stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            return output
+        plan, heads = step.plan, self.heads.num_kv_heads
+        if sparse is None or not step.rounds or not self.takes(runtime, layer, query):
+            stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            pairs = heads * plan.prefill_pairs
+            runtime.record(self._layer_index, LayerCounts(pairs, pairs, dense_chunks=1))
+            return output
+
+        def run_dense(run: DenseRun) -> None:
+            rows = slice(run.row_start, run.row_end)
+            new_key, new_value = (None if new is None else new[rows] for new in (key, value))
+            stock(
+                layer, query[rows], new_key, new_value, kv_cache, run.metadata, output[rows], *args, **kwargs
+            )  # fmt: skip
+
+        for run in step.dense_runs:
+            run_dense(run)
+        counts = LayerCounts(heads * plan.dense_prefill_pairs, heads * plan.prefill_pairs)
+        tokens = attn_metadata.num_actual_tokens
+        counts += self.attend_sparse(
+            runtime, sparse, step, layer, query[:tokens], kv_cache, output[:tokens], run_dense
+        )  # fmt: skip
+        runtime.record(self._layer_index, counts)
+        return output
+
+    def prepare(
+        self,
+        runtime: RuntimeT,
+        sparse: SparseLayer,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+    ) -> None:
+        """Called before every step of a layer that runs sparse, also in vLLM's profiling run, without metadata."""
+
+    def takes(self, runtime: RuntimeT, layer: Any, query: torch.Tensor) -> bool:
+        """Whether the kernels can use these queries."""
+        return True
+
+    def attend_sparse(
+        self,
+        runtime: RuntimeT,
+        sparse: SparseLayer,
+        step: SparseStep[Any],
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        run_dense: Callable[[DenseRun], None],
+    ) -> LayerCounts:
+        """Compute the rows of the step's rounds; ``run_dense`` gives those to the stock kernel for which that is
+        cheaper. Returns what the host knows about the work done, beside the dense runs."""
+        raise NotImplementedError

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What a layer under test must compute, on any platform: plain attention, or the reference over the same selection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.backends.simulator import LayerUnderTest, Request
+from vllm_vsprefill.backends.cpu import CPURuntime
+from vllm_vsprefill.kernels.score.naive import score
+from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection
+from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def layer_with(
+    model: Path, indexer: Path, folder: Path, options: dict[str, Any], estimator: str, **settings: Any
+) -> LayerUnderTest:
+    """A layer with these options and estimator; ``folder`` is for torch.distributed."""
+    chosen = {**options, "estimator": estimator}
+    if estimator == "vsindexer":
+        chosen["checkpoint"] = str(indexer)
+    return LayerUnderTest(model, folder / "rendezvous", chosen, **settings)
+
+
+def dense(layer: LayerUnderTest, request: Request, rows: int) -> Tensor:
+    """Plain causal attention of the last computed rows, float64."""
+    n = request.computed
+    group = layer.num_heads // layer.num_kv_heads
+    query = request.query[n - rows : n].double()
+    key = request.key[:n].double().repeat_interleave(group, 1)
+    value = request.value[:n].double().repeat_interleave(group, 1)
+    weights = torch.einsum("thd,nhd->htn", query, key) * layer.impl.scale
+    hidden = torch.arange(n) > torch.arange(n - rows, n)[:, None]
+    return torch.einsum("htn,nhd->thd", weights.masked_fill(hidden, float("-inf")).softmax(-1), value)
+
+
+def causal_pairs(layer: LayerUnderTest, request: Request, rows: int) -> int:
+    """(row, key) pairs of the last computed rows, over all KV heads."""
+    n = request.computed
+    return layer.num_kv_heads * sum(range(n - rows + 1, n + 1))
+
+
+def reference_prefill(layer: LayerUnderTest, **changes: Any) -> CPUPrefill:
+    """The prefill by plain PyTorch, with the layer's options."""
+    runtime = layer.impl._runtime
+    settings = {"sampled_rows": runtime.options.sampled_rows, "max_density": runtime.options.max_density, **changes}
+    return CPUPrefill(runtime.pattern, runtime.budgets, operations=REFERENCE, **settings)
+
+
+def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -> Selection | None:
+    """What follows from the logits beside the cache (or from sampled queries), for rows before the dense last ones;
+    None where it exceeds ``max_density``."""
+    n, tail = request.computed, layer.impl._runtime.options.dense_last_rows
+    sparse, prefill = layer.impl._sparse, reference_prefill(layer, **changes)
+    query, key, value = request.query[n - rows : n], request.key[:n], request.value[:n]
+    if sparse.weights is None:
+        q, k = query.float(), key.float()
+        if isinstance(layer.impl._runtime, CPURuntime):  # the very numbers the backend used, as below
+            prefill, q, k = layer.impl._runtime.prefill, query, key
+        estimate = prefill.operations.sampled(q, k, scale=layer.impl.scale, num_rows=prefill.sampled_rows)
+    else:
+        expected = score(key, value, IndexerLayerWeights(*(part.cpu() for part in sparse.weights)))
+        logits = expected
+        if layer.side is not None:
+            # The numbers the backend used, so that rounding cannot tip a threshold; they must be right too.
+            logits = layer.cached_logits(request)
+            close = 1e-4 if layer.dtype == torch.float32 else 0.1
+            torch.testing.assert_close(logits, expected, atol=close, rtol=close)
+        estimate = prefill.operations.distributions(logits)
+    return prefill.select(sparse.tau.cpu(), *estimate, rows - tail, tail)
+
+
+def reference(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Tensor, int]:
+    """A sparse chunk's rows, the dense last ones among them, and the pairs computed for them."""
+    tail, n = layer.impl._runtime.options.dense_last_rows, request.computed
+    selection = chosen(layer, request, rows)
+    if selection is None:
+        return dense(layer, request, rows), causal_pairs(layer, request, rows)
+    query, key, value = (getattr(request, name)[:n].double() for name in ("query", "key", "value"))
+    sparse, visited = reference_prefill(layer).attend(
+        query[n - rows :], key, value, selection, rows - tail, scale=layer.impl.scale
+    )
+    pairs = int(visited) + causal_pairs(layer, request, tail)
+    return (torch.cat((sparse, dense(layer, request, tail))) if tail else sparse), pairs
+
+
+def check(
+    layer: LayerUnderTest,
+    work: list[tuple[Request, int]],
+    prefilling: list[bool] | None = None,
+    rejected: int = 0,
+    tolerance: float | None = None,
+) -> tuple[int, int]:
+    """Run a step and compare every row; how many requests ran sparse and dense."""
+    gate = layer.impl._runtime.gate
+    flags = prefilling or [request.computed < request.prompt for request, _ in work]
+    sparse = [
+        gate.admits(rows, request.computed + rows, flag) for (request, rows), flag in zip(work, flags, strict=True)
+    ]
+    outputs = layer.step(work, prefilling, rejected)
+    for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
+        expected = reference(layer, request, rows)[0] if is_sparse else dense(layer, request, rows)
+        error = float((output.double() - expected).norm() / expected.norm())
+        assert error < (tolerance or TOLERANCE[layer.dtype]), (
+            f"{rows} rows at {request.computed}, sparse={is_sparse}: {error:.2e}"
+        )
+    return sum(sparse), len(sparse) - sum(sparse)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What the layers of one model share on a CUDA device, and how much memory that is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_vsprefill.backends.cuda_counts import CountsReader
+from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
+from vllm_vsprefill.prefill.cuda import CudaPrefill
+from vllm_vsprefill.runtime import Runtime, cache_kinds
+
+logger = init_logger("vllm.vsprefill")
+
+
+class CudaRuntime(Runtime):
+    """Owns the prefill with its buffers, and the reader that brings its counters to the host."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        super().__init__(vllm_config)
+        self._config = vllm_config
+        self._on_device: tuple[CudaPrefill, CountsReader] | None = None
+
+    def prefill(self, device: torch.device) -> CudaPrefill:
+        """The prefill of a model whose layers are all known. Allocated on first use: in vLLM's profiling run, so that
+        the KV cache is sized with it in mind, or later where there was none."""
+        if self._on_device is None:
+            prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=self.options.max_density)
+            self._on_device = prefill, CountsReader(self.recorder, [layer.index for layer in self.layers.values()])
+            logger.info_once(
+                "VSPREFILL: workspaces for %d sparse requests at a time take %.0f MiB.",
+                prefill.buffers.requests,
+                prefill.buffers.num_bytes / 2**20,
+            )
+        return self._on_device[0]
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the kernels have been compiled."""
+        return self._on_device is not None and self._on_device[0].is_warm
+
+    def publish(self) -> None:
+        """Queue the counts of the device behind the step's work; without any, publish those of the host."""
+        if self._on_device is None:
+            super().publish()
+        else:
+            prefill, reader = self._on_device
+            reader.enqueue(prefill.buffers.counts)
+
+    def drain(self) -> None:
+        """Wait for the device and publish all counts so far."""
+        self.publish()
+        if self._on_device is not None:
+            self._on_device[1].drain()
+
+    def _allocate(self, device: torch.device) -> DeviceBuffers:
+        layers = list(self.layers.values())
+        model, scheduler = self._config.model_config, self._config.scheduler_config
+        num_heads, num_kv_heads, head_size = heads = layers[0].heads
+        sampled = any(layer.weights is None for layer in layers)
+        slots = 0
+        if any(layer.weights is not None and layer.logits is None for layer in layers) and device.type == "cuda":
+            share = min_layers_of_a_slot(self._config, len(layers))
+            slots = max_slots(self._config.cache_config, device, share * num_kv_heads * 2 * head_size)
+        queries = None
+        if str(self._config.cache_config.cache_dtype).startswith("fp8"):
+            queries = (scheduler.max_num_batched_tokens, num_heads, head_size), model.dtype
+        return DeviceBuffers.allocate(
+            Shape(*heads[:2], model.max_model_len, len(layers), self.options.sampled_rows if sampled else None),
+            self.pattern,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_tokens=scheduler.max_num_batched_tokens,
+            device=device,
+            slots=slots,
+            queries=queries,
+        )
+
+
+def min_layers_of_a_slot(vllm_config: Any, sparse: int) -> int:
+    """How many layers at least share a slot number, of ``sparse`` ones: the more, the fewer slots fit into memory.
+
+    Caches of several kinds share one pool of blocks, in groups of as many layers as the rarest kind has.
+    """
+    kinds = Counter(cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
+    return min(sparse, *kinds.values()) if kinds else sparse
+
+
+def max_slots(cache_config: Any, device: torch.device, values_per_token: int) -> int:
+    """Slots that the KV cache cannot exceed, asked for before vLLM has sized it."""
+    size = 1 if str(cache_config.cache_dtype).startswith("fp8") else 2
+    share = cache_config.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory
+    max_bytes = getattr(cache_config, "kv_cache_memory_bytes", None) or share
+    return int(max_bytes) // (values_per_token * size) + 1

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Device memory that all layers of a model share: workspaces of the kernels, and counters. Allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_vsprefill.kernels.gathered import GatheredLogits, allocate_gathered
+from vllm_vsprefill.kernels.index import Index, allocate_index
+from vllm_vsprefill.kernels.sampled.paged import SampledWorkspace, allocate_sampled
+from vllm_vsprefill.kernels.score.paged import MissingSlots, allocate_missing
+from vllm_vsprefill.kernels.select.paged import SelectWorkspace, allocate_select
+from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.plan import MIN_ROWS
+
+ROUND_BYTES = 128 * 2**20
+"""What workspaces may take together; as many requests run at a time as fit, the others of a step in further rounds."""
+
+MAX_REQUESTS = 8
+"""Requests of one round at most: a step of a few thousand tokens rarely holds more chunks worth selecting for."""
+
+
+class Shape(NamedTuple):
+    """What decides how large the buffers are.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        max_seq_len: tokens of the longest sequence.
+        num_layers: layers that run sparse.
+        sampled_rows: rows that the training-free estimator looks at; None: it is not used.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    max_seq_len: int
+    num_layers: int
+    sampled_rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Workspaces:
+    """Scratch of the kernels for the requests of a round; ``sampled`` only for the training-free estimator."""
+
+    gathered: GatheredLogits
+    select: SelectWorkspace
+    index: Index
+    missing: MissingSlots
+    sampled: SampledWorkspace | None
+
+    @classmethod
+    def allocate(cls, requests: int, shape: Shape, pattern: SparsePattern, device: torch.device) -> Workspaces:
+        """Uninitialised, but for what kernels want to be zero."""
+        heads, longest = shape.num_kv_heads, shape.max_seq_len
+        sampled = None
+        if shape.sampled_rows is not None:
+            sampled = allocate_sampled(requests, shape.num_heads, heads, longest, shape.sampled_rows, device)
+        return cls(
+            allocate_gathered(requests, heads, longest, device),
+            allocate_select(requests, heads, longest, device),
+            allocate_index(requests, heads, longest, pattern, device),
+            allocate_missing(requests, longest, device),
+            sampled,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        parts = (self.gathered, self.select, self.index, self.missing, self.sampled or ())
+        return [item for part in parts for item in part if isinstance(item, Tensor)]
+
+
+def bytes_per_request(shape: Shape, pattern: SparsePattern) -> int:
+    """Workspace of one request in a round."""
+    with torch.device("meta"):
+        return _bytes(Workspaces.allocate(1, shape, pattern, torch.device("meta")).tensors())
+
+
+def requests_per_round(shape: Shape, pattern: SparsePattern, max_num_seqs: int, max_tokens: int) -> int:
+    """How many requests run at a time: what fits into ``ROUND_BYTES``, at least one, and no more than can occur."""
+    fit = ROUND_BYTES // max(bytes_per_request(shape, pattern), 1)
+    return max(1, min(fit, MAX_REQUESTS, max_num_seqs, max_tokens // MIN_ROWS))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass
+class DeviceBuffers:
+    """Buffers of one model on one device.
+
+    Attributes:
+        requests: requests of a round.
+        work: workspaces of the kernels.
+        dense_rows, sparse_end: int32 ``[2 * requests]`` and ``[requests]``, written by ``guard``.
+        counts: int64 ``[layers, 16]``: visited pairs by request of a round, then pairs and chunks that ``guard`` sent
+            to the stock kernel.
+        logits: float32 ``[slots, 2 * num_kv_heads]``, those of one layer where they cannot be kept beside the KV cache.
+        queries: ``[tokens, num_heads, head_size]``, queries of a step in the model's type where they arrive quantised.
+    """
+
+    requests: int
+    work: Workspaces
+    dense_rows: Tensor
+    sparse_end: Tensor
+    counts: Tensor
+    logits: Tensor
+    queries: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        shape: Shape,
+        pattern: SparsePattern,
+        *,
+        max_num_seqs: int,
+        max_tokens: int,
+        device: torch.device,
+        slots: int = 0,
+        queries: tuple[tuple[int, int, int], torch.dtype] | None = None,
+    ) -> DeviceBuffers:
+        """Buffers for ``requests_per_round`` requests; ``slots`` and ``queries`` where those two are needed."""
+        requests = requests_per_round(shape, pattern, max_num_seqs, max_tokens)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        size, dtype = queries or ((0, 0, 0), torch.float32)
+        return cls(
+            requests,
+            Workspaces.allocate(requests, shape, pattern, device),
+            zeros(2 * MAX_REQUESTS),
+            zeros(MAX_REQUESTS),
+            zeros(shape.num_layers, 2 * MAX_REQUESTS, dtype=torch.int64),
+            torch.empty(slots, 2 * shape.num_kv_heads, dtype=torch.float32, device=device),
+            torch.empty(size, dtype=dtype, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held."""
+        return _bytes([value for value in vars(self).values() if isinstance(value, Tensor)] + self.work.tensors())
+
+    def visited(self, row: int) -> Tensor:
+        """Counters of one layer that ``attend`` adds to."""
+        return self.counts[row, :MAX_REQUESTS]
+
+    def guarded(self, row: int) -> Tensor:
+        """Counters of one layer that ``guard`` adds to."""
+        return self.counts[row, MAX_REQUESTS:]
+
+    def missing_logits(self, slots: int) -> Tensor:
+        """Logits for so many slots of the cache, all missing; valid until the next call."""
+        if self.logits.shape[0] < slots:
+            self.logits = self.logits.new_empty(slots, self.logits.shape[1])
+        return self.logits[:slots].fill_(float("nan"))
+
+    def unquantised(self, query: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries ``[rows, num_heads, head_size]`` in another type; valid until the next call."""
+        rows = query.shape[0]
+        if self.queries.dtype != dtype or self.queries.shape[0] < rows or self.queries.shape[1:] != query.shape[1:]:
+            self.queries = torch.empty(query.shape, dtype=dtype, device=query.device)
+        return self.queries[:rows].copy_(query)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What the prefill has to know about one attention layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from vllm_vsprefill.kernels.types import IndexerLayerWeights
+
+
+class Heads(NamedTuple):
+    """Heads of a layer on this rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
+class SlotLogits(Protocol):
+    """Index logits kept beside a KV cache."""
+
+    @property
+    def slots(self) -> Tensor:
+        """float32 ``[slots, 2 * num_kv_heads]``: column and diagonal of head 0, of head 1, ...; NaN where missing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseLayer:
+    """An attention layer that runs sparse.
+
+    Attributes:
+        index: layer index in the model.
+        row: its row in counters on a device: 0 for the first sparse layer of the model, and so on.
+        heads: its shape on this rank.
+        weights: this rank's indexer weights, as the kernels want them, or None for the training-free estimator.
+        tau: float64 ``[2, num_kv_heads]``, thresholds of columns and of diagonals.
+        logits: index logits beside the KV cache, or None where they are computed anew for every chunk.
+    """
+
+    index: int
+    row: int
+    heads: Heads
+    weights: IndexerLayerWeights | None
+    tau: Tensor
+    logits: SlotLogits | None = None
