@@ -8,7 +8,7 @@ Rates count the (row, key) pairs that the kernel reports to have visited. Rows o
 float32 attention over the keys that ``merge`` lists, for some tiles of the same run.
 
 ``--tune`` times candidates of the settings table instead and writes the best of each into the table. ``--crossover``
-times a layer as the backend runs it, chunk by chunk and context by context, against FlashAttention on the same rows:
+times a layer as it is served, chunk by chunk and context by context, against FlashAttention on the same rows:
 where sparse prefill begins to pay.
 """
 
@@ -21,7 +21,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,6 @@ from vllm_vsprefill.distil.mass.triton import mass_sums
 from vllm_vsprefill.kernels.attend.triton import attend
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.gathered import allocate_gathered
-from vllm_vsprefill.kernels.guard.triton import guard
 from vllm_vsprefill.kernels.index import Index, allocate_index
 from vllm_vsprefill.kernels.merge.naive import merge
 from vllm_vsprefill.kernels.merge.paged import check_build_index, set_flags
@@ -52,6 +51,9 @@ from vllm_vsprefill.kernels.select.paged import allocate_select, check_gather, c
 from vllm_vsprefill.kernels.select.triton import gather, select
 from vllm_vsprefill.kernels.settings import TABLE, TABLE_FILE, Settings, capability, padded, write_table
 from vllm_vsprefill.kernels.types import UNLIMITED, Budgets, IndexerLayerWeights, Selection, SparsePattern
+from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
+from vllm_vsprefill.prefill.cuda import CudaPrefill, Round
+from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 
 QUERY_HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 GROUP = QUERY_HEADS // KV_HEADS
@@ -348,31 +350,66 @@ def sampled_row(case: Case, pattern: SparsePattern, config: Settings | None = No
     }
 
 
-def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
-    """Score, select, index, attend, as a backend calls them from a step's second layer on: which tokens are new, the
-    device finds out. Without the guard and the dense last rows, which ``--crossover`` has."""
-    weights, slots = indexer(), case.slots
-    missing = allocate_missing(1, case.seq_len, "cuda")
-    logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
-    score_missing(case.kv, case.batch, weights, logits, missing)
-    index = allocate_index(1, KV_HEADS, case.seq_len, pattern, "cuda")
-    gathered = allocate_gathered(1, KV_HEADS, case.seq_len, "cuda")
-    workspace = allocate_select(1, KV_HEADS, case.seq_len, "cuda")
-    visited = torch.zeros(1, dtype=torch.int64, device="cuda")
-    tau = torch.zeros(2, KV_HEADS, dtype=torch.float64, device="cuda")
-    out = torch.empty_like(case.q)
+class Served:
+    """The prefill of a layer as the backend calls it, from a step's second layer on, whose arguments are not checked.
 
+    Args:
+        kv: keys and values of one sequence.
+        part: the chunk, one round.
+        pattern: without dense last rows.
+        budgets: how much is chosen at least and at most.
+        tau: threshold of columns and diagonals.
+        trained: whether the indexer estimates; its logits are kept beside the cache. Else 64 sampled rows do.
+    """
+
+    def __init__(
+        self, kv: PagedKV, part: Round, pattern: SparsePattern, budgets: Budgets, tau: float, trained: bool
+    ) -> None:
+        shape = Shape(QUERY_HEADS, KV_HEADS, part.whole.max_seq_len, 2, None if trained else 64)
+        device = torch.device("cuda")
+        buffers = DeviceBuffers.allocate(shape, pattern, max_num_seqs=1, max_tokens=CHUNK, device=device)
+        guarded = None if part.guarded is None else part.rows._replace(row_end=buffers.sparse_end[:1])
+        self.prefill, self.kv, self.part = CudaPrefill(budgets, buffers), kv, replace(part, guarded=guarded)
+        self.slots = torch.empty(0)
+        if trained:
+            self.slots = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device=device)
+        self.layer = SparseLayer(
+            index=1,
+            row=1,
+            heads=Heads(QUERY_HEADS, KV_HEADS, SIZE),
+            weights=indexer() if trained else None,
+            tau=torch.full((2, KV_HEADS), tau, dtype=torch.float64, device=device),
+            logits=self if trained else None,
+        )
+
+    def check(self, q: Tensor, out: Tensor) -> None:
+        """Run once as a step's first layer, with all checks; the whole sequence is scored."""
+        first = replace(self.layer, row=0)
+        self.prefill.choose(first, q, self.kv, self.part, scale=SCALE)
+        self.prefill.attend(first, q, self.kv, self.part, scale=SCALE, out=out)
+
+    def choose(self, q: Tensor, new: Tensor) -> None:
+        """Choose, with the logits of the ``new`` slots missing."""
+        if self.layer.weights is not None:
+            forget(self.slots, new)
+        self.prefill.choose(self.layer, q, self.kv, self.part, scale=SCALE)
+
+    def attend(self, q: Tensor, out: Tensor) -> None:
+        """Attend to what was chosen."""
+        self.prefill.attend(self.layer, q, self.kv, self.part, scale=SCALE, out=out)
+
+
+def pipeline_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
+    """Score, select, index, attend, as they are served: which tokens are new, the device finds out. Without the guard
+    and the dense last rows, which ``--crossover`` has."""
     budgets = Budgets(min_columns=4096, max_columns=4096, max_diagonals=0)
+    served = Served(case.kv, Round(case.batch, case.batch), pattern, budgets, 0.0, trained=True)
+    slots, out = case.slots, torch.empty_like(case.q)
+    served.check(case.q, out)
 
     def call() -> None:
-        forget(logits, slots)
-        score_missing(case.kv, case.batch, weights, logits, missing)
-        gather(logits, case.kv, case.batch, gathered)
-        select(gathered, case.batch, tau, index, workspace, budgets=budgets)
-        build_index(index, case.kv, case.batch)
-        attend(case.q, case.kv, index, case.batch, scale=SCALE, out=out, visited=visited)
-
-    call()
+        served.choose(case.q, slots)
+        served.attend(case.q, out)
 
     return {
         "ms": milliseconds(call, runs=50),
@@ -388,10 +425,11 @@ DENSE_ROWS = 64  # last ones of a chunk, by default
 
 
 def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
-    """One layer's attention of a chunk, called ten times in a row: stock, and as the backend does it.
+    """One layer's attention of a chunk, called ten times in a row: stock, and as it is served.
 
     Columns are a sixteenth of the context, with the window and the sinks of the preset "balanced" and 16 diagonals:
-    more than the needle model's indexer chooses. The guard looks at every selection, as it does with the presets.
+    more than the needle model's indexer chooses. The guard looks at every selection, as it does with the presets, and
+    the dense kernel is called for what it sends away, which is nothing.
     """
     blocks = -(-seq_len // BLOCK)
     kv = PagedKV(case.kv.cache, case.kv.block_table[:, :blocks].contiguous())
@@ -403,38 +441,20 @@ def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
     if stock is None or last is None or none is None:
         raise RuntimeError("vLLM's FlashAttention is not installed")
     budgets = Budgets(min_columns=seq_len // 16, max_columns=seq_len // 16, max_diagonals=16)
-    weights, slots = indexer(), whole.slots
-    logits = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
-    missing = allocate_missing(1, seq_len, "cuda")
-    index = allocate_index(1, KV_HEADS, seq_len, pattern, "cuda")
-    gathered = allocate_gathered(1, KV_HEADS, seq_len, "cuda")
-    workspace = allocate_select(1, KV_HEADS, seq_len, "cuda")
-    rows_of = allocate_sampled(1, QUERY_HEADS, KV_HEADS, seq_len, 64, "cuda")
-    tau = torch.full((2, KV_HEADS), 0.9, dtype=torch.float64, device="cuda")
-    out = torch.empty_like(whole.q)
-    limits = torch.zeros(2, 4, dtype=torch.int32, device="cuda")
-    counts = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
-    guarded = head._replace(row_end=limits[1][:1])
+    slots, out = whole.slots, torch.empty_like(whole.q)
 
-    def layer(trained: bool) -> None:
-        if trained:
-            forget(logits, slots)
-            score_missing(kv, whole.batch, weights, logits, missing)
-            gather(logits, kv, whole.batch, gathered)
-        else:
-            sampled(whole.q, kv, whole.batch, rows_of, gathered, scale=SCALE)
-        select(gathered, whole.batch, tau, index, workspace, budgets=budgets)
-        build_index(index, kv, head)
-        guard(index, head, 1.0, dense_rows=limits[0], sparse_end=limits[1], counts=counts[0])
-        none()
-        attend(whole.q, kv, index, guarded, scale=SCALE, out=out, visited=counts[1])
+    def layer(served: Served) -> None:
         last()
+        served.choose(whole.q, slots)
+        none()
+        served.attend(whole.q, out)
 
     dense = ten_in_a_row(stock)
     found = {"context": seq_len, "rows": rows, "stock_ms": dense}
     for name, trained in (("vsindexer", True), ("sampled", False)):
-        layer(trained)  # scores the whole sequence
-        time = ten_in_a_row(lambda trained=trained: layer(trained))  # type: ignore[misc]
+        served = Served(kv, Round(whole.batch, head, guarded=head), pattern, budgets, 0.9, trained)
+        served.check(whole.q, out)
+        time = ten_in_a_row(lambda served=served: layer(served))  # type: ignore[misc]
         found |= {f"{name}_ms": time, f"{name}_times_stock": dense / time}
     return found
 

@@ -3,7 +3,7 @@
 """VSPrefill's sparse attention on any device in plain PyTorch, to measure accuracy and density where vLLM does not run.
 
 The semantics are those of ``vllm_vsprefill.kernels.attend``: all rows of a query tile share one list of keys, gathered
-here per tile. Scores, distributions and selection are the package's own reference functions.
+here per tile. Everything before is the package's own prefill, with its reference operations.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from examples.needle.modeling import dense_attention
 from vllm_vsprefill.indexer import VSIndexer
 from vllm_vsprefill.kernels.score.naive import score
-from vllm_vsprefill.kernels.select.naive import distributions, select
 from vllm_vsprefill.kernels.types import Budgets, Selection, SparsePattern
+from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +77,27 @@ def tile_keys(selection: Selection, head: int, first_tile: int, tiles: int, n: i
     return seen
 
 
-def sparse_rows(q: Tensor, k: Tensor, v: Tensor, selection: Selection, pattern: SparsePattern) -> tuple[Tensor, int]:
-    """``kernels.attend`` for q ``[Hq, T, D]``, k and v ``[Hkv, n, D]``; returns out ``[Hq, T, D]`` and visited pairs.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    pattern: SparsePattern,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Same contract as ``kernels.attend.naive.attend``, on any device, with the tiles of a head in one call.
 
     The first row must lie on the tile grid, as it does for chunks that are multiples of the tile.
     """
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, positions, D]
     hq, t, size = q.shape
     hkv, n, _ = k.shape
     group, first = hq // hkv, n - t
     if first % pattern.block_q:
         raise ValueError(f"the chunk starts at {first}, not on the grid of {pattern.block_q}")
-    out = torch.empty_like(q)
+    result = torch.empty_like(q)
     dense_row = max(first, n - pattern.dense_last)
     visited = 0
     if dense_row > first:
@@ -108,13 +118,17 @@ def sparse_rows(q: Tensor, k: Tensor, v: Tensor, selection: Selection, pattern: 
             # Rows beyond the context see every key of the tile; their output is dropped.
             queries = padded[head * group : (head + 1) * group].unflatten(1, (tiles, bq)).transpose(0, 1)
             keys, values = (x[head][index][:, None].expand(-1, group, -1, -1) for x in (k, v))
-            result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None])
-            out[head * group : (head + 1) * group] = result.transpose(0, 1).reshape(group, tiles * bq, size)[:, :t]
+            found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
+            result[head * group : (head + 1) * group] = found.transpose(0, 1).reshape(group, tiles * bq, size)[:, :t]
     count = n - dense_row
     if count:
-        out[:, t - count :] = dense_attention(0, q[None, :, t - count :], k[None], v[None])[0]
-        visited += hkv * (count * dense_row + count * (count + 1) // 2)
-    return out, visited
+        result[:, t - count :] = dense_attention(0, q[None, :, t - count :], k[None], v[None])[0]
+        visited += hkv * SparsePattern.causal_pairs(count, n)
+    result = result.transpose(0, 1)
+    return (result if out is None else out.copy_(result)), visited
+
+
+OPERATIONS = REFERENCE._replace(attend=attend)
 
 
 class SparseAttention:
@@ -126,6 +140,10 @@ class SparseAttention:
 
     def __init__(self, indexer: VSIndexer, settings: SparseSettings) -> None:
         self.indexer, self.settings = indexer, settings
+        budgets = Budgets(
+            settings.min_columns, settings.max_columns, settings.min_diagonals, settings.max_diagonals
+        )  # fmt: skip
+        self._prefill = CPUPrefill(settings.pattern(), budgets, operations=OPERATIONS)
         self._logits: dict[int, Tensor] = {}
         self.visited: dict[int, int] = defaultdict(int)
         self.total: dict[int, int] = defaultdict(int)
@@ -150,18 +168,11 @@ class SparseAttention:
         del q
         return score(k, v, self.indexer.layer_weights(layer))
 
-    def select(self, layer: int, logits: Tensor) -> Selection:
-        s = self.settings
-        tau_columns, tau_diagonals = (
-            torch.tensor(tau[layer] if isinstance(tau, tuple) else tau, dtype=torch.float64)
-            for tau in (s.tau_columns, s.tau_diagonals)
-        )
-        return select(
-            *distributions(logits),
-            tau_columns=tau_columns,
-            tau_diagonals=tau_diagonals,
-            budgets=Budgets(s.min_columns, s.max_columns, s.min_diagonals, s.max_diagonals),
-        )
+    def thresholds(self, layer: int, heads: int) -> Tensor:
+        """float64 ``[2, Hkv]``: columns, diagonals."""
+        taus = (self.settings.tau_columns, self.settings.tau_diagonals)
+        each = [torch.as_tensor(t[layer] if isinstance(t, tuple) else t, dtype=torch.float64) for t in taus]
+        return torch.stack([tau.expand(heads) for tau in each])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b, _, t, _ = q.shape
@@ -172,14 +183,17 @@ class SparseAttention:
         # A token's logits depend on its own key and value only: score what is new, keep the rest.
         new = self.score(layer, *(x.transpose(0, 1) for x in (q[0], k[0, :, first:], v[0, :, first:])))
         self._logits[layer] = new if first == 0 else torch.cat((self._logits[layer], new))
-        total = hkv * (t * first + t * (t + 1) // 2)
+        total = hkv * SparsePattern.causal_pairs(t, n)
         self.total[layer] += total
         if n < self.settings.min_seq_len:
             self.visited[layer] += total
             return dense_attention(layer, q, k, v)
-        selection = self.select(layer, self._logits[layer])
+        tau = self.thresholds(layer, hkv)
+        selection = self._prefill.select(tau, *OPERATIONS.distributions(self._logits[layer]), t, 0)
+        assert selection is not None  # no density is too high here
         self.columns[layer] += selection.num_columns.tolist()
         self.diagonals[layer] += selection.num_diagonals.tolist()
-        out, visited = sparse_rows(q[0], k[0], v[0], selection, self.settings.pattern())
+        flat = (x[0].transpose(0, 1) for x in (q, k, v))
+        out, visited = self._prefill.attend(*flat, selection, t, scale=q.shape[-1] ** -0.5)
         self.visited[layer] += visited
-        return out[None]
+        return out.transpose(0, 1)[None]

@@ -13,10 +13,11 @@ import pytest
 import torch
 import typer
 
+from examples.needle import sparse
 from examples.needle.distill import Prompts, write_prompts
 from examples.needle.evaluate import answer_all, generate, problems
 from examples.needle.modeling import KVCache, NeedleConfig, NeedleModel, dense_attention, load_model, save_model
-from examples.needle.sparse import SparseAttention, SparseSettings, sparse_rows
+from examples.needle.sparse import SparseAttention, SparseSettings
 from examples.needle.tasks import HAYSTACKS, TASKS, make_problem
 from examples.needle.vocabulary import EMBEDDING_ROWS, END, IDS, PAD, TOKENS, encode, save_tokenizer
 from vllm_vsprefill.checkpoint import ModelFingerprint, find_checkpoint, load_checkpoint
@@ -270,14 +271,13 @@ def test_the_evaluators_sparse_attention_is_that_of_the_kernels(
 ) -> None:
     torch.manual_seed(first + rows + window)
     n = first + rows
-    q, k, v = torch.randn(8, rows, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
+    q, k, v = torch.randn(rows, 8, 16), torch.randn(n, 2, 16), torch.randn(n, 2, 16)
     pattern = SparsePattern(128, 64, window, sinks, dense_last)
     probabilities = distributions(torch.randn(n, 2, 2) * 3)
     selection = select(*probabilities, tau_columns=0.5, tau_diagonals=0.3, budgets=Budgets(max_diagonals=5))
-    out, visited = sparse_rows(q, k, v, selection, pattern)
-    flat = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-    expected, count = attend(*flat, selection, pattern, scale=16**-0.5)
-    torch.testing.assert_close(out.transpose(0, 1), expected, atol=1e-5, rtol=1e-4)
+    out, visited = sparse.attend(q, k, v, selection, pattern, scale=16**-0.5)
+    expected, count = attend(q, k, v, selection, pattern, scale=16**-0.5)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     assert visited == int(count)
 
 
