@@ -16,7 +16,7 @@ export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz versions lint format bench-cpu clean distclean
+.PHONY: help setup demo test fuzz versions docs lint format bench-cpu clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,10 +45,15 @@ versions:  ## the plugin on the other releases of vLLM that it supports (downloa
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)
 
+docs:  ## the pages of docs/ as a site in build/site, their tables written anew
+	@$(SETUP) --extras docs
+	@$(PY) scripts/make_docs.py
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
 lint:  ## format and lint checks, types, licence headers
 	@$(SETUP) --extras dev,demo,test,train
 	@status=0; \
-	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py "-m mypy"; do \
+	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py "scripts/make_docs.py --check" "-m mypy"; do \
 		$(PY) $$check || status=1; \
 	done; \
 	exit $$status

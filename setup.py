@@ -61,6 +61,11 @@ EXTRAS_REQUIRE = {
         "openai>=1.40",  # server tests use the official client
         "build>=1.2",  # makes the distributions that the packaging tests install
     ],
+    # what `make docs` runs
+    "docs": [
+        "mkdocs>=1.6,<2",  # the pages as a site; 1.6: anchors are checked
+        "mkdocs-material>=9.5,<10",  # search, tables and code that can be read
+    ],
     # what `make lint` and contributors need
     "dev": [
         "ruff>=0.9",

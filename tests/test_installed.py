@@ -239,10 +239,10 @@ SERVE = """
 import json, sys
 from vllm import LLM, SamplingParams
 import vllm_vsprefill
-from vllm_vsprefill import stats
+from vllm_vsprefill import exchange, stats
 
 if __name__ == "__main__":
-    model, counts = sys.argv[1:]
+    model = sys.argv[1]
     options = {"checkpoint": model + "/indexer", "tau_columns": 0.3, "tau_diagonals": 0.01, "max_diagonals": 2}
     options |= {"min_seq_len": 512, "window": 64, "max_density": 1.0}
     llm = LLM(
@@ -251,7 +251,7 @@ if __name__ == "__main__":
     )
     prompt = {"prompt_token_ids": [i * i % 512 for i in range(1500)]}
     output = llm.generate([prompt], SamplingParams(max_tokens=2, temperature=0, detokenize=False), use_tqdm=False)
-    layers = stats.read_counts(counts)
+    layers = stats.read_counts(exchange.opened()[-1])
     sparse = [layers[layer].sparse_chunks for layer in sorted(layers)]
     print("FOUND", json.dumps([vllm_vsprefill.__file__, len(output[0].outputs[0].token_ids), sparse]))
 """
@@ -264,9 +264,8 @@ def test_vllm_serves(
     environment, path = (installed, []) if place == "outside" else (beside_library, [ROOT])
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
-    counts = tmp_path / "counts"
-    variables = {"VSPREFILL_STATS_DIR": str(counts), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    output = run([environment.python, script, model, counts], tmp_path, *path, **variables)
+    variables = {"VSPREFILL_STATS_DIR": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    output = run([environment.python, script, model], tmp_path, *path, **variables)
     line = next(line for line in output.splitlines() if line.startswith("FOUND"))
     package, tokens, sparse = json.loads(line.removeprefix("FOUND"))
     assert Path(package).parent == (environment.site if place == "outside" else ROOT) / "vllm_vsprefill"

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""A MkDocs hook: links that leave ``docs/`` lead to files of the repository, which the site names but does not hold."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page with such links as text: the words, and the file's path where the words are not that already."""
+
+    def named(link: re.Match[str]) -> str:
+        text, path = link[1], link[2]
+        return text if text.strip("`") == path else f"{text} (`{path}`)"
+
+    return OUTSIDE.sub(named, markdown)

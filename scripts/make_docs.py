@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Writes the tables of README.md and docs/ anew, from the options' model and from benchmarks/results/.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+
+    .venv/bin/python scripts/make_docs.py            # rewrite
+    .venv/bin/python scripts/make_docs.py --check    # exit status 1 if something is not up to date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vllm_vsprefill.config import PRESETS, VSPrefillConfig  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, with blank lines around it."""
+    head = list(header)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n" + "".join("| " + " | ".join(line).replace("  ", " ") + " |\n" for line in lines) + "\n"
+
+
+def value(given: object) -> str:
+    """An option's value as JSON spells it."""
+    return json.dumps(list(given) if isinstance(given, tuple) else given).strip('"')
+
+
+def density(share: float) -> str:
+    return "dense" if share == 1 else f"{share:.1%}".replace("%", " %")
+
+
+def seconds(time: float) -> str:
+    return f"{time:.3f} s" if time < 10 else f"{time:.2f} s"
+
+
+# --- tables
+
+
+def options() -> str:
+    defaults = VSPrefillConfig.from_sources()
+    rows = [
+        (f"`{name}`", value(getattr(defaults, name)), field.description or "")
+        for name, field in VSPrefillConfig.model_fields.items()
+    ]
+    return table(("option", "default", "meaning"), rows)
+
+
+def presets() -> str:
+    names = list(next(iter(PRESETS.values())))
+    rows = [(f"`{preset}`", *(value(values[name]) for name in names)) for preset, values in PRESETS.items()]
+    return table(("preset", *(f"`{name}`" for name in names)), rows)
+
+
+def ttft_rows(name: str, backend: str) -> dict[int, dict[str, Any]]:
+    return {row["length"]: row for row in results(name)["ttft"] if row["backend"] == backend}
+
+
+def sparse_cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    return seconds(row["seconds"]), f"{row['times_stock']:.2f}x", density(row["density"])
+
+
+def ttft_gpu() -> str:
+    qwen, llama = "ttft_qwen3_4b_h100", "ttft_llama31_8b_h100"
+    stock = ttft_rows(qwen, "stock")
+    trained, free = ttft_rows(qwen, "vsindexer"), ttft_rows(qwen, "sampled")
+    rows = [
+        (f"{n:,}", seconds(stock[n]["seconds"]), *sparse_cells(trained[n]), *sparse_cells(free.get(n))[:2])
+        for n in sorted(stock)
+    ]
+    header = ("prompt tokens", "stock", "VSPREFILL", "ratio", "density", "training-free", "ratio")
+    other, theirs = ttft_rows(llama, "stock"), ttft_rows(llama, "vsindexer")
+    others = [(f"{n:,}", seconds(other[n]["seconds"]), *sparse_cells(theirs[n])) for n in sorted(other)]
+    return (
+        "\nQwen3-4B shape:\n"
+        + table(header, rows)
+        + "Llama-3.1-8B shape:\n"
+        + table(("prompt tokens", "stock", "VSPREFILL", "ratio", "density"), others)
+    )
+
+
+def ttft_summary() -> str:
+    stock, sparse = (ttft_rows("ttft_qwen3_4b_h100", backend) for backend in ("stock", "vsindexer"))
+    rows = [(f"{n:,}", seconds(stock[n]["seconds"]), *sparse_cells(sparse[n])) for n in (8192, 32768, 131072)]
+    return table(("prompt tokens", "stock vLLM", "VSPREFILL", "ratio", "attention computed"), rows)
+
+
+def ttft_cpu() -> str:
+    records = [{row["tokens"]: row for row in results(f"cpu_ttft_chunk{n}")["rows"]} for n in (8192, 2048)]
+    rows = []
+    for n in records[0]:
+        cells = [f"{n:,}"]
+        for record in records:
+            row = record[n]
+            cells += [seconds(row["stock_s"]), seconds(row["vsprefill_s"]), f"{row['ratio']:.2f}x"]
+            cells += [density(row["density"])]
+        rows.append(cells)
+    part = ("VSPREFILL", "ratio", "density")
+    return table(("prompt tokens", "chunks of 8,192: stock", *part, "chunks of 2,048: stock", *part), rows)
+
+
+def inside_answers() -> str:
+    rows = []
+    for name in ("distil_quality_16k_h100", "distil_quality_32k_h100"):
+        record = results(name)
+        found = {row["setting"]: row for row in record["rows"] if row["indexer"] in ("none", "needle")}
+        settings = ("accurate, calibrated", "balanced, calibrated", "fast, calibrated", "window and sinks only")
+        cells = [f"{found[s]['accuracy']:.1%} at {found[s]['density']:.1%}".replace("%", " %") for s in settings]
+        rows.append((f"{record['length']:,}", f"{found['dense']['accuracy']:.0%}".replace("%", " %"), *cells))
+    return table(("prompt tokens", "dense", "`accurate`", "`balanced`", "`fast`", "window and sinks only"), rows)
+
+
+def crossover() -> str:
+    found = {(row["context"], row["rows"]): row for row in results("crossover_h100")["rows"].values()}
+    columns = [("vsindexer", n) for n in (1024, 2048, 4096, 8192)] + [("sampled", n) for n in (1024, 8192)]
+    rows = [
+        (f"{n:,}", *(f"{found[n, rows][f'{kind}_times_stock']:#.2g}" for kind, rows in columns))
+        for n in (16384, 32768, 65536, 131072)
+    ]
+    names = [f"{'training-free, ' if kind == 'sampled' else ''}{n:,} rows" for kind, n in columns]
+    return table(("sequence, tokens", *names), rows)
+
+
+KERNELS = {
+    "FA3 dense, last 8k of 128k": "FA3, dense",
+    "attend, 4096 columns + 2048 local": "attend, 4,096 columns and 2,048 local keys a row",
+    "attend, 1024 columns + 64 diagonals + 1024 local": "attend, 1,024 columns, 64 diagonals, 1,024 local keys",
+    "score, 8192 tokens": "score, hidden width 1,024",
+    "select, 128k": "select, 8 KV heads",
+    "score + select + attend": "score, select, index and attend",
+    "sampled, 64 rows, 128k": "training-free estimate, 64 rows",
+    "FA3 dense, whole 128k": "FA3, dense, whole prompt of 131,072 rows",
+    "attend, whole 128k": "attend, whole prompt, 4,096 columns and 2,048 local keys",
+    "FA3 dense, whole 32k": "FA3, dense, whole prompt of 32,768 rows",
+    "mass sums, 32k": "attention mass sums of it (training), log-sum-exp given",
+    "select, 1048576": "select, sequence of 1,048,576 tokens",
+    "attend, 1048576, 4096 columns + 2048 local": "attend, 4,096 columns and 2,048 local keys, same sequence",
+}
+
+
+def kernels() -> str:
+    records = [results(name)["rows"] for name in ("kernels_h100", "kernels_h200")]
+    rows = []
+    for name, shown in KERNELS.items():
+        cells = [shown]
+        for record in records:
+            row = record[name]
+            cells += [f"{row['ms']:#.3g} ms", f"{row['tflops']:.0f}" if "tflops" in row else ""]
+        rows.append(cells)
+    return table(("what", "H100", "TFLOP/s", "H200", "TFLOP/s"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "options": options,
+    "presets": presets,
+    "ttft summary": ttft_summary,
+    "ttft gpu": ttft_gpu,
+    "ttft cpu": ttft_cpu,
+    "answers inside prompts": inside_answers,
+    "crossover": crossover,
+    "kernels": kernels,
+}
+
+
+def renewed(text: str) -> str:
+    """A page with its tables as they should be; KeyError for a table that nobody makes."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main() -> int:
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        new = renewed(text)
+        if new != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in sys.argv[1:]:
+                page.write_text(new, encoding="utf-8")
+    if "--check" in sys.argv[1:] and stale:
+        print(f"not up to date: {', '.join(stale)}; run python scripts/make_docs.py")
+        return 1
+    print(f"tables: {'written: ' + ', '.join(stale) if stale else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
