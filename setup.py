@@ -37,7 +37,7 @@ EXTRAS_REQUIRE = {
     "train": [
         "transformers>=4.56",  # AttentionInterface, set_attn_implementation, AutoModel with dtype=
         "accelerate>=1.4",  # processes and the sums over them
-        "datasets>=3.0",  # --data with a dataset's id; streaming with column names
+        "datasets>=3.0",  # --data with a dataset's id; streaming with column names; brings pyarrow, for parquet files
         "tensorboard>=2.14",  # logs; works with numpy 2
         "matplotlib>=3.8",  # the pictures of report.html
         "typer>=0.12",  # the command line

@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vllm_vsprefill.distil.data import Documents, PackedTokens, open_sources
+from vllm_vsprefill.distil import reading
+from vllm_vsprefill.distil.data import Documents, PackedTokens, leading_tokens, open_sources
 from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.options import DataOptions
 from vllm_vsprefill.distil.synthetic import Synthetic, document
@@ -29,10 +33,21 @@ class Letters:
         return {"input_ids": [[ord(c) % 128 for c in one] for one in text]}
 
 
+class Beginning(Letters):
+    """One that puts a beginning-of-text token before a prompt, as many do."""
+
+    def __call__(self, text: Any, *, add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
+        ids = super().__call__(text, **options)["input_ids"]
+        if add_special_tokens:
+            ids = [1, *ids] if isinstance(text, str) else [[1, *one] for one in ids]
+        return {"input_ids": ids}
+
+
 def sources(data: Path | str, **changes: Any) -> tuple[Any, Any]:
     sizes = {"min_length": 8, "max_length": 32, "vocabulary": 128, "max_tokens": 10**6}
     read = {key: changes.pop(key) for key in list(changes) if key in DataOptions.model_fields}
-    return open_sources(DataOptions(data=str(data), **read), Letters, **{**sizes, **changes})
+    tokenizer = changes.pop("tokenizer", Letters)
+    return open_sources(DataOptions(data=str(data), **read), tokenizer, **{**sizes, **changes})
 
 
 def jsonl(path: Path, records: list[Any]) -> Path:
@@ -205,3 +220,181 @@ def test_packed_tokens_shorter_than_asked_for() -> None:
     tokens = PackedTokens(np.arange(10, dtype=np.uint32), "ten")
     assert len(tokens.sequence(4, 99)) == 10
     assert tokens.after(4, 99) == 14
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what prompts begin with
+
+
+def fast_tokenizer(begin: bool) -> Any:
+    """A real tokenizer of words, with or without a beginning-of-text token."""
+    import tokenizers
+    import transformers
+
+    words = {"<s>": 0, "</s>": 1, "?": 2, **{chr(97 + i): 3 + i for i in range(26)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if begin:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_what_a_tokenizer_begins_a_prompt_with(begin: bool) -> None:
+    assert leading_tokens(fast_tokenizer(begin)) == ([0] if begin else [])
+
+
+@pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_sequences_begin_as_served_prompts_do(tmp_path: Path, begin: bool, packing: bool) -> None:
+    tokenizer = fast_tokenizer(begin)
+    file = jsonl(tmp_path / "a.jsonl", [{"text": f"{chr(97 + i)} " * 40} for i in range(6)])
+    train, _ = sources(file, tokenizer=lambda: tokenizer, packing=packing)
+    served = tokenizer("q")["input_ids"][:-1]
+    position = 0
+    for _ in range(20):
+        ids = train.sequence(position, 24)
+        assert len(ids) == 24
+        assert ids[: len(served)].tolist() == served
+        # Once: the text goes on behind it.
+        assert ids[len(served)] not in served
+        position = train.after(position, 24)
+
+
+def test_the_beginning_takes_no_text_away(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "abcdefghij" * 8}])
+    train, _ = sources(file, tokenizer=Beginning, validation_share=0.0)
+    assert train.tokens.tolist() == [1, *(ord(c) for c in "abcdefghij" * 8), 0]
+    read, position = [], 0
+    while position < len(train.tokens):
+        read += train.sequence(position, 10).tolist()[1:]
+        position = train.after(position, 10)
+    assert read[:81] == train.tokens.tolist()[1:]
+    plain = sources(file, validation_share=0.0)[0]
+    assert plain.identity() == PackedTokens(plain.tokens, "the same").identity() != train.identity()
+
+
+def test_ids_begin_as_prompts_do_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"input_ids": [5] * 100}])
+    assert sources(file, tokenizer=Beginning)[0].sequence(0, 8).tolist() == [1] + [5] * 7
+
+    def none() -> Any:
+        raise DistilError("no tokenizer can be loaded")
+
+    assert sources(file, tokenizer=none)[0].sequence(0, 8).tolist() == [5] * 8
+
+
+def test_generated_sequences_begin_as_prompts_do() -> None:
+    plain, begun = Synthetic(Letters(), 128, 1), Synthetic(Beginning(), 128, 1)
+    ids = begun.sequence(3, 100)
+    assert ids[0] == 1
+    assert ids[1:].tolist() == plain.sequence(3, 100)[1:].tolist()
+    assert plain.identity() == "synthetic-1-1-False" != begun.identity()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# long texts, and other things that lie in folders
+
+
+class Counting(Letters):
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def __call__(self, text: Any, **options: Any) -> dict[str, Any]:
+        self.characters += sum(map(len, [text] if isinstance(text, str) else text))
+        return super().__call__(text, **options)
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(tmp_path: Path, name: str) -> None:
+    text = "the quick brown fox jumps over the lazy dog\n" * 90_000  # 3.8 MiB
+    file = tmp_path / name
+    file.write_text(text if name.endswith("txt") else json.dumps({"text": text}) + "\n")
+    tokenizer = Counting()
+    train, held_out = sources(file, tokenizer=lambda: tokenizer, max_tokens=1000)
+    assert 1000 <= len(train.tokens) + len(held_out.tokens) < tokenizer.characters + 2 < 300_000
+    everything = sources(file, validation_share=0.0, max_tokens=10**9)[0].tokens
+    assert everything[:-1].tolist() == [ord(c) for c in text]
+
+
+@given(st.text(alphabet="ab \n\u00e9", max_size=400), st.integers(4, 40))
+def test_pieces_are_the_text(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE", size)
+        found = list(reading.pieces(io.StringIO(text)))
+    assert "".join(found) == text
+    assert all(0 < len(piece) <= size for piece in found)
+
+
+def test_pieces_end_between_lines_or_words() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE", 12)
+        assert list(reading.pieces(io.StringIO("aa bb cc\ndd ee ff gg"))) == ["aa bb cc\n", "dd ee ff gg"]
+        assert list(reading.pieces(io.StringIO("aa bb cc dd ee"))) == ["aa bb cc dd", " ee"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abc" * 20)
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "' + b"xyz" * 20 + b'"}\n')
+    for name, letters in (("a.txt", "abc"), ("b.jsonl", "xyz")):
+        train, _ = sources(tmp_path / name, validation_share=0.0)
+        assert train.tokens[:-1].tolist() == [ord(c) for c in letters * 20]
+
+
+def test_a_bad_byte_far_behind_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é".encode() * 200_000 + b"x\xff" + b"y" * 100)
+    with pytest.raises(DistilError, match=r"not UTF-8 text \(byte 400001\)"):
+        sources(tmp_path / "a.txt")
+
+
+def test_a_cloned_dataset(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "stories"
+    (folder / "data").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "note.txt").write_text("g" * 100)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nr" * 10)
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "more.arrow").write_bytes(b"x")
+    parquet.write_table(pyarrow.table({"text": ["p" * 100, "q" * 50], "id": [1, 2]}), folder / "data" / "a.parquet")
+    notes: list[str] = []
+    (train, _) = sources(folder, validation_share=0.0, note=notes.append)
+    assert sorted(set(train.tokens.tolist())) == [0, ord("p"), ord("q")]
+    assert notes == ["stories: 1 files are read, others are left out: 1 .arrow, 1 .png, 1 dataset card"]
+    file = folder / "data" / "a.parquet"
+    with pytest.raises(DistilError, match=r"a.parquet: column 'body' is missing; found columns 'text', 'id'"):
+        sources(file, text_field="body")
+    with pytest.raises(DistilError, match=r"a.parquet, record 1: column 'id' holds int, not text"):
+        sources(file, text_field="id")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DistilError, match=r"a.parquet: not a parquet file \(it is a pointer of git-lfs"):
+        sources(folder)
+    file.unlink()
+    with pytest.raises(DistilError, match=r"the folder holds no text; .*, found 1 .arrow, 1 .png, 1 dataset card"):
+        sources(folder)
+
+
+def test_choices_of_a_dataset_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    import datasets
+
+    (tmp_path / "clone").mkdir()
+    for name in ("long", "short"):
+        jsonl(tmp_path / "clone" / f"{name}.jsonl", [{"text": "x" * 100}])
+    (tmp_path / "clone" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: long\n  data_files: long.jsonl\n"
+        "- config_name: short\n  data_files: short.jsonl\n---\n"
+    )
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **k: real(str(tmp_path / "clone"), *a, **k))
+    with pytest.raises(DistilError, match=r"it has several configurations; choose one with --subset: long, short"):
+        sources("owner/stories")
+    with pytest.raises(DistilError, match=r"it has no configuration 'big'; choose one with --subset: long, short"):
+        sources("owner/stories", subset="big")
+    with pytest.raises(DistilError, match=r"it has no split 'test'; choose one with --split: train"):
+        sources("owner/stories", subset="long", split="test")
+    assert len(sources("owner/stories", subset="long", validation_share=0.0)[0].tokens) == 101

@@ -9,20 +9,17 @@ an uninterrupted run on one process would have read.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_vsprefill.distil.errors import INSTALL, DistilError, first_line
+from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.options import DataOptions
+from vllm_vsprefill.distil.reading import Document, read_records
 
 Ids = npt.NDArray[np.int64]
-TEXT_SUFFIXES = {".txt", ".md", ".text", ".rst"}
-JSON_SUFFIXES = {".jsonl", ".ndjson"}
 BATCH = 64
 
 
@@ -47,26 +44,38 @@ class PackedTokens:
     Args:
         tokens: ids, ``[N]``.
         description: for people to read.
+        start: what every sequence begins with, as served prompts do; where a sequence begins at the start of a document
+            it may be there already.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.uint32], description: str) -> None:
-        self.tokens, self.description = tokens, description
+    def __init__(self, tokens: npt.NDArray[np.uint32], description: str, start: Sequence[int] = ()) -> None:
+        self.tokens, self.description, self.start = tokens, description, np.asarray(start, np.uint32)
 
-    def sequence(self, position: int, length: int) -> Ids:
+    def _cut(self, position: int, length: int) -> npt.NDArray[np.uint32]:
         length = min(length, len(self.tokens))
         start = position % len(self.tokens)
         first = self.tokens[start : start + length]
-        return np.concatenate((first, self.tokens[: length - len(first)])).astype(np.int64)
+        return np.concatenate((first, self.tokens[: length - len(first)]))
+
+    def _missing(self, position: int) -> int:
+        """Tokens that have to be put before a sequence."""
+        count = len(self.start)
+        return 0 if np.array_equal(self._cut(position, count), self.start) else count
+
+    def sequence(self, position: int, length: int) -> Ids:
+        missing = self._missing(position)
+        body = self._cut(position, length - missing)
+        return (np.concatenate((self.start, body)) if missing else body).astype(np.int64)
 
     def after(self, position: int, length: int) -> int:
-        return position + min(length, len(self.tokens))
+        return position + min(length - self._missing(position), len(self.tokens))
 
     def identity(self) -> str:
-        return _digest([self.tokens])
+        return _digest([self.tokens, self.start] if len(self.start) else [self.tokens])
 
 
 class Documents:
-    """One document after the other, cut to length; goes round at the end."""
+    """One document after the other, cut to length; goes round at the end. Texts begin as served prompts do."""
 
     def __init__(self, documents: list[npt.NDArray[np.uint32]], description: str) -> None:
         self.documents, self.description = documents, description
@@ -90,141 +99,51 @@ def _digest(arrays: Iterable[npt.NDArray[np.uint32]]) -> str:
     return digest.hexdigest()[:32]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reading
-
-
-def read_records(options: DataOptions) -> Iterator[str | list[int]]:
-    """Documents as text, or as token ids where a JSON record has ``input_ids`` instead of the field.
-
-    Raises:
-        DistilError: nothing there, not readable, not valid, or without the field; names the place.
-    """
-    path = Path(options.data).expanduser()
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in TEXT_SUFFIXES | JSON_SUFFIXES)
-        if not files:
-            raise DistilError(
-                f"--data {path}: the folder holds no text; expected files ending in "
-                f"{', '.join(sorted(TEXT_SUFFIXES | JSON_SUFFIXES))}"
-            )
-        for file in files:
-            yield from _read_file(file, options.text_field)
-    elif path.exists():
-        yield from _read_file(path, options.text_field)
-    else:
-        yield from _read_dataset(options)
-
-
-def _read_file(path: Path, field: str) -> Iterator[str | list[int]]:
-    if path.suffix.lower() in JSON_SUFFIXES | {".json"}:
-        yield from _read_json_lines(path, field)
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DistilError(f"--data {path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise DistilError(f"--data {path}: cannot be read ({error.strerror})") from None
-    if text.strip():
-        yield text
-
-
-def _read_json_lines(path: Path, field: str) -> Iterator[str | list[int]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DistilError(
-                        f"--data {path}, line {number}: not valid JSON ({error}); expected one JSON object a line"
-                    ) from None
-                yield _document(record, field, f"--data {path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise DistilError(f"--data {path}: not UTF-8 text ({error.reason}); convert it first") from None
-    except OSError as error:
-        raise DistilError(f"--data {path}: cannot be read ({error.strerror})") from None
-
-
-def _document(record: Any, field: str, where: str) -> str | list[int]:
-    if not isinstance(record, dict):
-        raise DistilError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    value = record.get(field)
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DistilError(
-                f"{where}: character {error.start} of {field!r} is half of a surrogate pair, which no tokenizer takes"
-            ) from None
-        return value
-    ids = record.get("input_ids")
-    if value is None and isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < 2**32 for i in ids):
-        return ids
-    kind = "is missing" if value is None else f"holds {type(value).__name__}, not text"
-    raise DistilError(
-        f"{where}: column {field!r} {kind}; found columns {', '.join(map(repr, record))}; name the one with the text "
-        "with --text-field (or give token ids in 'input_ids')"
-    )
-
-
-def _read_dataset(options: DataOptions) -> Iterator[str | list[int]]:
-    name = options.data
-    missing = f"--data {name}: no such file or folder"
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in TEXT_SUFFIXES | JSON_SUFFIXES:
-        raise DistilError(missing)
-    try:
-        import datasets
-    except ImportError:
-        raise DistilError(f"{missing}; for a dataset of that id install the library: {INSTALL}") from None
-    try:
-        stream = datasets.load_dataset(name, options.subset, split=options.split, streaming=True)
-        columns = stream.column_names
-        if columns is not None and options.text_field not in columns and "input_ids" not in columns:
-            raise DistilError(
-                f"--data {name}: it has no column {options.text_field!r}; found columns "
-                f"{', '.join(map(repr, columns))}; name the one with the text with --text-field"
-            )
-        for number, record in enumerate(stream):
-            yield _document(dict(record), options.text_field, f"--data {name}, record {number}")
-    except DistilError:
-        raise
-    except Exception as error:
-        # The library and the clients below it raise many kinds; to the user they are all one.
-        raise DistilError(f"{missing}, and it cannot be read as a dataset ({first_line(error)})") from None
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts before any text of a prompt, its beginning-of-text token, say; often none."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    places = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+    return full[: places[0]] if places and plain else []
 
 
 def tokenise(
-    records: Iterable[str | list[int]],
+    records: Iterable[Document],
     tokenizer: Callable[[], Any],
     max_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[npt.NDArray[np.uint32]], Any]:
-    """Documents as token ids, until there are ``max_tokens``.
+    """Documents as token ids, until there are ``max_tokens``; texts begin with what the tokenizer begins a prompt with.
 
     Args:
-        records: text or ids.
+        records: text, text in pieces, or ids.
         tokenizer: makes the tokenizer; only called where there is text.
         max_tokens: tokens that suffice.
         progress: told the number of tokens so far.
 
     Returns:
-        The documents, and the tokenizer or None.
+        The documents, and the tokenizer or None. A document that came in pieces may lack its end.
     """
     documents: list[npt.NDArray[np.uint32]] = []
     made: Any = None
+    start: list[int] = []
     total, waiting = 0, list[str]()
 
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        nonlocal made, start
+        if made is None:
+            made = tokenizer()
+            start = leading_tokens(made)
+        found: list[list[int]] = made(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return found
+
     def flush() -> int:
-        nonlocal made
         if not waiting:
             return 0
-        made = made or tokenizer()
-        ids = made(waiting, add_special_tokens=False, verbose=False)["input_ids"]
-        documents.extend(np.asarray(d, np.uint32) for d in ids if len(d))
+        ids = ids_of(waiting)
+        documents.extend(np.asarray([*start, *d], np.uint32) for d in ids if len(d))
         waiting.clear()
         return sum(map(len, ids))
 
@@ -233,15 +152,37 @@ def tokenise(
             waiting.append(record)
             if len(waiting) == BATCH or sum(map(len, waiting)) > 2**22:
                 total += flush()
-        elif record:
-            documents.append(np.asarray(record, np.uint32))
-            total += len(record)
+        elif isinstance(record, list):
+            if record:
+                documents.append(np.asarray(record, np.uint32))
+                total += len(record)
+        else:
+            total += flush()
+            parts: list[npt.NDArray[np.uint32]] = []
+            for piece in filter(str.strip, record):
+                ids = np.asarray(ids_of([piece])[0], np.uint32)
+                parts.append(ids)
+                total += len(ids)
+                if progress is not None:
+                    progress(total)
+                if total >= max_tokens:
+                    break
+            if any(map(len, parts)):
+                documents.append(np.concatenate((np.asarray(start, np.uint32), *parts)))
         if progress is not None:
             progress(total)
         if total >= max_tokens:
             break
     flush()
     return documents, made
+
+
+def _start(made: Any, tokenizer: Callable[[], Any]) -> list[int]:
+    """What sequences begin with; nothing where there are only token ids and no tokenizer."""
+    try:
+        return leading_tokens(made if made is not None else tokenizer())
+    except DistilError:
+        return []
 
 
 def open_sources(
@@ -256,6 +197,7 @@ def open_sources(
     validation_share: float = 0.02,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Source, Source]:
     """Training and held-out streams.
 
@@ -270,14 +212,16 @@ def open_sources(
         validation_share: share of the tokens held out; 0, with packing: none, both streams are all of the text.
         seed: of the order of documents.
         progress: told the number of tokens read.
+        note: told what is left out.
 
     Raises:
         DistilError: no text, too little of it, or ids that the model does not know.
     """
-    documents, made = tokenise(read_records(options), tokenizer, max_tokens, progress)
+    documents, made = tokenise(read_records(options, note), tokenizer, max_tokens, progress)
     if not documents:
         raise DistilError(f"--data {options.data}: no text in it; expected at least {min_length} tokens")
-    largest = max(int(d.max()) for d in documents)
+    start = _start(made, tokenizer) if packing else []
+    largest = max(*start, *(int(d.max()) for d in documents), 0)
     if largest >= vocabulary:
         raise DistilError(
             f"--data {options.data}: token id {largest} is beyond the model's {vocabulary} embeddings; the tokenizer "
@@ -305,11 +249,11 @@ def open_sources(
                 f"--data {options.data}: too little text: {len(tokens):,} tokens, but the shortest sequences have "
                 f"{min_length:,}; give more text"
             )
-        return PackedTokens(tokens, what), PackedTokens(tokens, what)
+        return PackedTokens(tokens, what, start), PackedTokens(tokens, what, start)
     held = max(round(validation_share * len(tokens)), min(max_length, len(tokens) // 5))
     if min(held, len(tokens) - held) < min_length:
         raise DistilError(
             f"--data {options.data}: too little text: {len(tokens):,} tokens, of which {held:,} are held out for "
             f"validation, but the shortest sequences have {min_length}; give more text or lower --min-length"
         )
-    return PackedTokens(tokens[held:], what), PackedTokens(tokens[:held], f"{what}, held out")
+    return PackedTokens(tokens[held:], what, start), PackedTokens(tokens[:held], f"{what}, held out", start)

@@ -132,6 +132,7 @@ def sources(
             validation_share=validation_share,
             seed=seed,
             progress=lambda total: bar.update(total - bar.n) and None,
+            note=log,
         )
     log(read.description)
     longest = max_length

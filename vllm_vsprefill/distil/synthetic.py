@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_vsprefill.distil.data import Ids
+from vllm_vsprefill.distil.data import Ids, leading_tokens
 from vllm_vsprefill.distil.errors import DistilError
 
 _THINGS = (
@@ -108,6 +108,7 @@ class Synthetic:
                 f"has {vocabulary} embeddings; give the right one with --tokenizer"
             )
         self._tokens_per_word = len(sample) / 2000
+        self._start = np.asarray(leading_tokens(tokenizer), np.int64)
 
     def _rng(self, position: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, int(self._held_out), position])
@@ -119,12 +120,13 @@ class Synthetic:
         words = int(1.1 * length / self._tokens_per_word) + 50
         while len(ids := self._ids(document(self._rng(position), words))) < length:
             words = words * 3 // 2
-        # The end, where the last questions are, is kept.
-        return ids[-length:]
+        # The end, where the last questions are, is kept, behind what prompts begin with.
+        return np.concatenate((self._start, ids[len(ids) - length + len(self._start) :]))
 
     def after(self, position: int, length: int) -> int:
         del length
         return position + 1
 
     def identity(self) -> str:
-        return f"synthetic-1-{self._seed}-{self._held_out}"
+        start = f"-{self._start.tolist()}" if len(self._start) else ""
+        return f"synthetic-1-{self._seed}-{self._held_out}{start}"
