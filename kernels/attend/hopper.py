@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, call-arg"
 """Sparse attention over a paged cache for compute capability 9.0, with warp specialisation.
 
 The same operation as ``triton.py`` beside it, in Gluon, where matrix products and copies into shared memory are issued
-by hand. A program has three warp groups. One, the producer, follows the index and copies rows of keys and values into a
-ring of stages in shared memory; two consumers own 64 rows each (16 positions x 4 heads, say) and run the online
-softmax, each issuing the logits of a key tile before it weighs the values of the tile before.
+by hand.
 
-There are as many programs as multiprocessors, and each computes many pieces of 128 rows, one after the other. All warp
-groups work out by themselves which piece is next; the producer runs ahead into it while the consumers finish the one
-before. The counters of the rings go on from piece to piece.
+**Who does what.** A program has three warp groups. One, the producer, follows the index and copies rows of keys and
+values into rings of places in shared memory; two consumers own 64 rows each (16 positions x 4 heads, say). There are as
+many programs as multiprocessors, and each computes many pieces of 128 rows, one after the other. All warp groups work
+out by themselves which piece is next and how many tiles of which kind it has (its plan); the producer runs ahead into
+it while the consumers finish the one before. The counters of the rings go on from piece to piece.
 
-Keys of a piece come in this order, each once:
+**What a consumer computes.** With ``s = scale / ln(2) * q . k``, a row's output is ``sum(2**s * v) / sum(2**s)``.
+The sums are taken tile by tile, relative to the largest logit ``m`` so far: where a tile raises it to ``m'``, what was
+summed before is multiplied by ``2**(m - m')`` (online softmax, Milakov and Gimelshein 2018). The product of a tile's
+logits runs beside the product of the weights and values of the tile before it (``_step``), as in FlashAttention 3.
+
+**In which order.** Keys of a piece come in this order, each once:
 
 1. the tile that ends with the program's own positions, the only one that needs the causal mask;
 2. plain tiles, of which both consumers see every key: the rest of the window, then columns below it, but for those
@@ -20,13 +25,19 @@ Keys of a piece come in this order, each once:
 3. tiles with a bias of 0 or -inf per key and consumer: the ragged end of the window, then the last columns;
 4. granules of diagonals without what is a column, too, half a tile for each consumer, since each has diagonal keys of
    its own: twice the bytes a product, so that each such tile is followed by a plain one;
-5. the diagonals for which there is no plain tile.
+5. the diagonals for which there is no plain tile, one product after the other: the copies bound them.
+
+**How things are called.** Aggregates are named as in FlashAttention 3 and CUTLASS where those have the thing: a
+``Pipeline`` is a ring of places with its barriers, a ``PipelineState`` says which place is next and how often the ring
+has gone round. Prefixes: ``b_`` a tensor in registers, ``s_`` in shared memory, ``p_`` a pointer, ``o_`` offsets,
+``m_`` a mask, ``l_`` a layout, ``i_`` an index. A name with a ``2`` belongs to the second consumer.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import typing
 
 import torch
 from torch import Tensor
@@ -39,6 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate, base_value
 
 from ..index import RANK, Index
 from ..launch import cdiv, launch, next_power_of_2
@@ -51,6 +63,380 @@ ROWS = 64  # of a consumer: the least that a warp group multiplies
 KEYS = 128  # of a tile
 MAX_GROUP = 64
 REGISTERS = (208, 88)
+
+
+def aggregate(cls):
+    """Makes a class with annotated fields a value that kernels pass on; its constructor takes them by name.
+
+    Triton 3.6 has aggregates, but neither a constructor made for them nor annotations that are evaluated later. A field
+    may be a constant where Triton makes one of an argument: of None, and of a stride that is 1.
+    """
+    cls.__annotations__ = typing.get_type_hints(cls)
+    names = tuple(cls.__annotations__)
+
+    def init(self, **values):
+        for name in names:
+            value = values.pop(name)
+            setattr(self, name, value if isinstance(value, base_value) else gl.constexpr(value))
+        if values:
+            raise TypeError(f"{cls.__name__} has no {', '.join(values)}")
+
+    # Nothing that a kernel's hash has to cover: fields are given by name.
+    vars(init)["__triton_builtin__"] = True
+    cls.__init__ = init
+    return _aggregate(cls)
+
+
+@aggregate
+class Shape:
+    """What is known at compile time. ``PACK`` is ``GROUP`` as a power of two, ``POSITIONS`` those of a consumer."""
+
+    HEADS: gl.constexpr
+    GROUP: gl.constexpr
+    PACK: gl.constexpr
+    POSITIONS: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    BLOCK_K: gl.constexpr
+    RANK: gl.constexpr
+    D: gl.constexpr
+    KEYS: gl.constexpr
+    STAGES: gl.constexpr
+
+
+@aggregate
+class Requests:
+    """Which rows belong to which request: pointers to ``[requests]`` each."""
+
+    p_row_start: gl.tensor
+    p_row_end: gl.tensor
+    p_seq_len: gl.tensor
+
+
+@aggregate
+class Piece:
+    """Two consumers' positions of one KV head of one request.
+
+    ``i_p`` is the first position, ``[lo, hi)`` those of the request that have rows, ``first`` the row of position 0,
+    were it in the query tensor.
+    """
+
+    i_h: gl.tensor
+    i_r: gl.tensor
+    i_p: gl.tensor
+    lo: gl.tensor
+    hi: gl.tensor
+    first: gl.tensor
+
+
+@aggregate
+class IndexView:
+    """The lists of all KV heads of all requests, or, after ``of``, of one."""
+
+    p_columns: gl.tensor
+    p_slots: gl.tensor
+    p_rank: gl.tensor
+    p_granules: gl.tensor
+    p_granule_rank: gl.tensor
+    p_near: gl.tensor
+    p_flags: gl.tensor
+    width: gl.tensor
+    rank_width: gl.tensor
+    granule_width: gl.tensor
+    granule_rank_width: gl.tensor
+    window: gl.tensor
+    sinks: gl.tensor
+
+    @gluon.jit
+    def of(self, piece, shape):
+        """The lists of the head of ``piece``."""
+        i_head = (piece.i_r * shape.HEADS + piece.i_h).to(gl.int64)
+        return IndexView(
+            p_columns=self.p_columns + i_head * self.width,
+            p_slots=self.p_slots + i_head * self.width,
+            p_rank=self.p_rank + i_head * self.rank_width,
+            p_granules=self.p_granules + i_head * self.granule_width,
+            p_granule_rank=self.p_granule_rank + i_head * self.granule_rank_width,
+            p_near=self.p_near + i_head * self.granule_width,
+            p_flags=self.p_flags + (i_head + piece.i_r * shape.HEADS) * self.width,
+            width=self.width,
+            rank_width=self.rank_width,
+            granule_width=self.granule_width,
+            granule_rank_width=self.granule_rank_width,
+            window=self.window,
+            sinks=self.sinks,
+        )
+
+    @gluon.jit
+    def granules(self, o_f, b_lanes, BLOCK_K: gl.constexpr):
+        """Relative granules of lanes ``o_f``, -1 for none."""
+        return gl.load(self.p_granules + o_f // BLOCK_K, mask=o_f < b_lanes, other=-1)
+
+
+@aggregate
+class Plan:
+    """Where the tiles of a piece start, and how many tiles and keys of which kind it has.
+
+    ``tile`` and ``length``: the pattern's tile around a consumer's positions; ``start``: where its window starts;
+    ``lanes``: keys of its granules; ``base``: the first key of the own tile. Of tiles, ``num_window`` are plain ones of
+    the window and ``num_plain`` of columns; ``num_rest``, with a bias, are the ragged end of the window, ``num_bias``
+    all with a bias; ``num_diagonal`` hold granules and ``num_mixed`` of those are followed by a plain one.
+    ``num_columns`` counts keys, those of plain tiles too.
+    """
+
+    tile: gl.tensor
+    length: gl.tensor
+    start: gl.tensor
+    lanes: gl.tensor
+    num_columns: gl.tensor
+    tile2: gl.tensor
+    length2: gl.tensor
+    start2: gl.tensor
+    lanes2: gl.tensor
+    num_columns2: gl.tensor
+    base: gl.tensor
+    num_window: gl.tensor
+    num_plain: gl.tensor
+    num_rest: gl.tensor
+    num_bias: gl.tensor
+    num_diagonal: gl.tensor
+    num_mixed: gl.tensor
+
+    @gluon.jit
+    def early(self):
+        """How many plain tiles come before the diagonals."""
+        return self.num_window + self.num_plain - self.num_mixed
+
+
+@aggregate
+class PipelineState:
+    """How many tiles have passed through a ring: which place is next, and in an even or odd round."""
+
+    count: gl.tensor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def stage(self):
+        return self.count % self.STAGES
+
+    @gluon.jit
+    def phase(self):
+        return (self.count // self.STAGES) & 1
+
+    @gluon.jit
+    def next(self):
+        return PipelineState(count=self.count + 1, STAGES=self.STAGES)
+
+    @gluon.jit
+    def before(self):
+        return PipelineState(count=self.count - 1, STAGES=self.STAGES)
+
+
+@aggregate
+class Pipeline:
+    """A ring of places in shared memory that the producer fills and the consumers free, with two barriers a place."""
+
+    places: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def at(self, state):
+        return self.places.index(state.stage())
+
+    @gluon.jit
+    def producer_acquire(self, state):
+        stage, phase = state.stage(), state.phase() ^ 1
+        mbarrier.wait(self.empty.index(stage), phase)
+
+    @gluon.jit
+    def producer_copy(self, state, p_from):
+        """Starts to copy rows; the barrier counts every thread of the producer once its copies are done."""
+        s_to, full = self.at(state), self.full.index(state.stage())
+        load_rows(s_to, p_from)
+        async_copy.mbarrier_arrive(full, increment_count=False)
+
+    @gluon.jit
+    def consumer_wait(self, state):
+        mbarrier.wait(self.full.index(state.stage()), state.phase())
+
+    @gluon.jit
+    def consumer_release(self, state):
+        mbarrier.arrive(self.empty.index(state.stage()))
+
+
+@aggregate
+class Pipelines:
+    """All rings of a program: one place of queries ``[2, 64, D]``; tiles of keys and values ``[KEYS, D]``, whose states
+    are the same; biases ``[KEYS]``, of which a place has two neighbouring ones."""
+
+    queries: Pipeline
+    keys: Pipeline
+    values: Pipeline
+    bias: Pipeline
+
+
+@aggregate
+class Cache:
+    """The paged cache: of all KV heads of all requests, or, after ``of``, of one."""
+
+    p_kv: gl.tensor
+    p_table: gl.tensor
+    stride_block: gl.tensor | gl.constexpr
+    stride_head: gl.tensor | gl.constexpr
+    stride_token: gl.tensor | gl.constexpr
+    stride_table: gl.tensor | gl.constexpr
+    BLOCK_SIZE: gl.constexpr
+    LINEAR: gl.constexpr
+    D: gl.constexpr
+
+    @gluon.jit
+    def of(self, piece):
+        """The cache as the head of ``piece`` sees it."""
+        return Cache(
+            p_kv=self.p_kv + piece.i_h.to(gl.int64) * self.stride_head,
+            p_table=self.p_table + piece.i_r.to(gl.int64) * self.stride_table,
+            stride_block=self.stride_block,
+            stride_head=self.stride_head,
+            stride_token=self.stride_token,
+            stride_table=self.stride_table,
+            BLOCK_SIZE=self.BLOCK_SIZE,
+            LINEAR=self.LINEAR,
+            D=self.D,
+        )
+
+    @gluon.jit
+    def block(self, b_pos):
+        """Blocks of positions inside the context."""
+        return gl.load(self.p_table + b_pos // self.BLOCK_SIZE)
+
+    @gluon.jit
+    def slot_in(self, b_block, b_pos):
+        """Slots of positions, whose blocks are known."""
+        return b_block * self.BLOCK_SIZE + b_pos % self.BLOCK_SIZE
+
+    @gluon.jit
+    def slot(self, b_pos):
+        """Slots of positions inside the context."""
+        return self.slot_in(self.block(b_pos), b_pos)
+
+    @gluon.jit
+    def rows(self, b_slot):
+        """Pointers ``[keys, D]`` to the keys in slots, of which each thread holds one; values lie ``D`` behind."""
+        l_kv: gl.constexpr = gl.BlockedLayout([1, 8], [256 // self.D, self.D // 8], [4, 1], [1, 0])
+        if self.LINEAR:
+            b_offset = b_slot.to(gl.int64) * self.stride_token
+        else:
+            b_offset = (b_slot // self.BLOCK_SIZE).to(gl.int64) * self.stride_block
+            b_offset += (b_slot % self.BLOCK_SIZE).to(gl.int64) * self.stride_token
+        b_offset = gl.convert_layout(b_offset, gl.SliceLayout(1, l_kv))
+        o_d = gl.expand_dims(gl.arange(0, self.D, layout=gl.SliceLayout(0, l_kv)), 0)
+        return gl.expand_dims(self.p_kv + b_offset, 1) + o_d
+
+
+@aggregate
+class Queries:
+    """Where queries are read."""
+
+    p_q: gl.tensor
+    stride_row: gl.tensor | gl.constexpr
+    stride_head: gl.tensor | gl.constexpr
+
+
+@aggregate
+class Output:
+    """Where outputs and, if asked for, the log-sum-exp go."""
+
+    p_out: gl.tensor
+    p_lse: gl.tensor | gl.constexpr
+    stride_row: gl.tensor | gl.constexpr
+    stride_head: gl.tensor | gl.constexpr
+    stride_lse_row: gl.tensor | gl.constexpr
+    stride_lse_head: gl.tensor | gl.constexpr
+    LSE: gl.constexpr
+
+
+@aggregate
+class Softmax:
+    """The online softmax of a consumer's rows: the largest logit so far, and relative to it the sums of weights and of
+    weighted values. ``row_max`` and ``row_sum`` have the layout of the rows of ``b_acc``, whatever a tile's length.
+    """
+
+    b_acc: gl.tensor
+    row_max: gl.tensor
+    row_sum: gl.tensor
+
+
+# Pieces and plans, which every warp group works out for itself
+
+
+@gluon.jit
+def _piece(i_w, batch, num_tiles, shape):
+    """Number ``i_w`` of all pieces. One whose first position lies behind the context is empty, as are all of a request
+    without rows: it has none that could be read in place of a missing one."""
+    i_h = i_w // num_tiles % shape.HEADS
+    i_r = i_w // num_tiles // shape.HEADS
+    row_end, hi = gl.load(batch.p_row_end + i_r), gl.load(batch.p_seq_len + i_r)
+    lo = hi - (row_end - gl.load(batch.p_row_start + i_r))
+    # The latest tiles take longest where the context is short, so they come first.
+    both: gl.constexpr = 2 * shape.POSITIONS
+    i_p = lo // both * both + (num_tiles - 1 - i_w % num_tiles) * both
+    i_p = gl.where(lo < hi, i_p, hi)
+    return Piece(i_h=i_h, i_r=i_r, i_p=i_p, lo=lo, hi=hi, first=row_end - hi)
+
+
+@gluon.jit
+def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Start and length of the pattern's tile around position ``i_p``, and where its window starts."""
+    tile = i_p // BLOCK_Q * BLOCK_Q
+    length = gl.minimum(BLOCK_Q, n - tile)
+    start = gl.maximum(tile - window + 1, 0) // BLOCK_K * BLOCK_K
+    return tile, length, start
+
+
+@gluon.jit
+def _plan(piece, index, shape):
+    """The plan of a piece, whose head's lists are ``index``."""
+    KEYS: gl.constexpr = shape.KEYS
+    BLOCK_K: gl.constexpr = shape.BLOCK_K
+    RANK: gl.constexpr = shape.RANK
+    i_p, hi = piece.i_p, piece.hi
+    tile, length, start = _tile_of(i_p, hi, index.window, shape.BLOCK_Q, BLOCK_K)
+    # A second tile behind the end of the context sees the last position only and is not stored.
+    tile2, length2, start2 = _tile_of(i_p + shape.POSITIONS, hi, index.window, shape.BLOCK_Q, BLOCK_K)
+    two = tile2 < hi
+    base = i_p + 2 * shape.POSITIONS - KEYS
+    num_window = gl.maximum(base - start2, 0) // KEYS
+    num_rest = gl.maximum(base - num_window * KEYS - start + KEYS - 1, 0) // KEYS
+    # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
+    p_granule_rank = index.p_granule_rank
+    lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
+    lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
+    lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
+    num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
+    num_plain = gl.load(index.p_rank + start // RANK) // KEYS
+    num_columns = gl.load(index.p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
+    return Plan(
+        tile=tile,
+        length=length,
+        start=start,
+        lanes=lanes,
+        num_columns=num_columns,
+        tile2=tile2,
+        length2=length2,
+        start2=start2,
+        lanes2=lanes2,
+        num_columns2=gl.where(two, num_columns, 0),
+        base=base,
+        num_window=num_window,
+        num_plain=num_plain,
+        num_rest=num_rest,
+        num_bias=num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS,
+        num_diagonal=num_diagonal,
+        num_mixed=gl.minimum(num_diagonal, num_window + num_plain),
+    )
+
+
+# Consumers
 
 
 @gluon.jit
@@ -68,15 +454,13 @@ def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: gl.constexpr):
-    """Softmax of a tile of logits: weights for the product with the values, and the factor on the output so far.
-
-    Maximum and sum have the layout of the output's rows, whatever the length of a tile.
-    """
+def _weigh(b_s, softmax, s_bias, scale, BIAS: gl.constexpr, DTYPE: gl.constexpr):
+    """Weights of a tile of logits for the product with its values, the factor on the output so far, the new maximum and
+    the new sum."""
     l_s: gl.constexpr = b_s.type.layout
-    l_o: gl.constexpr = b_acc.type.layout
-    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_s))
-    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_s))
+    l_o: gl.constexpr = softmax.b_acc.type.layout
+    b_max = gl.convert_layout(softmax.row_max, gl.SliceLayout(1, l_s))
+    b_sum = gl.convert_layout(softmax.row_sum, gl.SliceLayout(1, l_s))
     if BIAS:
         b_bias = gl.expand_dims(s_bias.load(gl.SliceLayout(0, l_s)).to(gl.float32), 0)
         b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, True)
@@ -90,504 +474,436 @@ def _weigh(b_s, b_acc, b_max, b_sum, s_bias, scale, BIAS: gl.constexpr, DTYPE: g
 
 
 @gluon.jit
-def _step(
-    it, ib, s_q, s_keys, s_values, s_row, bars, b_p, b_acc, b_max, b_sum, scale, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """The logits of tile ``it``, whose keys are ``s_keys``, beside the product of the weights ``b_p`` and values
-    ``s_values`` of the tile before it; returns the weights of the tile. ``ib`` counts tiles with a bias, ``s_row``."""
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, _, _ = bars
+def _logits(s_q, s_keys):
+    """Starts the product of queries and keys."""
     LENGTH: gl.constexpr = s_keys.shape[0]
     l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LENGTH, 16])
-    stage, before, place = it % STAGES, (it - 1) % STAGES, ib % STAGES
-    mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
-    b_s = warpgroup_mma(
-        s_q, s_keys.permute((1, 0)), gl.zeros([64, LENGTH], gl.float32, l_s), use_acc=False, is_async=True
-    )
-    mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-    b_o = warpgroup_mma(b_p, s_values, b_acc, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
-    mbarrier.arrive(k_empty.index(stage))
-    if BIAS:
-        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
-    b_next, b_factor, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_row, scale, BIAS, DTYPE)
-    if BIAS:
-        mbarrier.arrive(bias_empty.index(place))
-    b_acc = warpgroup_mma_wait(0, deps=[b_o])
-    mbarrier.arrive(v_empty.index(before))
-    return b_next, b_acc * b_factor, b_max, b_sum
+    b_zero = gl.zeros([64, LENGTH], gl.float32, l_s)
+    return warpgroup_mma(s_q, s_keys.permute((1, 0)), b_zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _tiles(
-    it, ib, count, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
-    WHICH: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+def _step(tiles, biases, s_q, s_keys, s_values, s_row, rings, b_p, softmax, scale, BIAS: gl.constexpr):
+    """The logits of the next tile, whose keys are ``s_keys``, beside the product of the weights ``b_p`` and values
+    ``s_values`` of the tile before it; returns the weights of the tile and the softmax without its values. ``s_row`` is
+    the bias of the tile, if it has one."""
+    rings.keys.consumer_wait(tiles)
+    b_s = _logits(s_q, s_keys)
+    rings.values.consumer_wait(tiles.before())
+    b_o = warpgroup_mma(b_p, s_values, softmax.b_acc, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    rings.keys.consumer_release(tiles)
+    if BIAS:
+        rings.bias.consumer_wait(biases)
+    b_p, b_factor, b_max, b_sum = _weigh(b_s, softmax, s_row, scale, BIAS, s_q.dtype)
+    if BIAS:
+        rings.bias.consumer_release(biases)
+    b_acc = warpgroup_mma_wait(0, deps=[b_o])
+    rings.values.consumer_release(tiles.before())
+    return b_p, Softmax(b_acc=b_acc * b_factor, row_max=b_max, row_sum=b_sum)
+
+
+@gluon.jit
+def _steps(
+    tiles, biases, count, s_q, rings, b_p, softmax, scale, WHICH: gl.constexpr, BIAS: gl.constexpr
 ):  # fmt: skip
     """``count`` tiles of both consumers."""
     for _ in range(count):
-        b_p, b_acc, b_max, b_sum = _step(
-            it, ib, s_q, s_k.index(it % STAGES), s_v.index((it - 1) % STAGES),
-            s_bias.index(2 * (ib % STAGES) + WHICH), bars, b_p, b_acc, b_max, b_sum, scale, BIAS, STAGES, DTYPE,
+        b_p, softmax = _step(
+            tiles, biases, s_q, rings.keys.at(tiles), rings.values.at(tiles.before()),
+            rings.bias.places.index(2 * biases.stage() + WHICH), rings, b_p, softmax, scale, BIAS,
         )  # fmt: skip
-        it += 1
+        tiles = tiles.next()
         if BIAS:
-            ib += 1
-    return it, ib, b_p, b_acc, b_max, b_sum
+            biases = biases.next()
+    return tiles, biases, b_p, softmax
 
 
 @gluon.jit
-def _consume(
-    it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, piece, plan,
-    stride_out_row, stride_out_head, stride_lse_row, stride_lse_head,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, D: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
-):  # fmt: skip
-    """A consumer's 64 rows of piece number ``i_n`` of the program; returns the counters of the rings."""
-    k_full, k_empty, v_full, v_empty, bias_full, bias_empty, q_full, q_empty = bars
-    i_h, _, i_p, lo, hi, first = piece
-    _, _, start, _, _, start2, _, _, base, num_window, num_plain, _, _, _, num_bias, num_diagonal, num_mixed = plan
-    if WHICH == 1:
-        i_p += POSITIONS
-        start = start2
-    DTYPE: gl.constexpr = s_q.dtype
-    HALF: gl.constexpr = KEYS // 2
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    l_h: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+def _own_tile(tiles, s_q, rings, i_p, start, piece, plan, scale, WHICH: gl.constexpr, shape):
+    """Weights of the own tile under the causal mask, and the softmax that begins with it."""
+    KEYS: gl.constexpr = shape.KEYS
+    rings.keys.consumer_wait(tiles)
+    b_s = warpgroup_mma_wait(0, deps=[_logits(s_q, rings.keys.at(tiles))])
+    rings.keys.consumer_release(tiles)
+    l_s: gl.constexpr = b_s.type.layout
+    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.D, 16])
     l_m: gl.constexpr = gl.SliceLayout(1, l_o)
-    s_q = s_q.index(WHICH)
-
-    # 1. The own tile
-    stage = it % STAGES
-    mbarrier.wait(q_full, i_n & 1)
-    mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
-    b_s = warpgroup_mma(
-        s_q, s_k.index(stage).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, l_s), use_acc=False, is_async=True
-    )
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
-    mbarrier.arrive(k_empty.index(stage))
     # [1, KEYS], [64, 1]
-    b_pos = gl.expand_dims(base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
-    b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // PACK, 1)
+    b_pos = gl.expand_dims(plan.base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
+    b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // shape.PACK, 1)
     # Rows behind the context's end, which are not stored, see its last position: no row is without a key.
-    m_s = (b_pos <= gl.minimum(b_i, hi - 1)) & (b_pos >= gl.minimum(start, hi - 1))
+    m_s = (b_pos <= gl.minimum(b_i, piece.hi - 1)) & (b_pos >= gl.minimum(start, piece.hi - 1))
     b_s = gl.where(m_s, b_s, float("-inf"))
     b_max = gl.full([64], float("-inf"), gl.float32, layout=l_m)
     b_sum = gl.zeros([64], gl.float32, layout=l_m)
-    b_acc = gl.zeros([64, D], gl.float32, layout=l_o)
-    b_p, _, b_max, b_sum = _weigh(b_s, b_acc, b_max, b_sum, s_bias.index(WHICH), scale, False, DTYPE)
-    it += 1
+    b_acc = gl.zeros([64, shape.D], gl.float32, layout=l_o)
+    softmax = Softmax(b_acc=b_acc, row_max=b_max, row_sum=b_sum)
+    b_p, _, b_max, b_sum = _weigh(b_s, softmax, rings.bias.places.index(WHICH), scale, False, s_q.dtype)
+    return b_p, Softmax(b_acc=b_acc, row_max=b_max, row_sum=b_sum)
+
+
+@gluon.jit
+def _store(output, softmax, piece, i_p, shape, DTYPE: gl.constexpr):
+    """Normalises and writes the rows of a consumer, whose first position is ``i_p``."""
+    PACK: gl.constexpr = shape.PACK
+    l_o: gl.constexpr = softmax.b_acc.type.layout
+    # [64], [64, D]
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_o))
+    b_row = i_p + o_m // PACK
+    m_row = (b_row >= piece.lo) & (b_row < piece.hi) & (o_m % PACK < shape.GROUP)
+    b_head = (piece.i_h * shape.GROUP + o_m % PACK).to(gl.int64)
+    b_row = (piece.first + b_row).to(gl.int64)
+    o_d = gl.expand_dims(gl.arange(0, shape.D, layout=gl.SliceLayout(0, l_o)), 0)
+    b_out = softmax.b_acc * gl.expand_dims(1.0 / softmax.row_sum, 1)
+    p_row = gl.expand_dims(output.p_out + b_row * output.stride_row + b_head * output.stride_head, 1)
+    gl.store(p_row + o_d, b_out.to(DTYPE), mask=gl.expand_dims(m_row, 1))
+    if output.LSE:
+        b_lse = (softmax.row_max + gl.log2(softmax.row_sum)) * 0.6931471805599453
+        p_lse = output.p_lse + b_row * output.stride_lse_row + b_head * output.stride_lse_head
+        gl.store(p_lse, b_lse, mask=m_row)
+
+
+@gluon.jit
+def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl.constexpr, shape):
+    """A consumer's 64 rows of a piece; returns the states of the rings."""
+    i_p, start = piece.i_p, plan.start
+    if WHICH == 1:
+        i_p += shape.POSITIONS
+        start = plan.start2
+    HALF: gl.constexpr = shape.KEYS // 2
+    s_q = rings.queries.places.index(WHICH)
+
+    # 1. The own tile
+    rings.queries.consumer_wait(pieces)
+    b_p, softmax = _own_tile(tiles, s_q, rings, i_p, start, piece, plan, scale, WHICH, shape)
+    tiles = tiles.next()
 
     # 2., 3. Tiles of both consumers
-    it, ib, b_p, b_acc, b_max, b_sum = _tiles(
-        it, ib, num_window + num_plain - num_mixed, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale,
-        WHICH, False, STAGES, DTYPE,
-    )  # fmt: skip
-    it, ib, b_p, b_acc, b_max, b_sum = _tiles(
-        it, ib, num_bias, s_q, s_k, s_v, s_bias, bars, b_p, b_acc, b_max, b_sum, scale, WHICH, True, STAGES, DTYPE
-    )
+    tiles, biases, b_p, softmax = _steps(tiles, biases, plan.early(), s_q, rings, b_p, softmax, scale, WHICH, False)
+    tiles, biases, b_p, softmax = _steps(tiles, biases, plan.num_bias, s_q, rings, b_p, softmax, scale, WHICH, True)
 
     # 4. Half tiles of the own diagonals, in turns with tiles of both
-    for _ in range(num_mixed):
-        s_half = s_bias.index(2 * (ib % STAGES) + WHICH).slice(WHICH * HALF, HALF)
-        b_ph, b_acc, b_max, b_sum = _step(
-            it, ib, s_q, s_k.index(it % STAGES).slice(WHICH * HALF, HALF), s_v.index((it - 1) % STAGES), s_half, bars,
-            b_p, b_acc, b_max, b_sum, scale, True, STAGES, DTYPE,
+    for _ in range(plan.num_mixed):
+        s_half = rings.bias.places.index(2 * biases.stage() + WHICH).slice(WHICH * HALF, HALF)
+        b_ph, softmax = _step(
+            tiles, biases, s_q, rings.keys.at(tiles).slice(WHICH * HALF, HALF), rings.values.at(tiles.before()), s_half,
+            rings, b_p, softmax, scale, True,
         )  # fmt: skip
-        it += 1
-        ib += 1
-        b_p, b_acc, b_max, b_sum = _step(
-            it, ib, s_q, s_k.index(it % STAGES), s_v.index((it - 1) % STAGES).slice(WHICH * HALF, HALF), s_half, bars,
-            b_ph, b_acc, b_max, b_sum, scale, False, STAGES, DTYPE,
+        tiles = tiles.next()
+        biases = biases.next()
+        b_p, softmax = _step(
+            tiles, biases, s_q, rings.keys.at(tiles), rings.values.at(tiles.before()).slice(WHICH * HALF, HALF), s_half,
+            rings, b_ph, softmax, scale, False,
         )  # fmt: skip
-        it += 1
-    before = (it - 1) % STAGES
-    mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
-    b_o = warpgroup_mma(b_p, s_v.index(before), b_acc, is_async=True)
+        tiles = tiles.next()
+    rings.values.consumer_wait(tiles.before())
+    b_o = warpgroup_mma(b_p, rings.values.at(tiles.before()), softmax.b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_o])
-    mbarrier.arrive(v_empty.index(before))
+    rings.values.consumer_release(tiles.before())
+    softmax = Softmax(b_acc=b_acc, row_max=softmax.row_max, row_sum=softmax.row_sum)
 
     # 5. The other diagonals
-    for _ in range(num_diagonal - num_mixed):
-        stage, phase = it % STAGES, (it // STAGES) & 1
-        place = ib % STAGES
-        s_kh, s_vh = s_k.index(stage).slice(WHICH * HALF, HALF), s_v.index(stage).slice(WHICH * HALF, HALF)
-        s_half = s_bias.index(2 * place + WHICH).slice(WHICH * HALF, HALF)
-        mbarrier.wait(k_full.index(stage), phase)
-        b_sh = warpgroup_mma(
-            s_q, s_kh.permute((1, 0)), gl.zeros([64, HALF], gl.float32, l_h), use_acc=False, is_async=True
-        )
-        b_sh = warpgroup_mma_wait(0, deps=[b_sh])
-        mbarrier.arrive(k_empty.index(stage))
-        mbarrier.wait(bias_full.index(place), (ib // STAGES) & 1)
-        b_ph, b_factor, b_max, b_sum = _weigh(b_sh, b_acc, b_max, b_sum, s_half, scale, True, DTYPE)
-        mbarrier.arrive(bias_empty.index(place))
-        mbarrier.wait(v_full.index(stage), phase)
-        b_o = warpgroup_mma(b_ph, s_vh, b_acc * b_factor, is_async=True)
+    for _ in range(plan.num_diagonal - plan.num_mixed):
+        s_half = rings.bias.places.index(2 * biases.stage() + WHICH).slice(WHICH * HALF, HALF)
+        s_keys = rings.keys.at(tiles).slice(WHICH * HALF, HALF)
+        s_values = rings.values.at(tiles).slice(WHICH * HALF, HALF)
+        rings.keys.consumer_wait(tiles)
+        b_s = warpgroup_mma_wait(0, deps=[_logits(s_q, s_keys)])
+        rings.keys.consumer_release(tiles)
+        rings.bias.consumer_wait(biases)
+        b_ph, b_factor, b_max, b_sum = _weigh(b_s, softmax, s_half, scale, True, s_q.dtype)
+        rings.bias.consumer_release(biases)
+        rings.values.consumer_wait(tiles)
+        b_o = warpgroup_mma(b_ph, s_values, softmax.b_acc * b_factor, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=[b_o])
-        mbarrier.arrive(v_empty.index(stage))
-        it += 1
-        ib += 1
-    mbarrier.arrive(q_empty)
-
-    # [64], [64, D]
-    o_m = gl.arange(0, 64, layout=l_m)
-    b_row = i_p + o_m // PACK
-    m_row = (b_row >= lo) & (b_row < hi) & (o_m % PACK < GROUP)
-    b_head = (i_h * GROUP + o_m % PACK).to(gl.int64)
-    b_row = (first + b_row).to(gl.int64)
-    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_o)), 0)
-    b_out = b_acc * gl.expand_dims(1.0 / b_sum, 1)
-    p_row = gl.expand_dims(p_out + b_row * stride_out_row + b_head * stride_out_head, 1)
-    gl.store(p_row + o_d, b_out.to(DTYPE), mask=gl.expand_dims(m_row, 1))
-    if LSE:
-        b_lse = (b_max + gl.log2(b_sum)) * 0.6931471805599453
-        gl.store(p_lse + b_row * stride_lse_row + b_head * stride_lse_head, b_lse, mask=m_row)
-    return it, ib
+        rings.values.consumer_release(tiles)
+        softmax = Softmax(b_acc=b_acc, row_max=b_max, row_sum=b_sum)
+        tiles = tiles.next()
+        biases = biases.next()
+    rings.queries.consumer_release(pieces)
+    _store(output, softmax, piece, i_p, shape, s_q.dtype)
+    return tiles, biases
 
 
 @gluon.jit
-def _consumer(
-    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head, stride_lse_row,
-    stride_lse_head, num_tiles, total, WHICH: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, LSE: gl.constexpr,
-):  # fmt: skip
+def _consumer(rings, batch, index, output, scale, num_tiles, total, WHICH: gl.constexpr, shape):
     """One of the two that compute: its rows of every piece of the program."""
-    it, ib, i_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    tiles = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
+    biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
+    pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
     for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
-        piece = _piece(i_w, batch, num_tiles, SHAPE)
-        if piece[2] < piece[4]:
-            plan = _plan(piece, index, KEYS, SHAPE)
-            it, ib = _consume(
-                it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_out, p_lse, scale, piece, plan, stride_out_row,
-                stride_out_head, stride_lse_row, stride_lse_head, WHICH, SHAPE[1], SHAPE[2], SHAPE[3], D, KEYS, STAGES,
-                LSE,
-            )  # fmt: skip
-            i_n += 1
+        piece = _piece(i_w, batch, num_tiles, shape)
+        if piece.i_p < piece.hi:
+            plan = _plan(piece, index.of(piece, shape), shape)
+            tiles, biases = _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH, shape)
+            pieces = pieces.next()
+
+
+# Producer
 
 
 @gluon.jit
-def _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr, D: gl.constexpr):
-    """Pointers ``[keys, D]`` to the keys in cache slots ``b_slot``, of which each thread holds one."""
-    l_kv: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    if LINEAR:
-        b_offset = b_slot.to(gl.int64) * stride_token
-    else:
-        b_offset = (b_slot // BLOCK_SIZE).to(gl.int64) * stride_block
-        b_offset += (b_slot % BLOCK_SIZE).to(gl.int64) * stride_token
-    b_offset = gl.convert_layout(b_offset, gl.SliceLayout(1, l_kv))
-    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_kv)), 0)
-    return gl.expand_dims(p_kv + b_offset, 1) + o_d
+def _send(tiles, b_slot, cache, rings):
+    """Keys and values in slots as one tile of both consumers; returns the state for the next."""
+    p_k = cache.rows(b_slot)
+    rings.keys.producer_acquire(tiles)
+    rings.keys.producer_copy(tiles, p_k)
+    rings.values.producer_acquire(tiles)
+    rings.values.producer_copy(tiles, p_k + cache.D)
+    return tiles.next()
 
 
 @gluon.jit
-def _copy(s_to, p_from, bar):
-    """Starts to copy rows into shared memory; ``bar`` counts every thread of the producer once its copies are done."""
-    load_rows(s_to, p_from)
-    async_copy.mbarrier_arrive(bar, increment_count=False)
+def _send_bias(biases, m_one, m_two, rings):
+    """0 for keys that a consumer sees, -inf for others; returns the state for the next."""
+    rings.bias.producer_acquire(biases)
+    stage = biases.stage()
+    rings.bias.places.index(2 * stage).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
+    rings.bias.places.index(2 * stage + 1).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
+    mbarrier.arrive(rings.bias.full.index(stage))
+    return biases.next()
 
 
 @gluon.jit
-def _send(it, p_k, s_k, s_v, bars, D: gl.constexpr, STAGES: gl.constexpr):
-    """Keys and values of one tile of both consumers."""
-    k_full, k_empty, v_full, v_empty, _, _, _, _ = bars
-    stage, phase = it % STAGES, ((it // STAGES) & 1) ^ 1
-    mbarrier.wait(k_empty.index(stage), phase)
-    _copy(s_k.index(stage), p_k, k_full.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase)
-    _copy(s_v.index(stage), p_k + D, v_full.index(stage))
-
-
-@gluon.jit
-def _send_bias(i_bias, m_one, m_two, s_bias, bars, STAGES: gl.constexpr):
-    """0 for keys that a consumer sees, -inf for others."""
-    _, _, _, _, bias_full, bias_empty, _, _ = bars
-    place = i_bias % STAGES
-    mbarrier.wait(bias_empty.index(place), ((i_bias // STAGES) & 1) ^ 1)
-    s_bias.index(2 * place).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
-    s_bias.index(2 * place + 1).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
-    mbarrier.arrive(bias_full.index(place))
-
-
-@gluon.jit
-def _slot(b_block, b_pos, BLOCK_SIZE: gl.constexpr):
-    """Cache slots of positions, whose blocks of the cache are known."""
-    return b_block * BLOCK_SIZE + b_pos % BLOCK_SIZE
-
-
-@gluon.jit
-def _slots(p_table, b_pos, BLOCK_SIZE: gl.constexpr):
-    """Cache slots of positions inside the context."""
-    return _slot(gl.load(p_table + b_pos // BLOCK_SIZE), b_pos, BLOCK_SIZE)
-
-
-@gluon.jit
-def _plain(p_table, p_slots, i_t, num_window, num_plain, base, o_n, KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """Of plain tile ``i_t``, or the last one: blocks of the cache for one of the window, slots for one of columns."""
-    p_block = p_table + gl.maximum(base - (i_t + 1) * KEYS + o_n, 0) // BLOCK_SIZE
-    p_slot = p_slots + gl.maximum(gl.minimum(i_t - num_window, num_plain - 1), 0) * KEYS + o_n
-    return gl.load(gl.where(i_t < num_window, p_block, p_slot))
-
-
-@gluon.jit
-def _granule(p_granules, o_f, lanes, BLOCK_K: gl.constexpr):
-    """Relative granules of lanes ``o_f``, -1 for none."""
-    return gl.load(p_granules + o_f // BLOCK_K, mask=o_f < lanes, other=-1)
-
-
-@gluon.jit
-def _diagonal_keys(
-    p_near, p_flags, p_table, b_granule, o_f, tile, sinks, i_p, BLOCK_K: gl.constexpr, BLOCK_SIZE: gl.constexpr
-):  # fmt: skip
-    """Positions of lanes along diagonals, an own one where there is none, and what is known of them: block of the
-    cache, distance to the nearest diagonal, nonzero for a column."""
-    b_pos = tile - b_granule * BLOCK_K + o_f % BLOCK_K
-    m_pos = (b_granule >= 0) & (b_pos >= sinks)
-    b_near = gl.load(p_near + b_granule, mask=m_pos, other=255)
-    b_flag = gl.load(p_flags + b_pos, mask=m_pos, other=1)
-    b_pos = gl.where(m_pos, b_pos, i_p)
-    return b_pos, gl.load(p_table + b_pos // BLOCK_SIZE), b_near, b_flag
-
-
-@gluon.jit
-def _send_queries(
-    i_n, p_q, s_q, bars, piece, stride_row, stride_head,
-    GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def _send_queries(pieces, queries, rings, piece, shape):
     """Queries of both consumers. Where no row is stored, a row of the request or a head of the group is read again."""
-    _, _, _, _, _, _, q_full, q_empty = bars
-    i_h, _, i_p, lo, hi, first = piece
+    D: gl.constexpr = shape.D
+    PACK: gl.constexpr = shape.PACK
     l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
     o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
-    b_head = (i_h * GROUP + gl.minimum(o_m % PACK, GROUP - 1)).to(gl.int64)
-    mbarrier.wait(q_empty, (i_n & 1) ^ 1)
+    b_head = (piece.i_h * shape.GROUP + gl.minimum(o_m % PACK, shape.GROUP - 1)).to(gl.int64)
+    rings.queries.producer_acquire(pieces)
     for i in gl.static_range(2):
-        b_row = gl.minimum(gl.maximum(i_p + i * POSITIONS + o_m // PACK, lo), hi - 1)
-        b_offset = (first + b_row).to(gl.int64) * stride_row + b_head * stride_head
-        load_rows(s_q.index(i), gl.expand_dims(p_q + b_offset, 1) + o_d)
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
+        b_row = gl.minimum(gl.maximum(piece.i_p + i * shape.POSITIONS + o_m // PACK, piece.lo), piece.hi - 1)
+        b_offset = (piece.first + b_row).to(gl.int64) * queries.stride_row + b_head * queries.stride_head
+        load_rows(rings.queries.places.index(i), gl.expand_dims(queries.p_q + b_offset, 1) + o_d)
+    async_copy.mbarrier_arrive(rings.queries.full.index(pieces.stage()), increment_count=False)
 
 
 @gluon.jit
-def _produce(
-    it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_q, p_kv, p_table, p_visited, index, piece, plan,
-    stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, width,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_K: gl.constexpr,
-    D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr,
-    COUNT: gl.constexpr,
-):  # fmt: skip
-    """Copies what the consumers need for piece number ``i_n`` of the program, in their order; returns the counters.
-
-    A thread looks up one key of a tile and works out its offset; the offsets then change hands, so that the threads
-    that copy a row lie side by side. What a tile needs from the index is asked for while the tile before it is copied:
-    the loads depend on each other, and waiting for them would take longer than the consumers need for a tile.
-    """
-    p_columns, p_slots, _, p_granules, _, p_near, p_flags, _, granule_width, _, _, sinks = index
-    i_h, i_r, i_p, lo, hi, _ = piece
-    (tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest, num_columns,
-     num_columns2, _, num_diagonal, num_mixed) = plan  # fmt: skip
-    i_head = (i_r * HEADS + i_h).to(gl.int64)
-    p_kv += i_h.to(gl.int64) * stride_head
-    p_table += i_r.to(gl.int64) * stride_table
-    p_columns += i_head * width
-    p_slots += i_head * width
-    p_granules += i_head * granule_width
-    p_near += i_head * granule_width
-    p_flags += (i_head + i_r * HEADS) * width
-    HALF: gl.constexpr = KEYS // 2
-    l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_n = gl.arange(0, KEYS, layout=l_n)
-
-    # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
-    b_pos = base + o_n
-    b_slot = _slots(p_table, gl.where((b_pos >= 0) & (b_pos < hi), b_pos, i_p), BLOCK_SIZE)
-    b_next = gl.load(p_table + gl.maximum(base - KEYS + o_n, 0) // BLOCK_SIZE)
-    _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-    it += 1
-    _send_queries(i_n, p_q, s_q, bars, piece, stride_q_row, stride_q_head, GROUP, PACK, POSITIONS, D)
-
-    # 2. The window, downwards, and plain columns, but for those that diagonals take turns with
-    num_early = num_window + num_plain - num_mixed
-    for i_w in range(gl.minimum(num_window, num_early)):
-        b_pos = base - (i_w + 1) * KEYS + o_n
-        b_slot = _slot(b_next, b_pos, BLOCK_SIZE)
-        b_next = gl.load(p_table + gl.maximum(b_pos - KEYS, 0) // BLOCK_SIZE)
-        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        it += 1
-    b_next = gl.load(p_slots + o_n, mask=o_n < num_columns, other=0)
-    for i_c in range(num_early - num_window):
+def _send_early(tiles, b_block, cache, rings, index, plan, o_n, shape):
+    """2. The window, downwards, and plain columns, but for those that diagonals take turns with. ``b_block`` holds the
+    blocks of the first tile."""
+    KEYS: gl.constexpr = shape.KEYS
+    for i_w in range(gl.minimum(plan.num_window, plan.early())):
+        b_pos = plan.base - (i_w + 1) * KEYS + o_n
+        b_slot = cache.slot_in(b_block, b_pos)
+        b_block = cache.block(gl.maximum(b_pos - KEYS, 0))
+        tiles = _send(tiles, b_slot, cache, rings)
+    b_next = gl.load(index.p_slots + o_n, mask=o_n < plan.num_columns, other=0)
+    for i_c in range(plan.early() - plan.num_window):
         b_slot = b_next
         o_c = (i_c + 1) * KEYS + o_n
-        b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=0)
-        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        it += 1
+        b_next = gl.load(index.p_slots + o_c, mask=o_c < plan.num_columns, other=0)
+        tiles = _send(tiles, b_slot, cache, rings)
+    return tiles
 
-    # 3. The ragged end of the window and the last columns. Lanes without a key read an own one.
-    rest_end = base - num_window * KEYS
-    for i_n in range(num_rest):
-        b_pos = start + i_n * KEYS + o_n
+
+@gluon.jit
+def _send_rest(tiles, biases, cache, rings, piece, plan, o_n, shape):
+    """3. The ragged end of the window. Lanes without a key read an own one."""
+    rest_end = plan.base - plan.num_window * shape.KEYS
+    for i_n in range(plan.num_rest):
+        b_pos = plan.start + i_n * shape.KEYS + o_n
         m_pos = b_pos < rest_end
-        b_slot = _slots(p_table, gl.where(m_pos, b_pos, i_p), BLOCK_SIZE)
-        _send_bias(ib, m_pos, m_pos & (b_pos >= start2), s_bias, bars, STAGES)
-        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        it += 1
-        ib += 1
-    own_slot = _slots(p_table, i_p, BLOCK_SIZE)
+        b_slot = cache.slot(gl.where(m_pos, b_pos, piece.i_p))
+        biases = _send_bias(biases, m_pos, m_pos & (b_pos >= plan.start2), rings)
+        tiles = _send(tiles, b_slot, cache, rings)
+    return tiles, biases
+
+
+@gluon.jit
+def _columns_from(o_c, index, num_columns, own_slot):
+    """Slots and positions of columns ``o_c``, an own slot where there is none."""
+    m_c = o_c < num_columns
+    b_slot = gl.load(index.p_slots + o_c, mask=m_c, other=own_slot)
+    return b_slot, gl.load(index.p_columns + o_c, mask=m_c, other=0)
+
+
+@gluon.jit
+def _send_last_columns(tiles, biases, cache, rings, index, piece, plan, o_n, COUNT: gl.constexpr, shape):
+    """3. The last columns; also returns how many of them each thread gave each consumer."""
+    KEYS: gl.constexpr = shape.KEYS
+    l_n: gl.constexpr = o_n.type.layout
+    own_slot = cache.slot(piece.i_p)
     b_count = gl.zeros([KEYS], gl.int32, layout=l_n)
     b_count2 = gl.zeros([KEYS], gl.int32, layout=l_n)
-    o_c = num_plain * KEYS + o_n
-    b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=own_slot)
-    b_next_pos = gl.load(p_columns + o_c, mask=o_c < num_columns, other=0)
-    for i_c in range(num_plain * KEYS, num_columns, KEYS):
+    b_next, b_next_pos = _columns_from(plan.num_plain * KEYS + o_n, index, plan.num_columns, own_slot)
+    for i_c in range(plan.num_plain * KEYS, plan.num_columns, KEYS):
         b_slot, b_pos = b_next, b_next_pos
         o_c = i_c + o_n
-        m_one = (o_c < num_columns) & (b_pos < start)
-        m_two = (o_c < num_columns2) & (b_pos < start2)
-        o_c += KEYS
-        b_next = gl.load(p_slots + o_c, mask=o_c < num_columns, other=own_slot)
-        b_next_pos = gl.load(p_columns + o_c, mask=o_c < num_columns, other=0)
-        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        _send_bias(ib, m_one, m_two, s_bias, bars, STAGES)
-        it += 1
-        ib += 1
+        m_one = (o_c < plan.num_columns) & (b_pos < plan.start)
+        m_two = (o_c < plan.num_columns2) & (b_pos < plan.start2)
+        b_next, b_next_pos = _columns_from(o_c + KEYS, index, plan.num_columns, own_slot)
+        tiles = _send(tiles, b_slot, cache, rings)
+        biases = _send_bias(biases, m_one, m_two, rings)
         if COUNT:
             b_count += m_one.to(gl.int32)
             b_count2 += m_two.to(gl.int32)
+    return tiles, biases, b_count, b_count2
 
-    # 4., 5. Diagonals: the first half of a tile belongs to the first consumer, the second to the other.
+
+@gluon.jit
+def _plain(i_t, cache, index, plan, o_n, KEYS: gl.constexpr):
+    """Of plain tile ``i_t``, or the last one: blocks of the cache for one of the window, slots for one of columns."""
+    p_block = cache.p_table + gl.maximum(plan.base - (i_t + 1) * KEYS + o_n, 0) // cache.BLOCK_SIZE
+    p_slot = index.p_slots + gl.maximum(gl.minimum(i_t - plan.num_window, plan.num_plain - 1), 0) * KEYS + o_n
+    return gl.load(gl.where(i_t < plan.num_window, p_block, p_slot))
+
+
+@gluon.jit
+def _diagonal_keys(b_granule, o_f, b_tile, cache, index, i_p, BLOCK_K: gl.constexpr):
+    """Positions of lanes along diagonals, an own one where there is none, and what is known of them: block of the
+    cache, distance to the nearest diagonal, nonzero for a column."""
+    b_pos = b_tile - b_granule * BLOCK_K + o_f % BLOCK_K
+    m_pos = (b_granule >= 0) & (b_pos >= index.sinks)
+    b_near = gl.load(index.p_near + b_granule, mask=m_pos, other=255)
+    b_flag = gl.load(index.p_flags + b_pos, mask=m_pos, other=1)
+    b_pos = gl.where(m_pos, b_pos, i_p)
+    return b_pos, cache.block(b_pos), b_near, b_flag
+
+
+@gluon.jit
+def _send_diagonals(tiles, biases, cache, rings, index, piece, plan, o_n, COUNT: gl.constexpr, shape):
+    """4., 5. Diagonals, in turns with plain tiles while there are any. The first half of a tile of diagonals belongs to
+    the first consumer, the second to the other. Also returns how many keys each thread gave."""
+    KEYS: gl.constexpr = shape.KEYS
+    HALF: gl.constexpr = KEYS // 2
+    BLOCK_K: gl.constexpr = shape.BLOCK_K
     o_h = o_n % HALF
-    b_tile = gl.where(o_n < HALF, tile, tile2)
-    b_lanes = gl.where(o_n < HALF, lanes, lanes2)
-    b_reach = gl.where(o_n < HALF, length, length2) + BLOCK_K - 2
-    b_ahead = _granule(p_granules, o_h, b_lanes, BLOCK_K)
-    b_pos, b_block, b_near, b_flag = _diagonal_keys(
-        p_near, p_flags, p_table, b_ahead, o_h, b_tile, sinks, i_p, BLOCK_K, BLOCK_SIZE
-    )
-    b_ahead = _granule(p_granules, HALF + o_h, b_lanes, BLOCK_K)
-    b_wide = _plain(p_table, p_slots, num_early, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
-    b_count_h = gl.zeros([KEYS], gl.int32, layout=l_n)
-    for i_g in range(num_diagonal):
-        b_slot = _slot(b_block, b_pos, BLOCK_SIZE)
+    b_tile = gl.where(o_n < HALF, plan.tile, plan.tile2)
+    b_lanes = gl.where(o_n < HALF, plan.lanes, plan.lanes2)
+    b_reach = gl.where(o_n < HALF, plan.length, plan.length2) + BLOCK_K - 2
+    b_ahead = index.granules(o_h, b_lanes, BLOCK_K)
+    b_pos, b_block, b_near, b_flag = _diagonal_keys(b_ahead, o_h, b_tile, cache, index, piece.i_p, BLOCK_K)
+    b_ahead = index.granules(HALF + o_h, b_lanes, BLOCK_K)
+    b_wide = _plain(plan.early(), cache, index, plan, o_n, KEYS)
+    l_n: gl.constexpr = o_n.type.layout
+    b_count = gl.zeros([KEYS], gl.int32, layout=l_n)
+    for i_g in range(plan.num_diagonal):
+        b_slot = cache.slot_in(b_block, b_pos)
         m_key = (b_near.to(gl.int32) <= b_reach) & (b_flag == 0)
         o_f = (i_g + 1) * HALF + o_h
-        b_pos, b_block, b_near, b_flag = _diagonal_keys(
-            p_near, p_flags, p_table, b_ahead, o_f, b_tile, sinks, i_p, BLOCK_K, BLOCK_SIZE
-        )
-        b_ahead = _granule(p_granules, HALF + o_f, b_lanes, BLOCK_K)
-        _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-        _send_bias(ib, m_key, m_key, s_bias, bars, STAGES)
-        it += 1
-        ib += 1
+        b_pos, b_block, b_near, b_flag = _diagonal_keys(b_ahead, o_f, b_tile, cache, index, piece.i_p, BLOCK_K)
+        b_ahead = index.granules(HALF + o_f, b_lanes, BLOCK_K)
+        tiles = _send(tiles, b_slot, cache, rings)
+        biases = _send_bias(biases, m_key, m_key, rings)
         if COUNT:
-            b_count_h += m_key.to(gl.int32)
-        if i_g < num_mixed:
-            i_t = num_early + i_g
-            b_slot = gl.where(i_t < num_window, _slot(b_wide, base - (i_t + 1) * KEYS + o_n, BLOCK_SIZE), b_wide)
-            b_wide = _plain(p_table, p_slots, i_t + 1, num_window, num_plain, base, o_n, KEYS, BLOCK_SIZE)
-            _send(it, _rows(b_slot, p_kv, stride_block, stride_token, BLOCK_SIZE, LINEAR, D), s_k, s_v, bars, D, STAGES)
-            it += 1
-
-    if COUNT:
-        # Each stored position: its window and own keys, and what was counted above.
-        visited = gl.sum(b_count + gl.where(o_n < HALF, b_count_h, 0), 0) + num_plain * KEYS
-        visited2 = gl.sum(b_count2 + gl.where(o_n < HALF, 0, b_count_h), 0) + num_plain * KEYS
-        total = _pairs(lo, hi, i_p, start, visited, POSITIONS)
-        total += _pairs(lo, hi, i_p + POSITIONS, start2, visited2, POSITIONS)
-        gl.atomic_add(p_visited + i_r, total)
-    return it, ib
+            b_count += m_key.to(gl.int32)
+        if i_g < plan.num_mixed:
+            i_t = plan.early() + i_g
+            b_slot = cache.slot_in(b_wide, plan.base - (i_t + 1) * KEYS + o_n)
+            b_slot = gl.where(i_t < plan.num_window, b_slot, b_wide)
+            b_wide = _plain(i_t + 1, cache, index, plan, o_n, KEYS)
+            tiles = _send(tiles, b_slot, cache, rings)
+    return tiles, biases, b_count
 
 
 @gluon.jit
-def _producer(
-    s_q, s_k, s_v, s_bias, bars, batch, index, p_q, p_kv, p_table, p_visited, stride_q_row, stride_q_head,
-    stride_block, stride_head, stride_token, stride_table, width, num_tiles, total,
-    SHAPE: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    LINEAR: gl.constexpr, COUNT: gl.constexpr,
-):  # fmt: skip
-    """The warp group that copies, for every piece of the program."""
-    it, ib, i_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
-        piece = _piece(i_w, batch, num_tiles, SHAPE)
-        if piece[2] < piece[4]:
-            plan = _plan(piece, index, KEYS, SHAPE)
-            it, ib = _produce(
-                it, ib, i_n, s_q, s_k, s_v, s_bias, bars, p_q, p_kv, p_table, p_visited, index, piece, plan,
-                stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, width,
-                SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], SHAPE[5], D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
-            )  # fmt: skip
-            i_n += 1
-
-
-@gluon.jit
-def _pairs(lo, hi, i_p, start, visited, POSITIONS: gl.constexpr):
+def _pairs(piece, i_p, start, visited, POSITIONS: gl.constexpr):
     """Pairs of the stored positions from ``i_p`` up, each with ``visited`` keys below its window."""
-    first, end = gl.maximum(lo, i_p), gl.minimum(hi, i_p + POSITIONS)
+    first, end = gl.maximum(piece.lo, i_p), gl.minimum(piece.hi, i_p + POSITIONS)
     count = gl.maximum(end - first, 0).to(gl.int64)
     return count * (visited - start + 1) + count * (first + end - 1) // 2
 
 
 @gluon.jit
-def _tile_of(i_p, n, window, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Start and length of the pattern's tile around position ``i_p``, and where its window starts."""
-    tile = i_p // BLOCK_Q * BLOCK_Q
-    length = gl.minimum(BLOCK_Q, n - tile)
-    start = gl.maximum(tile - window + 1, 0) // BLOCK_K * BLOCK_K
-    return tile, length, start
+def _produce(
+    tiles, biases, pieces, rings, queries, cache, p_visited, index, piece, plan, COUNT: gl.constexpr, shape
+):  # fmt: skip
+    """Copies what the consumers need for a piece, in their order; returns the states of the rings.
+
+    A thread looks up one key of a tile and works out its offset; the offsets then change hands, so that the threads
+    that copy a row lie side by side. What a tile needs from the index is asked for while the tile before it is copied:
+    the loads depend on each other, and waiting for them would take longer than the consumers need for a tile.
+    """
+    KEYS: gl.constexpr = shape.KEYS
+    HALF: gl.constexpr = KEYS // 2
+    l_n: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_n = gl.arange(0, KEYS, layout=l_n)
+
+    # 1. The own tile; keys before the sequence or behind it are the first own one, the consumers leave them out.
+    b_pos = plan.base + o_n
+    b_slot = cache.slot(gl.where((b_pos >= 0) & (b_pos < piece.hi), b_pos, piece.i_p))
+    b_block = cache.block(gl.maximum(plan.base - KEYS + o_n, 0))
+    tiles = _send(tiles, b_slot, cache, rings)
+    _send_queries(pieces, queries, rings, piece, shape)
+
+    tiles = _send_early(tiles, b_block, cache, rings, index, plan, o_n, shape)
+    tiles, biases = _send_rest(tiles, biases, cache, rings, piece, plan, o_n, shape)
+    tiles, biases, b_count, b_count2 = _send_last_columns(
+        tiles, biases, cache, rings, index, piece, plan, o_n, COUNT, shape
+    )
+    tiles, biases, b_count_h = _send_diagonals(tiles, biases, cache, rings, index, piece, plan, o_n, COUNT, shape)
+
+    if COUNT:
+        # Each stored position: its window and own keys, and what was counted above.
+        visited = gl.sum(b_count + gl.where(o_n < HALF, b_count_h, 0), 0) + plan.num_plain * KEYS
+        visited2 = gl.sum(b_count2 + gl.where(o_n < HALF, 0, b_count_h), 0) + plan.num_plain * KEYS
+        total = _pairs(piece, piece.i_p, plan.start, visited, shape.POSITIONS)
+        total += _pairs(piece, piece.i_p + shape.POSITIONS, plan.start2, visited2, shape.POSITIONS)
+        gl.atomic_add(p_visited + piece.i_r, total)
+    return tiles, biases
 
 
 @gluon.jit
-def _piece(i_w, batch, num_tiles, SHAPE: gl.constexpr):
-    """Number ``i_w`` of all pieces: KV head, request, first position, range of positions that have rows, and the row
-    of position 0. A piece whose first position lies behind the context is empty, as are those of a request without
-    rows: it has none that could be read in place of a missing one."""
-    HEADS: gl.constexpr = SHAPE[0]
-    POSITIONS: gl.constexpr = SHAPE[3]
-    p_row_start, p_row_end, p_seq_len = batch
-    i_h = i_w // num_tiles % HEADS
-    i_r = i_w // num_tiles // HEADS
-    row_end, hi = gl.load(p_row_end + i_r), gl.load(p_seq_len + i_r)
-    lo = hi - (row_end - gl.load(p_row_start + i_r))
-    # The latest tiles take longest where the context is short, so they come first.
-    i_p = lo // (2 * POSITIONS) * (2 * POSITIONS) + (num_tiles - 1 - i_w % num_tiles) * (2 * POSITIONS)
-    i_p = gl.where(lo < hi, i_p, hi)
-    return i_h, i_r, i_p, lo, hi, row_end - hi
+def _producer(rings, batch, index, queries, cache, p_visited, num_tiles, total, COUNT: gl.constexpr, shape):
+    """The warp group that copies, for every piece of the program."""
+    tiles = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
+    biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
+    pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
+    for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
+        piece = _piece(i_w, batch, num_tiles, shape)
+        if piece.i_p < piece.hi:
+            lists = index.of(piece, shape)
+            plan = _plan(piece, lists, shape)
+            tiles, biases = _produce(
+                tiles, biases, pieces, rings, queries, cache.of(piece), p_visited, lists, piece, plan, COUNT, shape
+            )
+            pieces = pieces.next()
+
+
+# The kernel
 
 
 @gluon.jit
-def _plan(piece, index, KEYS: gl.constexpr, SHAPE: gl.constexpr):
-    """Where the tiles of a piece start, and how many keys of which kind they have."""
-    i_h, i_r, i_p, _, hi, _ = piece
-    _, _, p_rank, _, p_granule_rank, _, _, rank_width, _, granule_rank_width, window, _ = index
-    HEADS: gl.constexpr = SHAPE[0]
-    POSITIONS: gl.constexpr = SHAPE[3]
-    BLOCK_Q: gl.constexpr = SHAPE[4]
-    BLOCK_K: gl.constexpr = SHAPE[5]
-    RANK: gl.constexpr = SHAPE[6]
-    i_head = (i_r * HEADS + i_h).to(gl.int64)
-    p_rank += i_head * rank_width
-    p_granule_rank += i_head * granule_rank_width
-    tile, length, start = _tile_of(i_p, hi, window, BLOCK_Q, BLOCK_K)
-    # A second tile behind the end of the context sees the last position only and is not stored.
-    tile2, length2, start2 = _tile_of(i_p + POSITIONS, hi, window, BLOCK_Q, BLOCK_K)
-    two = tile2 < hi
-    base = i_p + 2 * POSITIONS - KEYS
-    num_window = gl.maximum(base - start2, 0) // KEYS
-    num_rest = gl.maximum(base - num_window * KEYS - start + KEYS - 1, 0) // KEYS
-    # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
-    lanes = gl.where(start > 0, gl.load(p_granule_rank + tile // BLOCK_K // RANK + 1) * BLOCK_K, 0)
-    lanes2 = gl.load(p_granule_rank + gl.where(two, tile2, tile) // BLOCK_K // RANK + 1) * BLOCK_K
-    lanes2 = gl.where(two & (start2 > 0), lanes2, 0)
-    num_diagonal = (gl.maximum(lanes, lanes2) + KEYS // 2 - 1) // (KEYS // 2)
-    num_plain = gl.load(p_rank + start // RANK) // KEYS
-    num_columns = gl.load(p_rank + (gl.where(two, start2, start) + RANK - 1) // RANK)
-    num_columns2 = gl.where(two, num_columns, 0)
-    num_bias = num_rest + gl.maximum(num_columns - num_plain * KEYS + KEYS - 1, 0) // KEYS
-    num_mixed = gl.minimum(num_diagonal, num_window + num_plain)
-    return (
-        tile, length, start, tile2, length2, start2, lanes, lanes2, base, num_window, num_plain, num_rest,
-        num_columns, num_columns2, num_bias, num_diagonal, num_mixed,
-    )  # fmt: skip
+def _pipeline(places, STAGES: gl.constexpr):
+    """A ring around ``places``; its barriers are not ready yet."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    return Pipeline(places=places, full=full, empty=empty)
+
+
+@gluon.jit
+def _pipelines(DTYPE: gl.constexpr, shape):
+    """Shared memory of a program, and its barriers: every thread of the producer reports its copies, and one thread a
+    bias; each consumer frees a place."""
+    D: gl.constexpr = shape.D
+    KEYS: gl.constexpr = shape.KEYS
+    STAGES: gl.constexpr = shape.STAGES
+    l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
+    l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
+    s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
+    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
+    s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    keys = _pipeline(s_k, STAGES)
+    values = _pipeline(s_v, STAGES)
+    bias = _pipeline(s_bias, STAGES)
+    queries = _pipeline(s_q, 1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(keys.full.index(i), count=128)
+        mbarrier.init(values.full.index(i), count=128)
+        mbarrier.init(keys.empty.index(i), count=2)
+        mbarrier.init(values.empty.index(i), count=2)
+        mbarrier.init(bias.full.index(i), count=1)
+        mbarrier.init(bias.empty.index(i), count=2)
+    mbarrier.init(queries.full.index(0), count=128)
+    mbarrier.init(queries.empty.index(0), count=2)
+    fence_async_shared()
+    return Pipelines(queries=queries, keys=keys, values=values, bias=bias)
 
 
 @gluon.jit(
@@ -606,67 +922,36 @@ def _attend_kernel(
     BLOCK_K: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     LINEAR: gl.constexpr, RANK: gl.constexpr, LSE: gl.constexpr, COUNT: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
-    """Every so many of all pieces of ``2 * POSITIONS`` positions. ``PACK`` is ``GROUP`` as a power of two."""
-    SHAPE: gl.constexpr = (HEADS, GROUP, PACK, POSITIONS, BLOCK_Q, BLOCK_K, RANK)
-    batch = (p_row_start, p_row_end, p_seq_len)
-    index = (
-        p_columns, p_slots, p_rank, p_granules, p_granule_rank, p_near, p_flags, rank_width, granule_width,
-        granule_rank_width, window, sinks,
+    """Every so many of all pieces of ``2 * POSITIONS`` positions."""
+    shape = Shape(
+        HEADS=HEADS, GROUP=GROUP, PACK=PACK, POSITIONS=POSITIONS, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, RANK=RANK, D=D,
+        KEYS=KEYS, STAGES=STAGES,
     )  # fmt: skip
-    DTYPE: gl.constexpr = p_q.dtype.element_ty
-    l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
-    l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
-    s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
-    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-    s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bias_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bias_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=128)
-        mbarrier.init(v_full.index(i), count=128)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
-        mbarrier.init(bias_full.index(i), count=1)
-        mbarrier.init(bias_empty.index(i), count=2)
-    mbarrier.init(q_full, count=128)
-    mbarrier.init(q_empty, count=2)
-    fence_async_shared()
-    bars = (k_full, k_empty, v_full, v_empty, bias_full, bias_empty, q_full, q_empty)
+    batch = Requests(p_row_start=p_row_start, p_row_end=p_row_end, p_seq_len=p_seq_len)
+    index = IndexView(
+        p_columns=p_columns, p_slots=p_slots, p_rank=p_rank, p_granules=p_granules, p_granule_rank=p_granule_rank,
+        p_near=p_near, p_flags=p_flags, width=width, rank_width=rank_width, granule_width=granule_width,
+        granule_rank_width=granule_rank_width, window=window, sinks=sinks,
+    )  # fmt: skip
+    queries = Queries(p_q=p_q, stride_row=stride_q_row, stride_head=stride_q_head)
+    cache = Cache(
+        p_kv=p_cache, p_table=p_table, stride_block=stride_block, stride_head=stride_head, stride_token=stride_token,
+        stride_table=stride_table, BLOCK_SIZE=BLOCK_SIZE, LINEAR=LINEAR, D=D,
+    )  # fmt: skip
+    output = Output(
+        p_out=p_out, p_lse=p_lse, stride_row=stride_out_row, stride_head=stride_out_head, stride_lse_row=stride_lse_row,
+        stride_lse_head=stride_lse_head, LSE=LSE,
+    )  # fmt: skip
+    rings = _pipelines(p_q.dtype.element_ty, shape)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head,
-                    stride_lse_row, stride_lse_head, num_tiles, total, 0, SHAPE, D, KEYS, STAGES, LSE,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    s_q, s_k, s_v, s_bias, bars, batch, index, p_out, p_lse, scale, stride_out_row, stride_out_head,
-                    stride_lse_row, stride_lse_head, num_tiles, total, 1, SHAPE, D, KEYS, STAGES, LSE,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    s_q, s_k, s_v, s_bias, bars, batch, index, p_q, p_cache, p_table, p_visited, stride_q_row,
-                    stride_q_head, stride_block, stride_head, stride_token, stride_table, width, num_tiles, total,
-                    SHAPE, D, KEYS, STAGES, BLOCK_SIZE, LINEAR, COUNT,
-                ),
-            ),
+            (_consumer, (rings, batch, index, output, scale, num_tiles, total, 0, shape)),
+            (_consumer, (rings, batch, index, output, scale, num_tiles, total, 1, shape)),
+            (_producer, (rings, batch, index, queries, cache, p_visited, num_tiles, total, COUNT, shape)),
         ],
         [4, 4],
         [REGS[0], REGS[1]],
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache
