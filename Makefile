@@ -48,13 +48,14 @@ bench-cpu: setup  ## time to first token against the stock CPU backend
 docs:  ## the pages of docs/ as a site in build/site, their tables written anew
 	@$(SETUP) --extras docs
 	@$(PY) scripts/make_docs.py
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint:  ## format and lint checks, types, licence headers
 	@$(SETUP) --extras dev,demo,test,train
 	@status=0; \
-	for check in "-m ruff check ." "-m ruff format --check ." scripts/check_sources.py "scripts/make_docs.py --check" "-m mypy"; do \
-		$(PY) $$check || status=1; \
+	for check in "-m ruff check ." "-m ruff format --check ." "-m reuse lint --quiet" scripts/check_sources.py \
+			"scripts/make_docs.py --check" "-m mypy"; do \
+		$(PY) $$check || { echo "failed: $$check"; status=1; }; \
 	done; \
 	exit $$status
 

@@ -71,6 +71,7 @@ EXTRAS_REQUIRE = {
         "ruff>=0.9",
         "mypy>=1.13",
         "pre-commit>=3.8",
+        "reuse[charset-normalizer]>=5",  # licence headers; that decoder needs no library of the system
         "matplotlib>=3.8",  # plots of benchmark results
     ],
 }

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""A MkDocs hook: links that leave ``docs/`` lead to files of the repository, which the site names but does not hold."""
+"""MkDocs hooks.
+
+Pages that ``nav`` does not list come last. Links that leave ``docs/`` lead to files of the repository, which the site
+names but does not hold.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    """The configuration, with every page in ``nav``."""
+    pages = sorted(path.name for path in Path(config["docs_dir"]).glob("*.md"))
+    config["nav"] += [page for page in pages if page not in config["nav"]]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
