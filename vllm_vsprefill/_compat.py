@@ -32,13 +32,15 @@ _UNCOVERED = {
 
 
 def install_platform_hooks() -> None:
-    """Wrap the current platform's configuration check and, on CPU, its choice of attention backend. Idempotent."""
+    """Wrap the current platform's configuration check and its choice of attention backend. Idempotent."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
     _wrap_classmethod(platform, "check_and_update_config", _checking_our_options)
     if current_platform.is_cpu():
         _wrap_classmethod(platform, "get_attn_backend_cls", _offering_our_backend)
+    elif current_platform.is_cuda():
+        _wrap_classmethod(platform, "get_attn_backend_cls", _leaving_the_rest_to_stock)
 
 
 def is_cuda() -> bool:
@@ -185,6 +187,47 @@ def _checking_our_options(original: Any) -> Any:
         return result
 
     return check_and_update_config
+
+
+def _leaving_the_rest_to_stock(original: Any) -> Any:
+    """On CUDA, give layers that the backend does not take to the one that vLLM would choose without it. The stock
+    method would end the engine for the first of them."""
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        try:
+            reasons = selected_backend.get_class().validate_configuration(
+                device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
+            )
+        except ImportError:
+            reasons = []  # the stock method says what cannot be imported
+        if not reasons:
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        from vllm.logger import init_logger
+
+        logger = init_logger("vllm.vsprefill")
+        attn_type = getattr(attn_selector_config.attn_type, "value", attn_selector_config.attn_type)
+        if attn_type != "decoder":
+            logger.info_once("VSPREFILL leaves %s layers to another backend.", attn_type)
+            return original(cls, None, attn_selector_config, *args, **kwargs)
+        hint = ""
+        if getattr(attn_selector_config, "use_mm_prefix", False):
+            hint = (
+                " Images are attended to in both directions; text alone can run sparse, with --limit-mm-per-prompt set "
+                "to 0 for every kind of input."
+            )
+        logger.warning_once(
+            "VSPREFILL does not cover layers of this model (%s); none of their rows run sparse, vLLM chooses their "
+            "backend.%s",
+            "; ".join(reasons),
+            hint,
+        )
+        return original(cls, None, attn_selector_config, *args, **kwargs)
+
+    return get_attn_backend_cls
 
 
 def _offering_our_backend(original: Any) -> Any:

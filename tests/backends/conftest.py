@@ -60,5 +60,8 @@ def plugin_log() -> Iterator[list[str]]:
 
     logger = logging.getLogger("vllm.vsprefill")
     logger.addFilter(keep)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     yield messages
+    logger.setLevel(level)
     logger.removeFilter(keep)
