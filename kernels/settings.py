@@ -37,24 +37,24 @@ class Settings:
     lanes: int = 1
 
 
-# (capability, operation, padded head size) -> settings. The capability is the least one the row is for. 8.6 to 8.9 and
-# 12.x have rows because a program there has 99 KiB of shared memory, less than with the capabilities below.
+# (capability, operation, padded head size) -> settings. The capability is the lowest one the entry is for. 8.6 to 8.9
+# and 12.x have entries because a program there has 99 KiB of shared memory, less than with the capabilities below.
 Table = dict[tuple[int, str, int], Settings]
 TABLE_FILE = Path(__file__).with_name("settings.json")
 
 
 def read_table(file: Path = TABLE_FILE) -> Table:
-    """The rows of a table file."""
+    """The entries of a table file."""
     table: Table = {}
-    for row in json.loads(file.read_text()):
-        key = (row.pop("capability"), row.pop("operation"), row.pop("head_size"))
-        table[key] = Settings(**row)
+    for entry in json.loads(file.read_text()):
+        key = (entry.pop("capability"), entry.pop("operation"), entry.pop("head_size"))
+        table[key] = Settings(**entry)
     return table
 
 
 def write_table(table: Table, file: Path = TABLE_FILE) -> None:
-    """Writes a table, a row a line, in order."""
-    rows = [
+    """Writes a table, an entry a line, in order."""
+    entries = [
         {
             "capability": capability,
             "operation": operation,
@@ -63,7 +63,7 @@ def write_table(table: Table, file: Path = TABLE_FILE) -> None:
         }
         for capability, operation, size in sorted(table)
     ]
-    file.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
+    file.write_text("[\n" + ",\n".join(" " + json.dumps(entry) for entry in entries) + "\n]\n")
 
 
 TABLE = read_table()
@@ -73,13 +73,13 @@ INTERPRETED = 80
 
 
 def padded(size: int) -> int:
-    """Smallest power of two that is at least ``size`` and 16, the least a matrix product takes."""
+    """Smallest power of two that is at least ``size`` and 16, the minimum of a matrix product."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 @functools.lru_cache
 def capability(device: torch.device) -> int:
-    """Compute capability of a device as one number, 90 for 9.0; that of the least row for the interpreter's CPU."""
+    """Compute capability of a device as one number, 90 for 9.0; that of the lowest entry for the interpreter's CPU."""
     if device.type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
@@ -93,19 +93,19 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache
-def _row(operation: str, head_size: int, have: int, element_size: int) -> Settings:
+def _entry(operation: str, head_size: int, have: int, element_size: int) -> Settings:
     size = max(64, padded(head_size))
-    rows = [key for key in TABLE if key[1] == operation and key[2] == size and key[0] <= have]
-    if not rows:
+    entries = [key for key in TABLE if key[1] == operation and key[2] == size and key[0] <= have]
+    if not entries:
         raise ValueError(f"no settings of {operation} for head size {head_size} and capability {have / 10}")
-    found = TABLE[max(rows)]
+    found = TABLE[max(entries)]
     if element_size > 2:
         found = replace(found, block_m=max(found.block_m // 2, 16), block_n=max(found.block_n // 2, 16), num_stages=1)
     return found
 
 
 def settings(operation: str, head_size: int, device: torch.device, element_size: int = 2) -> Settings:
-    """The row for an operation, of the highest capability that the device has.
+    """The entry for an operation, of the highest capability that the device has.
 
     Args:
         operation: ``attend``, ``score``, ``sampled`` or ``mass``.
@@ -114,6 +114,6 @@ def settings(operation: str, head_size: int, device: torch.device, element_size:
         element_size: bytes of an element; with float32 the tiles are halved, they would not fit.
 
     Raises:
-        ValueError: no row for this operation, head size and device.
+        ValueError: no entry for this operation, head size and device.
     """
-    return _row(operation, head_size, capability(device), element_size)
+    return _entry(operation, head_size, capability(device), element_size)

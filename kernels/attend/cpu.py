@@ -68,13 +68,13 @@ def tile_granules(diagonals: IntArray, starts: IntArray, ends: IntArray, pattern
     block_k = pattern.block_k
     num_granules = -(-int(ends[-1]) // block_k)
     far = diagonals[diagonals >= pattern.reach]
-    # [tiles, S + 1]: first and last position touched along each distance; the whole window is one run.
+    # [tiles, S + 1]: first and last position touched along each distance; the whole window is one interval.
     low = np.concatenate((starts[:, None] - far, starts[:, None] - (pattern.reach - 1)), axis=1)
     high = np.concatenate((ends[:, None] - 1 - far, ends[:, None] - 1), axis=1)
     first = np.maximum(low, 0) // block_k
-    # A run that ends before position 0 becomes empty.
+    # An interval that ends before position 0 becomes empty.
     stop = np.where(high >= 0, high // block_k + 1, first)
-    # From runs to coverage: +1 where a run begins, -1 behind its end, covered where the running sum is positive.
+    # From intervals to coverage: +1 where one begins, -1 behind its end, covered where the running sum is positive.
     width = num_granules + 1
     base = np.arange(len(starts))[:, None] * width
     size = len(starts) * width
@@ -182,7 +182,7 @@ def _cut(first_row: int, last_row: int, seq_len: int, block_q: int) -> list[_Blo
 
 
 def _batches(blocks: list[_Block]) -> Iterator[list[_Block]]:
-    """Runs of neighbouring blocks with equally many rows."""
+    """Batches of neighbouring blocks with equally many rows."""
     batch = blocks[:1]
     for block in blocks[1:]:
         rows = block.end - block.start

@@ -37,7 +37,7 @@ def _guard_kernel(
     o_h = tl.arange(0, BH)
     m_h = o_h < HEADS
     i_head = (i_r * HEADS + o_h).to(tl.int64)
-    # [BH], the numbers of list entries: ranks of the context's end
+    # [BH], the numbers of list entries: ranks of the sequence's end
     b_columns = tl.load(p_rank + i_head * rank_width + (n + RANK - 1) // RANK, mask=m_h, other=0)
     i_last = n // BLOCK_K + 2
     b_granules = tl.load(p_granule_rank + i_head * granule_width + (i_last + RANK - 1) // RANK, mask=m_h, other=0)

@@ -18,7 +18,7 @@ request and KV head enough for all tiles:
 Sinks are listed as columns: a tile drops a column iff its window or a granule covers it, and that is what must happen
 to a sink, too. The Hopper kernel does it the other way round: it drops from the granules what is a column or a sink, by
 the columns' flags, which have to stay as they are from ``build_index`` to ``attend``. Granules of the local window (a
-contiguous run that is cheaper to address directly) are not listed.
+contiguous range that is cheaper to address directly) are not listed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ..paged import Batch, PagedKV
 
 
 @triton.jit
-def _merged(p_flags, i_row, o_c, n, sinks, width):
-    """Whether positions are columns or sinks; ``i_row`` is the request's first row of flags plus the head."""
+def _merged(p_flags, i_list, o_c, n, sinks, width):
+    """Whether positions are columns or sinks; ``i_list`` is the number of the head's flags of columns."""
     # [BLOCK]
-    b_flag = tl.load(p_flags + i_row * width + o_c, mask=o_c < n, other=0)
+    b_flag = tl.load(p_flags + i_list * width + o_c, mask=o_c < n, other=0)
     return ((b_flag != 0) | (o_c < sinks)) & (o_c < n)
 
 
@@ -69,10 +69,10 @@ def _count_kernel(
 
 
 @triton.jit
-def _before(p_counts, i_row, i_b, num_blocks, BLOCKS: tl.constexpr):
+def _before(p_counts, i_list, i_b, num_blocks, BLOCKS: tl.constexpr):
     """Sum of the counts of the blocks before ``i_b``."""
     o_b = tl.arange(0, BLOCKS)
-    return tl.sum(tl.load(p_counts + i_row * num_blocks + o_b, mask=o_b < i_b, other=0), 0)
+    return tl.sum(tl.load(p_counts + i_list * num_blocks + o_b, mask=o_b < i_b, other=0), 0)
 
 
 @triton.jit(do_not_specialize=["stride_table", "sinks", "window_granules", "width", "granule_width"])

@@ -34,9 +34,9 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
 
     def piece(head: int, first: int) -> Tensor:
         """Sums over ``ROWS`` rows: [2, n], columns and diagonals."""
-        part = (queries[first : first + ROWS, head].float() * scale).to(k.dtype)
+        some = (queries[first : first + ROWS, head].float() * scale).to(k.dtype)
         # [rows, group, n]
-        logits = (part.reshape(-1, size) @ k[:, head].T).view(*part.shape[:2], n)
+        logits = (some.reshape(-1, size) @ k[:, head].T).view(*some.shape[:2], n)
         sums = torch.zeros(2, n, dtype=torch.float32, device=q.device)
         for row, scores in zip(rows[first : first + ROWS], logits, strict=True):
             seen = n - chunk_len + row + 1
@@ -46,7 +46,7 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
         return sums
 
     starts = range(0, len(rows), ROWS)
-    parts = run_pieces([partial(piece, head, first) for head in range(num_kv_heads) for first in starts])
+    found = run_pieces([partial(piece, head, first) for head in range(num_kv_heads) for first in starts])
     # [Hkv, pieces of a head, 2, n]
-    sums = torch.stack(parts).unflatten(0, (num_kv_heads, len(starts))).sum(dim=1) / len(rows)
+    sums = torch.stack(found).unflatten(0, (num_kv_heads, len(starts))).sum(dim=1) / len(rows)
     return sums[:, 0], sums[:, 1]

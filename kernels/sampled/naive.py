@@ -30,7 +30,7 @@ def sampled(q: Tensor, k: Tensor, *, scale: float, num_rows: int) -> tuple[Tenso
 
     Args:
         q: ``[T, Hq, D]``, the chunk's queries.
-        k: ``[n, Hkv, D]``, the whole context, ``n >= T``; same dtype and device.
+        k: ``[n, Hkv, D]``, the whole sequence, ``n >= T``; same dtype and device.
         scale: factor on ``q . k`` before the softmax.
         num_rows: rows to look at.
 

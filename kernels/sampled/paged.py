@@ -17,7 +17,7 @@ from ..paged import Batch, PagedKV, check_device, check_queries
 from ..reference import keys_values
 from . import naive
 
-SPLITS = 32  # parts of the sequence in the first pass
+SPLITS = 32  # of the sequence in the first pass
 MAX_ROWS = 128  # of a tile: positions times heads of the group
 BAND_BYTES = 72 * 2**20  # room for probabilities of a tile of rows; more heads than fit take turns
 
@@ -26,7 +26,7 @@ class SampledWorkspace(NamedTuple):
     """Scratch of ``sampled``, allocated once.
 
     Attributes:
-        partial: float32 ``[2, requests, Hkv, SPLITS, rows]``, maximum and sum of each part, base 2.
+        partial: float32 ``[2, requests, Hkv, SPLITS, rows]``, maximum and sum of each split, base 2.
         diagonals: float32 ``[requests, Hkv, C]``, sums along diagonals.
         bands: float16 ``[heads, positions, C]``, probabilities of a tile of rows of some heads.
         num_rows: rows to look at.

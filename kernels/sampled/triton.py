@@ -3,11 +3,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """Training-free estimate of columns and diagonals over a paged cache, for CUDA devices.
 
-Two passes over the context with a few of the chunk's own rows: the first gives their log-sum-exp, parts of the context
-in parallel; in the second a program owns a few blocks of keys and takes a tile of rows. Column sums are its own. Its
-probabilities along diagonals belong to diagonals that other programs share: they are written out, a tile of rows and a
-few heads at a time, and added along diagonals by a third kernel, which reads them in one order. The logarithms of the
-sums go where the gathered logits of the VSIndexer would lie, in the same form: a softmax over them gives the sums back.
+Two passes over the sequence with a few of the chunk's own rows: the first gives their log-sum-exp, splits of the
+sequence in parallel; in the second a program owns a few blocks of keys and takes a tile of rows. Column sums are its
+own. Its probabilities along diagonals belong to diagonals that other programs share: they are written out, a tile of
+rows and a few heads at a time, and added along diagonals by a third kernel, which reads them in one order. The
+logarithms of the sums go where the gathered logits of the VSIndexer would lie, in the same form: a softmax over them
+gives the sums back.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _partial_kernel(
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of one tile of rows over one part of the context."""
+    """Maximum and sum of one tile of rows over one split of the sequence."""
     i_m, i_s = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
@@ -87,10 +88,10 @@ def _partial_kernel(
     p_table += i_r.to(tl.int64) * stride_table
     if FP8:
         scale *= tl.load(p_k_scale)
-    part = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
+    split = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
     b_max = tl.full([BM], -1e30, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    for i_n in range(i_s * part, tl.minimum((i_s + 1) * part, n), BN):
+    for i_n in range(i_s * split, tl.minimum((i_s + 1) * split, n), BN):
         b_j = i_n + o_n
         b_k = _paged_keys(
             p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
@@ -195,13 +196,13 @@ def _finish_kernel(p_seq_len, p_logits, p_diagonals, p_max, width, HEADS: tl.con
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
-    i_row = (i_r * 2 * HEADS + i_h).to(tl.int64)
+    i_list = (i_r * 2 * HEADS + i_h).to(tl.int64)
     b_sum = tl.load(p_diagonals + (i_r * HEADS + i_h).to(tl.int64) * width + n - 1 - o_c, mask=o_c < n, other=0.0)
     b_slash = tl.log(b_sum)
-    b_column = tl.load(p_logits + i_row * width + o_c, mask=o_c < n, other=float("-inf"))
-    tl.store(p_logits + (i_row + HEADS) * width + o_c, b_slash, mask=o_c < n)
-    tl.store(p_max + i_row * (width // BLOCK) + i_b, tl.max(b_column, 0))
-    tl.store(p_max + (i_row + HEADS) * (width // BLOCK) + i_b, tl.max(b_slash, 0))
+    b_column = tl.load(p_logits + i_list * width + o_c, mask=o_c < n, other=float("-inf"))
+    tl.store(p_logits + (i_list + HEADS) * width + o_c, b_slash, mask=o_c < n)
+    tl.store(p_max + i_list * (width // BLOCK) + i_b, tl.max(b_column, 0))
+    tl.store(p_max + (i_list + HEADS) * (width // BLOCK) + i_b, tl.max(b_slash, 0))
 
 
 def sampled(

@@ -13,6 +13,8 @@ A bin holds the number of its tokens and their mass in one 64-bit integer, so th
 sums do not depend on the order of additions. The mass is relative to the bin's own upper edge, which keeps full
 precision in every bin: ``count << 42 | sum of (1 - exp(-(distance to the edge))) * 2**26``.
 
+A list is what is ranked: the logits of one head of one request for columns, or for diagonals.
+
 Kernels: gather logits from the cache slots and block maxima; histogram; cut; finer histogram; cut; count ties; write
 flags. Nothing depends on values on the host.
 """
@@ -34,40 +36,40 @@ from .paged import BINS, COPIES, NO_CAP, SelectWorkspace
 @triton.jit(do_not_specialize=["stride_table", "width"])
 def _gather_kernel(
     p_cache, p_table, p_seq_len, p_logits, p_max, stride_slot, stride_table, width,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
+    HEADS: tl.constexpr, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Logits ``[slot, 2 * HEADS]`` of one block of positions into rows ``[2, HEADS, C]``, and their maxima."""
+    """Logits ``[slot, 2 * HEADS]`` of one block of positions into lists ``[2, HEADS, C]``, and their maxima."""
     i_b, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.load(p_seq_len + i_r)
     if i_b * BLOCK >= n:
         return
-    o_row = tl.arange(0, ROWS)
-    # Column 2 * h + kind of the cache is row kind * HEADS + h here.
-    b_row = (o_row % 2) * HEADS + o_row // 2
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    o_list = tl.arange(0, LISTS)
+    # Column 2 * h + kind of the cache is list kind * HEADS + h here.
+    b_list = (o_list % 2) * HEADS + o_list // 2
+    b_max = tl.full([LISTS], float("-inf"), tl.float32)
     for i_s in range(0, BLOCK, SUB):
         o_c = i_b * BLOCK + i_s + tl.arange(0, SUB)
         m_c = o_c < n
         b_block = tl.load(p_table + i_r * stride_table + o_c // BLOCK_SIZE, mask=m_c, other=0).to(tl.int64)
         b_slot = b_block * BLOCK_SIZE + o_c % BLOCK_SIZE
-        m_l = m_c[:, None] & (o_row < 2 * HEADS)[None, :]
-        # [SUB, ROWS]
-        b_l = tl.load(p_cache + b_slot[:, None] * stride_slot + o_row[None, :], mask=m_l, other=float("-inf"))
+        m_l = m_c[:, None] & (o_list < 2 * HEADS)[None, :]
+        # [SUB, LISTS]
+        b_l = tl.load(p_cache + b_slot[:, None] * stride_slot + o_list[None, :], mask=m_l, other=float("-inf"))
         b_l = b_l.to(tl.float32)
         # A NaN counts as the largest logit: a broken estimate is kept first and never hidden.
         b_l = tl.where(b_l != b_l, 1e30, tl.minimum(b_l, 1e30))
         b_max = tl.maximum(b_max, tl.max(b_l, 0))
-        tl.store(p_logits + (i_r * 2 * HEADS + b_row)[None, :] * width + o_c[:, None], b_l, mask=m_l)
-    tl.store(p_max + (i_r * 2 * HEADS + b_row) * (width // BLOCK) + i_b, b_max, mask=o_row < 2 * HEADS)
+        tl.store(p_logits + (i_r * 2 * HEADS + b_list)[None, :] * width + o_c[:, None], b_l, mask=m_l)
+    tl.store(p_max + (i_r * 2 * HEADS + b_list) * (width // BLOCK) + i_b, b_max, mask=o_list < 2 * HEADS)
 
 
 @triton.jit
-def _order(p_logits, p_max, i_row, o_c, n, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """``u`` of positions ``o_c`` of one row; 2**24 - 1 for all that are too unlikely to tell apart."""
+def _order(p_logits, p_max, i_list, o_c, n, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """``u`` of positions ``o_c`` of one list; 2**24 - 1 for all that are too unlikely to tell apart."""
     o_b = tl.arange(0, BLOCKS)
     # [BLOCKS]
-    b_max = tl.load(p_max + i_row * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=float("-inf"))
-    b_l = tl.load(p_logits + i_row * width + o_c, mask=o_c < n, other=float("-inf"))
+    b_max = tl.load(p_max + i_list * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=float("-inf"))
+    b_l = tl.load(p_logits + i_list * width + o_c, mask=o_c < n, other=float("-inf"))
     b_u = tl.minimum((tl.max(b_max, 0) - b_l) * 262144.0, 16777215.0)
     # Infinite logits: their distance from an infinite maximum is no number.
     return tl.where(b_u == b_u, b_u, 0.0).to(tl.int32)
@@ -79,24 +81,24 @@ def _histogram_kernel(
     HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block of tokens to the bins of one row: the upper 12 bits of ``u``, or the lower within the cut's bin."""
-    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_seq_len + i_row // (2 * HEADS))
+    """Adds a block of tokens to the bins of one list: the upper 12 bits of ``u``, or the lower within the cut's bin."""
+    i_b, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_seq_len + i_list // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
-    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
+    b_u = _order(p_logits, p_max, i_list, o_c, n, width, BLOCK, BLOCKS)
     m_u = (o_c < n) & (b_u < 16777215)
     if FINE:
-        m_u = m_u & (b_u // 4096 == tl.load(p_cuts + i_row * 4))
+        m_u = m_u & (b_u // 4096 == tl.load(p_cuts + i_list * 4))
         b_bin = b_u % 4096
-        b_part = tl.full([BLOCK], 1 << 42, tl.int64)
+        b_entry = tl.full([BLOCK], 1 << 42, tl.int64)
     else:
         b_bin = b_u // 4096
         b_rest = 1.0 - tl.exp((b_u % 4096).to(tl.float32) * (-1.0 / 262144.0))
-        b_part = (b_rest * 67108864.0 + 0.5).to(tl.int64) + (1 << 42)
-    p_row = p_bins + ((i_row * 2 + FINE) * COPIES + i_b % COPIES) * BINS
-    tl.atomic_add(p_row + b_bin, b_part, mask=m_u, sem="relaxed")
+        b_entry = (b_rest * 67108864.0 + 0.5).to(tl.int64) + (1 << 42)
+    p_list = p_bins + ((i_list * 2 + FINE) * COPIES + i_b % COPIES) * BINS
+    tl.atomic_add(p_list + b_bin, b_entry, mask=m_u, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["min_0", "min_1", "max_0", "max_1"])
@@ -104,24 +106,24 @@ def _cut_kernel(
     p_bins, p_seq_len, p_tau, p_cuts, p_above, p_mass, min_0, min_1, max_0, max_1,
     HEADS: tl.constexpr, FINE: tl.constexpr, BINS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Finds the bin in which a row's set ends: as many tokens as reach tau, at least and at most so many."""
-    i_row = tl.program_id(0).to(tl.int64)
-    n = tl.load(p_seq_len + i_row // (2 * HEADS)).to(tl.int64)
-    i_kind = (i_row // HEADS) % 2
-    tau = tl.load(p_tau + i_row % (2 * HEADS))
+    """Finds the bin in which a list's set ends: as many tokens as reach tau, at least and at most so many."""
+    i_list = tl.program_id(0).to(tl.int64)
+    n = tl.load(p_seq_len + i_list // (2 * HEADS)).to(tl.int64)
+    i_kind = (i_list // HEADS) % 2
+    tau = tl.load(p_tau + i_list % (2 * HEADS))
     minimum = tl.where(i_kind == 0, min_0, min_1).to(tl.int64)
     maximum = tl.minimum(tl.where(i_kind == 0, max_0, max_1).to(tl.int64), n)
     o_b = tl.arange(0, BINS)
     b_packed = tl.zeros([BINS], tl.int64)
     for i_copy in range(COPIES):
         # [BINS]
-        b_packed += tl.load(p_bins + ((i_row * 2 + FINE) * COPIES + i_copy) * BINS + o_b)
+        b_packed += tl.load(p_bins + ((i_list * 2 + FINE) * COPIES + i_copy) * BINS + o_b)
     b_count = b_packed >> 42
     b_lost = (b_packed & ((1 << 42) - 1)).to(tl.float64) * (1.0 / 67108864.0)
     if FINE:
-        coarse = tl.load(p_cuts + i_row * 4)
+        coarse = tl.load(p_cuts + i_list * 4)
         edge = (coarse * 4096 + o_b).to(tl.float64) * (1.0 / 262144.0)
-        before, mass_before = tl.load(p_above + i_row), tl.load(p_mass + i_row * 2 + 1)
+        before, mass_before = tl.load(p_above + i_list), tl.load(p_mass + i_list * 2 + 1)
     else:
         coarse = 0
         edge = o_b.to(tl.float64) * (1.0 / 64.0)
@@ -131,14 +133,14 @@ def _cut_kernel(
     b_sum = mass_before + tl.cumsum(b_mass, 0)
     b_seen = before + tl.cumsum(b_count, 0)
     if FINE:
-        total = tl.load(p_mass + i_row * 2)
+        total = tl.load(p_mass + i_list * 2)
     else:
         total = tl.sum(b_mass, 0)
-        tl.store(p_mass + i_row * 2, total)
+        tl.store(p_mass + i_list * 2, total)
     goal = tau * total
-    # A bin is behind the end of the set where the tokens before it reach tau and the least number, or the maximum.
+    # A bin is behind the end of the set where the tokens before it reach tau and the minimum, or the maximum.
     b_done = ((b_sum >= goal) & (b_seen >= minimum)) | (b_seen >= maximum)
-    # tau >= 1 takes everything, tau <= 0 the least number only.
+    # tau >= 1 takes everything, tau <= 0 the minimum only.
     b_done = tl.where(
         tau >= 1.0, b_seen >= maximum, tl.where(tau <= 0.0, b_seen >= tl.minimum(minimum, maximum), b_done)
     )
@@ -150,18 +152,18 @@ def _cut_kernel(
         weight = tl.exp(-(coarse * 4096 + found).to(tl.float64) * (1.0 / 262144.0))
         need = tl.ceil(tl.minimum((goal - mass) / weight, n.to(tl.float64))).to(tl.int64)
         need = tl.where(tau >= 1.0, n, tl.where(tau <= 0.0, 0, need))
-        # No bin completes the set: nothing but unlikely tokens is left, for the least number or all of them.
+        # No bin completes the set: nothing but unlikely tokens is left, for the minimum or all of them.
         u = tl.where(found == BINS, 16777215, coarse * 4096 + found)
         need = tl.where(found == BINS, tl.where((mass >= goal) & (tau < 1.0), 0, n), tl.maximum(need, 1))
         take = tl.minimum(tl.maximum(seen + need, minimum), maximum) - seen
         # An empty set.
         take = tl.where(maximum == 0, 0, tl.where((tau <= 0.0) & (minimum == 0), 0, take))
-        tl.store(p_cuts + i_row * 4 + 1, u)
-        tl.store(p_cuts + i_row * 4 + 2, take.to(tl.int32))
+        tl.store(p_cuts + i_list * 4 + 1, u)
+        tl.store(p_cuts + i_list * 4 + 2, take.to(tl.int32))
     else:
-        tl.store(p_cuts + i_row * 4, found)
-        tl.store(p_above + i_row, seen)
-        tl.store(p_mass + i_row * 2 + 1, mass)
+        tl.store(p_cuts + i_list * 4, found)
+        tl.store(p_above + i_list, seen)
+        tl.store(p_mass + i_list * 2 + 1, mass)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -170,14 +172,14 @@ def _tie_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Counts the tokens of a block that are equal to the cut."""
-    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.load(p_seq_len + i_row // (2 * HEADS))
+    i_b, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.load(p_seq_len + i_list // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
-    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
-    m_tie = (o_c < n) & (b_u == tl.load(p_cuts + i_row * 4 + 1))
-    tl.store(p_ties + i_row * (width // BLOCK) + i_b, tl.sum(m_tie.to(tl.int32), 0))
+    b_u = _order(p_logits, p_max, i_list, o_c, n, width, BLOCK, BLOCKS)
+    m_tie = (o_c < n) & (b_u == tl.load(p_cuts + i_list * 4 + 1))
+    tl.store(p_ties + i_list * (width // BLOCK) + i_b, tl.sum(m_tie.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["width", "flag_width"])
@@ -187,30 +189,30 @@ def _flag_kernel(
 ):  # fmt: skip
     """Marks the members of the set: at their position (columns) or their distance from the end (diagonals).
 
-    Clears the row's ``ROOM`` bins for the next call, which saves that call a launch.
+    Clears the list's ``ROOM`` bins for the next call, which saves that call a launch.
     """
-    i_b, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for i_bin in range(i_b * BLOCK, ROOM, tl.num_programs(0) * BLOCK):
-        tl.store(p_bins + i_row * ROOM + i_bin + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int64))
-    n = tl.load(p_seq_len + i_row // (2 * HEADS))
+        tl.store(p_bins + i_list * ROOM + i_bin + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int64))
+    n = tl.load(p_seq_len + i_list // (2 * HEADS))
     if i_b * BLOCK >= n:
         return
-    diagonals = (i_row // HEADS) % 2 == 1
+    diagonals = (i_list // HEADS) % 2 == 1
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < n
-    b_u = _order(p_logits, p_max, i_row, o_c, n, width, BLOCK, BLOCKS)
-    cut, take = tl.load(p_cuts + i_row * 4 + 1), tl.load(p_cuts + i_row * 4 + 2)
+    b_u = _order(p_logits, p_max, i_list, o_c, n, width, BLOCK, BLOCKS)
+    cut, take = tl.load(p_cuts + i_list * 4 + 1), tl.load(p_cuts + i_list * 4 + 2)
     m_tie = m_c & (b_u == cut)
     o_b = tl.arange(0, BLOCKS)
     # [BLOCKS]
-    b_ties = tl.load(p_ties + i_row * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=0)
+    b_ties = tl.load(p_ties + i_list * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=0)
     # How many equal tokens are preferred to this one: lower positions; for diagonals those behind it.
     b_upto = tl.sum(tl.where(o_b < i_b, b_ties, 0), 0) + tl.cumsum(m_tie.to(tl.int32), 0)
     b_rank = tl.where(diagonals, tl.sum(b_ties, 0) - b_upto, b_upto - 1)
     m_kept = (m_c & (b_u < cut)) | (m_tie & (b_rank < take))
     m_kept = m_kept & (take > 0)
     b_place = tl.where(diagonals, n - 1 - o_c, o_c)
-    tl.store(p_flags + i_row * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
+    tl.store(p_flags + i_list * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
 
 
 def gather(logits: Tensor, kv: PagedKV, batch: Batch, gathered: GatheredLogits) -> None:
@@ -224,7 +226,7 @@ def gather(logits: Tensor, kv: PagedKV, batch: Batch, gathered: GatheredLogits) 
             logits, kv.block_table, batch.seq_len, gathered.logits, gathered.block_max, logits.stride(0),
             kv.block_table.stride(0), gathered.logits.shape[3],
         ),
-        HEADS=heads, ROWS=next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
+        HEADS=heads, LISTS=next_power_of_2(2 * heads), BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, SUB=256,
     )  # fmt: skip
 
 
@@ -250,10 +252,10 @@ def select(
     heads, width = room.shape[2:]
     grid = (cdiv(batch.max_seq_len, BLOCK), batch.num_requests * 2 * heads)
     blocks = next_power_of_2(width // BLOCK)
-    rows = (room, gathered.block_max, batch.seq_len)
+    lists = (room, gathered.block_max, batch.seq_len)
     for fine in (False, True):
         launch(
-            _histogram_kernel, grid, (*rows, workspace.bins, workspace.cuts, width),
+            _histogram_kernel, grid, (*lists, workspace.bins, workspace.cuts, width),
             HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES, BLOCK=BLOCK, BLOCKS=blocks,
         )  # fmt: skip
         launch(
@@ -261,9 +263,9 @@ def select(
             (workspace.bins, batch.seq_len, tau, workspace.cuts, workspace.above, workspace.mass, *limits),
             num_warps=8, HEADS=heads, FINE=fine, BINS=BINS, COPIES=COPIES,
         )  # fmt: skip
-    launch(_tie_kernel, grid, (*rows, workspace.cuts, workspace.ties, width), HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks)
+    launch(_tie_kernel, grid, (*lists, workspace.cuts, workspace.ties, width), HEADS=heads, BLOCK=BLOCK, BLOCKS=blocks)
     launch(
         _flag_kernel, grid,
-        (*rows, workspace.cuts, workspace.ties, index.flags, workspace.bins, width, index.flags.shape[3]),
+        (*lists, workspace.cuts, workspace.ties, index.flags, workspace.bins, width, index.flags.shape[3]),
         HEADS=heads, ROOM=2 * COPIES * BINS, BLOCK=BLOCK, BLOCKS=blocks,
     )  # fmt: skip
