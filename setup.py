@@ -44,6 +44,16 @@ EXTRAS_REQUIRE = {
         "tqdm>=4.66",  # progress bars
         "numpy>=1.26",  # token ids and random draws
     ],
+    # what `vsprefill eval` runs; servers are other processes
+    "eval": [
+        "httpx>=0.27",  # the client of the servers
+        "transformers>=4.56",  # tokenizers and chat formats, without torch
+        "wonderwords>=2.2",  # RULER's words
+        "matplotlib>=3.8",  # plots
+        "numpy>=1.26",  # log-probabilities
+        "tqdm>=4.66",  # progress bars
+        "typer>=0.12",  # the command line
+    ],
     # what `make demo` runs besides vLLM
     "demo": [
         "openai>=1.40",  # the client the demo talks to the server with

@@ -27,7 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.needle import tasks
-from examples.server import Densities, ServerError, VLLMServer
+from vllm_vsprefill.eval.density import Densities
+from vllm_vsprefill.eval.server import ServerError, VLLMServer
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDLE_MODEL = ROOT / "examples" / "needle" / "model"

@@ -21,7 +21,7 @@ import openai
 import pytest
 
 from examples.needle import tasks
-from examples.server import ServerError, VLLMServer, loopback
+from vllm_vsprefill.eval.server import ServerError, VLLMServer, loopback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -12,15 +12,17 @@ import typer
 
 from vllm_vsprefill import control
 from vllm_vsprefill.distil import commands as distil
+from vllm_vsprefill.eval import command as evaluation
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train and calibrate indexers for VSPREFILL, look at and switch a running server.",
+    help="Train and calibrate indexers for VSPREFILL, measure what it does, look at and switch a running server.",
 )
 app.command("train")(distil.train)
 app.command("calibrate")(distil.calibrate)
+app.command("eval")(evaluation.evaluate)
 app.command("status")(control.status)
 app.command("mode")(control.mode)
 

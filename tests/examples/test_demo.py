@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from examples import demo
-from examples.server import Densities
+from vllm_vsprefill.eval.density import Densities
 
 app = typer.Typer()
 app.command()(demo.main)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""The helper that starts servers and talks to them, with a server of a few lines in the place of vLLM."""
+"""What starts servers and talks to them, with a server of a few lines in the place of vLLM."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
-from examples import server as helper
-from examples.server import ServerError, VLLMServer, free_port, loopback
+from vllm_vsprefill.eval import server as helper
+from vllm_vsprefill.eval.server import ServerError, VLLMServer, free_port, loopback
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Starts a stock ``vllm serve`` on a free loopback port, waits for it and ends it. Used by the demo and the tests."""
+"""Starts a stock ``vllm serve`` on a free loopback port, waits for it and ends it: for evaluations, demo and tests."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,10 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
+
+from vllm_vsprefill.eval.density import Densities
+
+if TYPE_CHECKING:
+    import openai
 
 HOST = "127.0.0.1"
 
@@ -45,7 +48,7 @@ class VLLMServer:
 
     Args:
         model: folder or Hugging Face id.
-        backend: attention backend, e.g. ``VSPREFILL``.
+        backend: attention backend, e.g. ``VSPREFILL``; None leaves the choice to vLLM.
         log: file that receives the server's output.
         arguments: further command-line arguments.
         options: VSPREFILL options, passed through ``--additional-config``.
@@ -57,7 +60,7 @@ class VLLMServer:
     def __init__(
         self,
         model: str,
-        backend: str,
+        backend: str | None,
         log: Path,
         *,
         arguments: Sequence[str] = (),
@@ -71,8 +74,9 @@ class VLLMServer:
         self.on_wait = on_wait
         self.timeout = timeout
         self.process: subprocess.Popen[bytes] | None = None
-        vllm = Path(sys.executable).with_name("vllm")
-        self.command = [str(vllm), "serve", model, "--attention-backend", backend]
+        # Not the `vllm` script: vLLM may have been put on the path without one.
+        self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+        self.command += ["--attention-backend", backend] if backend is not None else []
         self.command += ["--host", HOST, "--port", str(self.port), *arguments]
         if options:
             self.command += ["--additional-config", json.dumps({"vsprefill": options})]
@@ -131,8 +135,11 @@ class VLLMServer:
 
     def client(self, timeout: float = 300) -> openai.OpenAI:
         """An openai client for the server that sends every request once."""
+        import openai  # the demo's and the tests'; evaluations have a client of their own
+
+        http: Any = loopback(timeout)
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", timeout=timeout, max_retries=0, http_client=loopback(timeout)
+            base_url=f"{self.url}/v1", api_key="none", timeout=timeout, max_retries=0, http_client=http
         )
 
     def tail(self, lines: int = 30) -> str:
@@ -158,59 +165,6 @@ class VLLMServer:
             if self.on_wait is not None:
                 self.on_wait(waited, self.tail(1))
             time.sleep(0.4)
-
-
-class Densities:
-    """Counters of ``vsprefill_*`` at one moment, per layer."""
-
-    def __init__(self, computed: dict[int, float], causal: dict[int, float], sparse_chunks: dict[int, float]) -> None:
-        self.computed = computed
-        self.causal = causal
-        self.sparse_chunks = sparse_chunks
-
-    @classmethod
-    def parse(cls, metrics: str) -> Densities:
-        """Read them from the text of ``/metrics``."""
-
-        def series(pattern: str) -> dict[int, float]:
-            found: dict[int, float] = {}
-            for layer, value in re.findall(pattern, metrics, re.M):
-                found[int(layer)] = found.get(int(layer), 0.0) + float(value)
-            return found
-
-        return cls(
-            series(r'^vsprefill_pairs_computed_total\{.*?layer="(\d+)".*?\} (\S+)'),
-            series(r'^vsprefill_pairs_causal_total\{.*?layer="(\d+)".*?\} (\S+)'),
-            series(r'^vsprefill_chunks_total\{.*?layer="(\d+)".*?path="sparse".*?\} (\S+)'),
-        )
-
-    def since(self, earlier: Densities) -> Densities:
-        """What was counted after ``earlier``."""
-
-        def minus(now: dict[int, float], before: dict[int, float]) -> dict[int, float]:
-            return {layer: value - before.get(layer, 0.0) for layer, value in now.items()}
-
-        return Densities(
-            minus(self.computed, earlier.computed),
-            minus(self.causal, earlier.causal),
-            minus(self.sparse_chunks, earlier.sparse_chunks),
-        )
-
-    @property
-    def layers(self) -> dict[int, float]:
-        """Density of each layer that attended to anything."""
-        return {layer: self.computed[layer] / pairs for layer, pairs in sorted(self.causal.items()) if pairs}
-
-    @property
-    def mean(self) -> float:
-        """Density over all layers; 1 if nothing was counted."""
-        total = sum(self.causal.values())
-        return sum(self.computed.values()) / total if total else 1.0
-
-    @property
-    def ran_sparse(self) -> bool:
-        """Whether any layer computed a chunk sparsely."""
-        return any(chunks > 0 for chunks in self.sparse_chunks.values())
 
 
 def _group_alive(process: subprocess.Popen[bytes], group: int) -> bool:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Prompts from a person's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.eval.test_client import Characters
+from vllm_vsprefill.eval.errors import EvalError
+from vllm_vsprefill.eval.texts import Cutter, Text, read_texts
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder").mkdir()
+    names = ("none.txt", "empty.txt", "binary.txt", "folder")
+    with pytest.raises(EvalError) as error:
+        read_texts([tmp_path / name for name in names])
+    for name, problem in zip(names, ("no such file", "is empty", "not text in UTF-8", "no files of text"), strict=True):
+        assert any(name in line and problem in line for line in str(error.value).splitlines())
+
+
+def test_a_folder_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("two")
+    (tmp_path / "a.md").write_text("one")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    (text,) = read_texts([tmp_path])
+    assert text.content == "one\n\ntwo"
+    assert text.digest != Text("", "one").digest
+
+
+def test_without_files_there_is_the_standard_library() -> None:
+    (text,) = read_texts([])
+    assert "import" in text.content
+    assert len(text.content) > 1_000_000
+
+
+def test_prompts_of_the_wanted_length_spread_over_the_texts() -> None:
+    texts = [Text("a", "a" * 20 + "b" * 20), Text("c", "c" * 30)]
+    prompts = Cutter(texts, Characters()).cut(10, 3)
+    assert [p.text for p in prompts] == ["a", "c", "a"]
+    assert all(len(p.ids) == 10 for p in prompts)
+    assert prompts[0].ids == [ord("a")] * 10
+    assert prompts[2].ids == [ord("b")] * 10
+
+
+def test_texts_that_are_too_short() -> None:
+    with pytest.raises(EvalError, match="prompts of 31 tokens are longer than the text: c has 30; give longer"):
+        Cutter([Text("a", "a" * 40), Text("c", "c" * 30)], Characters()).cut(31, 1)

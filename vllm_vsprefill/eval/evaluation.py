@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""An evaluation from its options to its report."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import vllm_vsprefill
+from vllm_vsprefill.eval import report, summary, targets
+from vllm_vsprefill.eval.errors import EvalError
+from vllm_vsprefill.eval.journal import Journal
+from vllm_vsprefill.eval.options import EvalCommand
+from vllm_vsprefill.eval.run import Runner
+from vllm_vsprefill.eval.suites import Fidelity, Measures
+from vllm_vsprefill.eval.texts import Text, read_texts
+from vllm_vsprefill.eval.tokens import LocalTokens, Tokens, check_tokens, fingerprint, open_tokens
+
+Say = Callable[[str], None]
+
+
+def evaluate(options: EvalCommand, say: Say) -> None:
+    """Measure what is asked for and write the report, also of what was finished before an interruption.
+
+    Raises:
+        EvalError: something cannot start or go on.
+        KeyboardInterrupt: from the keyboard; the report of what is finished is written.
+    """
+    texts = read_texts(options.fidelity.data) if "fidelity" in options.suite else []
+    plans = targets.plans(options, say)
+    tokens, model = _tokens(options)
+    suites = _suites(options, texts, tokens)
+    journal = Journal(options.out, _depends_on(options, model, tokens, texts))
+    runner = Runner(journal, suites, options.server.concurrency)
+    for suite in suites:
+        for cell in suite.cells():
+            suite.check(cell)
+    missing = sum(len(indices) for plan in plans for _, _, indices in runner.missing(plan.name))
+    kept = sum("/portion-" not in key and not key.startswith("setting/") for key in journal.records)
+    if kept:
+        say(f"{kept} samples are in {options.out.name} already, {missing} are missing")
+    try:
+        with tqdm(total=missing, unit="sample", disable=None, dynamic_ncols=True) as progress:
+            for plan in plans:
+                runner.run(plan, progress)
+                _write(options, journal, runner, plans, model, lambda line: None)
+    finally:
+        if len(journal.records):
+            _write(options, journal, runner, plans, model, say)
+    say(f"report: {options.out / 'report.md'}")
+
+
+def _tokens(options: EvalCommand) -> tuple[Tokens, str]:
+    """The tokenizer, and what the model is called."""
+    server = options.server
+    if server.url is None:
+        assert server.model is not None
+        return LocalTokens(server.tokenizer or server.model), Path(server.model).name
+    with targets.connect(server.url, server.model) as client:
+        tokens = open_tokens(client, server.tokenizer)
+        if server.dense_url is not None:
+            with targets.connect(server.dense_url, None) as other:
+                check_tokens(tokens, other, "--url")
+        name = Path(client.model).name
+    return tokens, name
+
+
+def _suites(options: EvalCommand, texts: list[Text], tokens: Tokens) -> list[Measures]:
+    made: list[Measures] = []
+    for suite in dict.fromkeys(options.suite):
+        if suite == "fidelity":
+            made.append(Fidelity(options, texts, tokens))
+        else:
+            raise EvalError(f"--suite {suite}: not known")
+    return made
+
+
+def _depends_on(options: EvalCommand, model: str, tokens: Tokens, texts: list[Text]) -> dict[str, Any]:
+    """What every sample of an evaluation depends on; lengths and settings are in their keys, and may be added to."""
+    server = options.server
+    return {
+        "version": 1,
+        "model": model,
+        "tokenizer": fingerprint(tokens),
+        "seed": options.seed,
+        "split": options.split,
+        "texts": {text.name: text.digest for text in texts},
+        "top": options.fidelity.top,
+        "template": options.ruler.template,
+        "serve_args": list(server.serve_args),
+    }
+
+
+def _write(
+    options: EvalCommand, journal: Journal, runner: Runner, plans: list[targets.Plan], model: str, say: Say
+) -> None:
+    cells = [cell for suite in runner.suites for cell in suite.cells()]
+    names = [plan.name for plan in plans]
+    notes = [options.note] if options.note is not None else []
+    results = {
+        "about": {
+            "model": model,
+            "command": _command(),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "vllm_vsprefill": vllm_vsprefill.__version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+            "split": options.split,
+            "seed": options.seed,
+        },
+        "notes": notes + [note for suite in runner.suites for note in suite.notes()],
+        "complete": not any(runner.missing(name) for name in names),
+        "figures": summary.summarise(journal, cells, names),
+    }
+    report.write(options.out, results, say)
+
+
+def _command() -> str:
+    """The command line; a file given by its whole path is shown by its name, for folders of a machine say nothing."""
+    words = [",".join(Path(p).name if p.startswith("/") else p for p in word.split(",")) for word in sys.argv[1:]]
+    return shlex.join(["vsprefill", *words])
