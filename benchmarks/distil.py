@@ -40,7 +40,7 @@ from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.coverage import Budgets, best_recall
 from vllm_vsprefill.distil.distiller import Distiller
 from vllm_vsprefill.distil.model import Teacher, load, wrap
-from vllm_vsprefill.distil.options import StudentOptions
+from vllm_vsprefill.distil.options import ModelOptions, StudentOptions
 from vllm_vsprefill.distil.student import Student, features
 from vllm_vsprefill.distil.targets import chunk_ranges, draw_ranges
 from vllm_vsprefill.distil.validate import Validation, validate
@@ -370,7 +370,7 @@ def ablation(
     if unknown:
         raise typer.BadParameter(f"no variant {sorted(unknown)}; there are {list(VARIANTS)}", param_hint="--only")
     variants = {name: VARIANTS[name] for name in only} if only else VARIANTS
-    teacher = load(str(environment.NEEDLE_MODEL), DEVICE)
+    teacher = load(ModelOptions(model=str(environment.NEEDLE_MODEL)), DEVICE)
     model = load_model(environment.NEEDLE_MODEL, DEVICE)
     students, effort = train_together(teacher, variants, seconds, length, learning_rate, seed)
     say(f"trained {len(students)} variants together: {effort}")
@@ -445,7 +445,7 @@ def quality(
     names = [folder.name for folder in indexer]
     if len(set(names)) < len(names):
         names = [f"{number}: {name}" for number, name in enumerate(names, 1)]
-    teacher = load(str(environment.NEEDLE_MODEL), DEVICE)
+    teacher = load(ModelOptions(model=str(environment.NEEDLE_MODEL)), DEVICE)
     model = load_model(environment.NEEDLE_MODEL, DEVICE)
     rows: list[dict[str, Any]] = []
     recalls: dict[str, Any] = {}
@@ -525,7 +525,7 @@ def check(length: Annotated[int, typer.Option()] = 3000) -> None:
     from vllm_vsprefill.distil.mass import cpu as mass
     from vllm_vsprefill.distil.targets import Range, TargetKind, compute
 
-    teacher = load(str(environment.NEEDLE_MODEL), DEVICE)
+    teacher = load(ModelOptions(model=str(environment.NEEDLE_MODEL)), DEVICE)
     ids = torch.from_numpy(Prompts(5).sequence(0, length))
     part, worst = Range(length // 3, length - 100), 0.0
 

@@ -131,7 +131,7 @@ def _run(
     from vllm_vsprefill.checkpoint import load_checkpoint
     from vllm_vsprefill.distil import calibrate
     from vllm_vsprefill.distil.model import load
-    from vllm_vsprefill.distil.options import train_options
+    from vllm_vsprefill.distil.options import ModelOptions, train_options
     from vllm_vsprefill.distil.trainer import Trainer
     from vllm_vsprefill.tuning import CPU
 
@@ -154,7 +154,7 @@ def _run(
         save_every=validate_every,
         calibrate=False,
     )
-    teacher = load(str(MODEL), accelerator.device)
+    teacher = load(ModelOptions(model=str(MODEL)), accelerator.device)
     Trainer(
         options, teacher, Prompts(seed), Prompts(seed, held_out=True), folder, accelerator, resume=resume,
         log=typer.echo,

@@ -85,6 +85,15 @@ def test_train_writes_what_the_server_reads(trained: Path, model_folder: Path) -
     assert (trained / "report.html").is_file()
 
 
+def test_no_path_of_this_machine_is_stored(trained: Path, model_folder: Path, text: Path) -> None:
+    written = [file for file in trained.rglob("*") if file.suffix in (".json", ".jsonl", ".html")]
+    assert len(written) >= 5
+    for file in written:
+        for path in (text.parent, model_folder.parent, trained.parent):
+            assert str(path) not in file.read_text(), file
+    assert str(read_config(trained).training["data"]).startswith("book.jsonl: 8 documents")
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained: Path, model_folder: Path, text: Path) -> None:
     # As if somebody had calibrated the preset since
     config = read_config(trained)
@@ -200,6 +209,9 @@ def test_dry_run_estimates_and_writes_nothing(model_folder: Path, tmp_path: Path
         ({"--loss": "l1", "--target": "best"}, ["--loss", "'l1'", "--target", "'best'"]),
         ({"--inputs": "k+x"}, ["--inputs: expected 'kv', ", "found 'kx'"]),
         ({"--chunk-lengths": "2k"}, ["--chunk-lengths: expected whole numbers"]),
+        ({"--hf-overrides": "{rope"}, ["--hf-overrides: not valid JSON", "found '{rope'"]),
+        ({"--hf-overrides": "[1]"}, ["--hf-overrides: expected a JSON object, found '[1]'"]),
+        ({"--hf-overrides": '{"rope_theater": 1}'}, ["--hf-overrides: a qwen3 configuration has no rope_theater"]),
         ({"--max-length": "100000"}, ["the model has 4096 positions"]),
         ({"--out": "FILE"}, ["expected a folder, found a file"]),
         ({"--out": "/proc/none"}, ["cannot be written to"]),
@@ -317,6 +329,77 @@ def test_attention_that_is_no_number_is_not_calibrated_by(
     assert code == 1, output
     assert "no numbers, in 1 of 2 layers" in output
     assert (trained / "config.json").read_bytes() == before
+
+
+def test_settings_of_the_model_are_replaced(model_folder: Path, text: Path, tmp_path: Path) -> None:
+    yarn = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    overrides = json.dumps({"rope_parameters": yarn})
+    training = ("train", "--model", model_folder, "--data", text, "--out", tmp_path / "out", *SMALL, "--no-calibrate")
+    code, output = run(*training, "--hf-overrides", overrides)
+    assert code == 0, output
+    stored = read_config(tmp_path / "out")
+    assert stored.fingerprint.rope_scaling is not None
+    assert stored.fingerprint.rope_scaling["factor"] == 4.0
+    calibrating = ("calibrate", "--model", model_folder, "--checkpoint", tmp_path / "out", "--data", "synthetic")
+    calibrating = (*calibrating, "--length", 128, "--sequences", 1, "--chunk-lengths", 0)
+    code, output = run(*calibrating)
+    assert code == 1
+    assert "trained for another model" in output
+    code, output = run(*calibrating, "--hf-overrides", overrides)
+    assert code == 0, output
+
+
+def test_code_of_a_model_runs_only_where_it_may(
+    model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import builtins
+
+    from transformers import dynamic_module_utils
+
+    def ask(*arguments: object) -> str:
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr(builtins, "input", ask)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "own"
+    shutil.copytree(model_folder, folder)
+    (folder / "configuration_own.py").write_text(
+        "from transformers import Qwen3Config\n\n\nclass OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import Qwen3ForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    settings |= {"model_type": "own", "auto_map": classes, "architectures": ["OwnForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    training = ("train", "--model", folder, "--data", text, "--out", tmp_path / "out", *SMALL, "--no-calibrate")
+    code, output = run(*training)
+    assert code == 1
+    assert "comes with code of its own; allow it to run with --trust-remote-code" in output
+    code, output = run(*training, "--trust-remote-code")
+    assert code == 0, output
+    assert read_config(tmp_path / "out").fingerprint.architecture == "own"
+
+
+def test_a_revision_is_asked_for(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import transformers
+
+    asked: list[tuple[str, Any]] = []
+
+    def fail(name: Any, **settings: Any) -> None:
+        asked.append((str(name), settings["revision"]))
+        raise OSError("not there")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    code, output = run(
+        "train", "--model", "owner/name", "--revision", "v2", "--data", "x.txt", "--out", tmp_path / "out"
+    )
+    assert code == 1
+    assert "no such folder, and transformers cannot load it as an id (not there)" in output
+    assert asked == [("owner/name", "v2")]
 
 
 def test_a_model_that_is_no_decoder(tmp_path: Path, text: Path) -> None:

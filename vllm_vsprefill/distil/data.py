@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -177,6 +178,12 @@ def tokenise(
     return documents, made
 
 
+def _name(data: str) -> str:
+    """A dataset's id, or the name of a file or folder: paths of one machine do not belong in a checkpoint."""
+    path = Path(data).expanduser()
+    return path.resolve().name if path.exists() else data
+
+
 def _start(made: Any, tokenizer: Callable[[], Any]) -> list[int]:
     """What sequences begin with; nothing where there are only token ids and no tokenizer."""
     try:
@@ -230,7 +237,7 @@ def open_sources(
     order = np.random.default_rng(seed).permutation(len(documents))
     documents = [documents[i] for i in order]
     total = sum(map(len, documents))
-    what = f"{options.data}: {len(documents)} documents, {total:,} tokens"
+    what = f"{_name(options.data)}: {len(documents)} documents, {total:,} tokens"
     if not packing:
         long = [d for d in documents if len(d) >= min_length]
         if len(long) < 2:

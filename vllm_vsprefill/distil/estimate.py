@@ -48,20 +48,21 @@ class Estimate:
         )
 
 
-def estimate(config: Any, options: TrainOptions, element: int = 2) -> Estimate:
+def estimate(config: Any, options: TrainOptions, element: int = 2, trust_remote_code: bool = False) -> Estimate:
     """Estimate a run.
 
     Args:
         config: the model's transformers configuration.
         options: settings of the run.
         element: bytes of a weight or activation of the model.
+        trust_remote_code: run code that lies with the model.
 
     Raises:
         DistilError: the model has no layer for an indexer.
     """
     fingerprint, layers = check(config)
     text = text_config(config)
-    decoder = decoder_of(blueprint(config))
+    decoder = decoder_of(blueprint(config, trust_remote_code))
     parameters = sum(p.numel() for p in decoder.parameters())
     embedding = decoder.get_input_embeddings().weight.numel()
     n, heads, size = options.max_length, fingerprint.num_query_heads, fingerprint.head_size

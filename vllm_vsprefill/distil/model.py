@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_vsprefill.distil import capture
 from vllm_vsprefill.distil.errors import DistilError, first_line
+from vllm_vsprefill.distil.options import ModelOptions
 from vllm_vsprefill.fingerprint import ModelFingerprint
 
 
@@ -156,25 +157,57 @@ def _source(model: str) -> Path | str:
     return path if path.is_dir() else model
 
 
-def read_config(model: str) -> Any:
-    """transformers' configuration of a model.
+def _from_hub(options: ModelOptions) -> dict[str, Any]:
+    # False, not None, which would ask on the terminal.
+    return {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+
+
+def _unreadable(model: str, error: Exception) -> str:
+    """Why transformers does not take a model, or what would help."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; allow it to run with --trust-remote-code"
+    if Path(model).expanduser().is_dir():
+        return f"transformers cannot read it ({first_line(error)})"
+    return f"no such folder, and transformers cannot load it as an id ({first_line(error)})"
+
+
+def read_config(options: ModelOptions) -> Any:
+    """transformers' configuration of a model, with the settings that replace its own.
 
     Raises:
-        DistilError: no such folder or id, or no configuration that transformers knows.
+        DistilError: no such folder or id, no configuration that transformers knows, or a setting that it has not.
     """
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
+    path = Path(options.model).expanduser()
     if path.is_file():
-        raise DistilError(f"--model {model}: expected the folder of a Hugging Face model or an id, found a file")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise DistilError(f"--model {model}: the folder holds no config.json; expected that of a Hugging Face model")
-    try:
-        return AutoConfig.from_pretrained(_source(model))
-    except (OSError, ValueError, KeyError) as error:
         raise DistilError(
-            f"--model {model}: no such folder, and transformers cannot load it as an id ({first_line(error)})"
-        ) from None
+            f"--model {options.model}: expected the folder of a Hugging Face model or an id, found a file"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise DistilError(
+            f"--model {options.model}: the folder holds no config.json; expected that of a Hugging Face model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(_source(options.model), **_from_hub(options))
+    except Exception as error:
+        # Code that comes with a model may raise anything.
+        raise DistilError(f"--model {options.model}: {_unreadable(options.model, error)}") from None
+    _override(config, options.hf_overrides)
+    return config
+
+
+def _override(config: Any, settings: Mapping[str, Any], where: str = "") -> None:
+    """Replace settings, as vLLM does: those of a part of the configuration one by one, others whole."""
+    unknown = [f"{where}{name}" for name in settings if name not in config.to_dict() and _setting(config, name) is None]
+    if unknown:
+        raise DistilError(f"--hf-overrides: a {kind_of(config)} configuration has no {', '.join(unknown)}")
+    for name, value in settings.items():
+        part = _setting(config, name)
+        if isinstance(value, Mapping) and hasattr(part, "to_dict"):
+            _override(part, value, f"{where}{name}.")
+        else:
+            setattr(config, name, value)
 
 
 def positions(config: Any) -> int | None:
@@ -248,50 +281,57 @@ def wrap(model: Any, name: str) -> Teacher:
     return Teacher(name, decoder, fingerprint, layers, embedding.num_embeddings, embedding.weight.device)
 
 
-def load(model: str, device: torch.device, dtype: str = "auto") -> Teacher:
+def load(options: ModelOptions, device: torch.device) -> Teacher:
     """Load a model from a folder or by its id.
 
     Args:
-        model: folder or Hugging Face id.
+        options: which, and how.
         device: where to run it.
-        dtype: of the weights; ``auto`` takes the stored one.
 
     Raises:
         DistilError: it cannot be found or loaded, or has no layer for an indexer.
     """
     from transformers import AutoModelForCausalLM
 
-    check(read_config(model))
+    config = read_config(options)
+    check(config)
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(_source(model), dtype=dtype, output_loading_info=True)
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            _source(options.model), config=config, dtype=options.dtype, output_loading_info=True, **_from_hub(options)
+        )
     except Exception as error:
         # transformers, safetensors and libraries for quantised weights raise many kinds; to the user they are all one.
-        raise DistilError(f"--model {model}: its weights cannot be loaded ({error})") from None
+        raise DistilError(f"--model {options.model}: its weights cannot be loaded ({error})") from None
     needed = {id(parameter) for parameter in decoder_of(loaded).parameters()}
     missing = sorted(name for name, p in loaded.named_parameters() if name in found["missing_keys"] and id(p) in needed)
     if missing:
         raise DistilError(
-            f"--model {model}: {len(missing)} of its weights are not there and would be random: "
+            f"--model {options.model}: {len(missing)} of its weights are not there and would be random: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
     try:
         loaded = loaded.to(device)
     except torch.OutOfMemoryError:
-        raise DistilError(f"--model {model}: its weights do not fit on {device}; use a larger device") from None
-    return wrap(loaded, display_name(model))
+        raise DistilError(f"--model {options.model}: its weights do not fit on {device}; use a larger device") from None
+    return wrap(loaded, display_name(options.model))
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer.
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The model's tokenizer, or another one that is named.
 
     Raises:
         DistilError: there is none.
     """
     from transformers import AutoTokenizer
 
+    named = options.tokenizer or options.model
+    # A revision is one of the model's repository.
+    settings = {**_from_hub(options), "revision": options.revision if named == options.model else None}
     try:
-        return AutoTokenizer.from_pretrained(_source(model))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(_source(named), **settings)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise DistilError(f"the tokenizer {named}: {_unreadable(named, error)}") from None
         raise DistilError(
-            f"no tokenizer can be loaded from {model} ({first_line(error)}); name one with --tokenizer"
+            f"no tokenizer can be loaded from {named} ({first_line(error)}); name one with --tokenizer"
         ) from None

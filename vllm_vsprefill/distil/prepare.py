@@ -15,7 +15,7 @@ from vllm_vsprefill.distil import state
 from vllm_vsprefill.distil.data import PackedTokens, Source, open_sources
 from vllm_vsprefill.distil.errors import INSTALL, DistilError, first_line
 from vllm_vsprefill.distil.model import load_tokenizer
-from vllm_vsprefill.distil.options import DataOptions
+from vllm_vsprefill.distil.options import DataOptions, ModelOptions
 from vllm_vsprefill.distil.synthetic import Synthetic
 
 
@@ -83,7 +83,7 @@ def check_out(out: Path, model: str, resume: bool) -> None:
 
 def sources(
     options: DataOptions,
-    tokenizer: str,
+    model: ModelOptions,
     vocabulary: int,
     *,
     tokens: int,
@@ -98,7 +98,7 @@ def sources(
 
     Args:
         options: what to read.
-        tokenizer: folder or id of the tokenizer.
+        model: whose tokenizer it is read with.
         vocabulary: rows of the model's embedding.
         tokens: how many suffice, of both streams.
         min_length: shortest sequence that will be asked for.
@@ -115,7 +115,7 @@ def sources(
         DistilError: as ``open_sources`` does.
     """
     if options.data == "synthetic":
-        made = load_tokenizer(tokenizer)
+        made = load_tokenizer(model)
         train, held_out = (Synthetic(made, vocabulary, seed, held) for held in (False, True))
         return train, held_out, max_length
     from tqdm import tqdm
@@ -123,7 +123,7 @@ def sources(
     with tqdm(unit="token", unit_scale=True, desc="reading", disable=None) as bar:
         read, rest = open_sources(
             options,
-            lambda: load_tokenizer(tokenizer),
+            lambda: load_tokenizer(model),
             min_length=min_length,
             max_length=max_length,
             vocabulary=vocabulary,

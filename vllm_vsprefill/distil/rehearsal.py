@@ -22,7 +22,7 @@ from vllm_vsprefill.fingerprint import ModelFingerprint
 TOKENS = 8
 
 
-def blueprint(config: Any) -> Any:
+def blueprint(config: Any, trust_remote_code: bool = False) -> Any:
     """The transformers model of a configuration, without storage.
 
     Raises:
@@ -32,7 +32,7 @@ def blueprint(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Models raise all kinds over settings that do not go together; to the user they are all one.
         if "Unrecognized configuration class" in str(error):
@@ -61,18 +61,19 @@ def _go_on(layer: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def rehearse(config: Any, fingerprint: ModelFingerprint, layers: Layers) -> None:
+def rehearse(config: Any, fingerprint: ModelFingerprint, layers: Layers, trust_remote_code: bool = False) -> None:
     """Run a model without weights to see what its attention is given.
 
     Args:
         config: its transformers configuration.
         fingerprint: what an indexer for it must match.
         layers: which of its layers get an indexer.
+        trust_remote_code: run code that lies with the model.
 
     Raises:
         DistilError: none can be trained; says what the model does that cannot be distilled.
     """
-    model = blueprint(config)
+    model = blueprint(config, trust_remote_code)
     decoder = decoder_of(model)
     capture.register()
     model.set_attn_implementation(capture.IMPLEMENTATION)

@@ -38,15 +38,15 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     """
     place = prepare.device(options.model.device)
     run = options.run
-    config = read_config(options.model.model)
+    config = read_config(options.model)
     fingerprint, layers = check(config)
-    rehearse(config, fingerprint, layers)
+    rehearse(config, fingerprint, layers, options.model.trust_remote_code)
     _fits(config, "--max-length", run.max_length)
     if options.dry_run:
         own = options.model.dtype
         if own == "auto":
             own = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")  # type: ignore[assignment]
-        found = estimate.estimate(config, run, 4 if own == "float32" else 2)
+        found = estimate.estimate(config, run, 4 if own == "float32" else 2, options.model.trust_remote_code)
         rate = estimate.matmul_rate(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
         say(layers.describe())
         say(estimate.describe(found, run, place, rate, 1))
@@ -63,7 +63,7 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     wanted = run.steps * run.accumulation * accelerator.num_processes + run.validation_sequences
     source, held_out, longest = prepare.sources(
         options.data,
-        options.model.tokenizer or options.model.model,
+        options.model,
         text_config(config).vocab_size,
         tokens=int(wanted * run.max_length / (1 - share)),
         min_length=run.min_length,
@@ -73,7 +73,7 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
         seed=run.seed,
         log=log,
     )
-    teacher = load(options.model.model, accelerator.device, options.model.dtype)
+    teacher = load(options.model, accelerator.device)
     Trainer(
         run.shortened(longest), teacher, source, held_out, options.out, accelerator, resume=options.resume, log=say
     ).run()
@@ -99,14 +99,14 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     """
     goal, count = options.goal, options.goal.sequences
     goals = _goals(goal)
-    config = read_config(options.model.model)
+    config = read_config(options.model)
     fingerprint, layers = check(config)
     try:
         loaded = load_checkpoint(options.checkpoint, expected=fingerprint)
     except CheckpointError as error:
         raise DistilError(str(error)) from None
     place = prepare.device(options.model.device)
-    rehearse(config, fingerprint, layers)
+    rehearse(config, fingerprint, layers, options.model.trust_remote_code)
     tuning = calibration.platform_tuning(torch.device(goal.platform) if goal.platform is not None else place)
     _fits(config, "--length", goal.length)
     # Text that is too short for a sparse prompt says nothing about one, unless it is asked for by --length.
@@ -114,7 +114,7 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     # The held-out stream: the documents of a generated one are not those of training, text is all held out.
     _, source, longest = prepare.sources(
         options.data,
-        options.model.tokenizer or options.model.model,
+        options.model,
         text_config(config).vocab_size,
         tokens=2 * count * length,  # documents are shuffled: a choice of them, not just the first
         min_length=min(length, calibration.MIN_SEQ_LEN),
@@ -131,7 +131,7 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
             f"note: contexts below {calibration.MIN_SEQ_LEN:,} tokens run dense; thresholds found on shorter ones "
             "may not suit longer ones"
         )
-    teacher = load(options.model.model, place, options.model.dtype)
+    teacher = load(options.model, place)
     from tqdm import tqdm
 
     with tqdm(total=count, unit="sequence", disable=None) as bar:
