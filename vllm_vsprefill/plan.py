@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_vsprefill.kernels.types import SparsePattern
+
 MIN_ROWS = 64
 """Fewest rows, the dense last ones aside, worth a selection: choosing keys costs a pass over the context, however few
 rows use the result."""
@@ -61,8 +63,7 @@ class RequestRows:
     @property
     def causal_pairs(self) -> int:
         """(query, key) pairs that dense causal attention computes for these rows, per head."""
-        first = self.seq_len - self.rows + 1
-        return self.rows * (first + self.seq_len) // 2
+        return SparsePattern.causal_pairs(self.rows, self.seq_len)
 
 
 @dataclass(frozen=True, slots=True)

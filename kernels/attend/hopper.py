@@ -306,7 +306,7 @@ class Cache:
 
     @gluon.jit
     def block(self, b_pos):
-        """Blocks of positions inside the context."""
+        """Blocks of positions inside the sequence."""
         return gl.load(self.p_table + b_pos // self.BLOCK_SIZE)
 
     @gluon.jit
@@ -316,7 +316,7 @@ class Cache:
 
     @gluon.jit
     def slot(self, b_pos):
-        """Slots of positions inside the context."""
+        """Slots of positions inside the sequence."""
         return self.slot_in(self.block(b_pos), b_pos)
 
     @gluon.jit
@@ -371,13 +371,13 @@ class Softmax:
 
 @gluon.jit
 def _piece(i_w, batch, num_tiles, shape):
-    """Number ``i_w`` of all pieces. One whose first position lies behind the context is empty, as are all of a request
+    """Number ``i_w`` of all pieces. One whose first position lies behind the sequence is empty, as are all of a request
     without rows: it has none that could be read in place of a missing one."""
     i_h = i_w // num_tiles % shape.HEADS
     i_r = i_w // num_tiles // shape.HEADS
     row_end, hi = gl.load(batch.p_row_end + i_r), gl.load(batch.p_seq_len + i_r)
     lo = hi - (row_end - gl.load(batch.p_row_start + i_r))
-    # The latest tiles take longest where the context is short, so they come first.
+    # The latest tiles take longest where the sequence is short, so they come first.
     both: gl.constexpr = 2 * shape.POSITIONS
     i_p = lo // both * both + (num_tiles - 1 - i_w % num_tiles) * both
     i_p = gl.where(lo < hi, i_p, hi)
@@ -401,7 +401,7 @@ def _plan(piece, index, shape):
     RANK: gl.constexpr = shape.RANK
     i_p, hi = piece.i_p, piece.hi
     tile, length, start = _tile_of(i_p, hi, index.window, shape.BLOCK_Q, BLOCK_K)
-    # A second tile behind the end of the context sees the last position only and is not stored.
+    # A second tile behind the end of the sequence sees the last position only and is not stored.
     tile2, length2, start2 = _tile_of(i_p + shape.POSITIONS, hi, index.window, shape.BLOCK_Q, BLOCK_K)
     two = tile2 < hi
     base = i_p + 2 * shape.POSITIONS - KEYS
@@ -532,7 +532,7 @@ def _own_tile(tiles, s_q, rings, i_p, start, piece, plan, scale, WHICH: gl.const
     # [1, KEYS], [64, 1]
     b_pos = gl.expand_dims(plan.base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
     b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // shape.PACK, 1)
-    # Rows behind the context's end, which are not stored, see its last position: no row is without a key.
+    # Rows behind the sequence's end, which are not stored, see its last position: no row is without a key.
     m_s = (b_pos <= gl.minimum(b_i, piece.hi - 1)) & (b_pos >= gl.minimum(start, piece.hi - 1))
     b_s = gl.where(m_s, b_s, float("-inf"))
     b_max = gl.full([64], float("-inf"), gl.float32, layout=l_m)

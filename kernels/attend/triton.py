@@ -7,7 +7,7 @@ One program computes a few query positions with all query heads of one KV head p
 positions x 4 heads = 128 rows), so a group shares its index and its loads. Its keys, each visited once, in this order:
 
 1. its own positions, the only ones that need the causal mask; after them every row has a finite maximum;
-2. the rest of the local window, a contiguous run;
+2. the rest of the local window, a contiguous range;
 3. granules of the diagonals beyond the window: positions follow from the relative granules of the index by adding the
    tile's start, and any number of granules fills the lanes of one key tile;
 4. columns below the window, by cache slot, without those that step 3 visited.
@@ -20,7 +20,7 @@ diagonals stays small while most of the work still serves all rows.
 On devices of capability 9.0 ``attend`` hands calls without dense last rows to ``hopper.py``, for the shapes it has.
 
 Dense last rows, if the call has them, are programs whose window reaches back to position 0. One program then walks the
-whole context, so with a long context it is better to leave those rows to a kernel that splits the keys.
+whole sequence, so with a long one it is better to leave those rows to a kernel that splits the keys.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _attend_kernel(
         b_i2 = b_i + POSITIONS
         m_i2 = (b_i2 >= lo) & (b_i2 < hi) & (o_m % PACK < GROUP)
         b_q2 = _load_q(p_q, b_i2, m_i2, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
-        # A second tile behind the end of the context is computed like an empty one at its place and not stored.
+        # A second tile behind the end of the sequence is computed like an empty one at its place and not stored.
         tile2, length2, start2 = _tile_of(i_p + POSITIONS, n, window, dense, BLOCK_Q, BLOCK_K)
     else:
         b_i2, m_i2, b_q2 = b_i, m_i, b_q
@@ -308,7 +308,7 @@ def _attend_kernel(
         b_bias = tl.where(m_s, 0.0, float("-inf"))
         b_bias2 = b_bias
         if LANES == 2:
-            # The last comparison keeps rows behind the context's end finite: they see their tile's last key.
+            # The last comparison keeps rows behind the sequence's end finite: they see their tile's last key.
             m_s = m_pos[None, :] & (b_pos[None, :] <= b_i2[:, None]) & (b_pos[None, :] >= tl.minimum(start2, n - 1))
             b_bias2 = tl.where(m_s, 0.0, float("-inf"))
         b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
@@ -355,7 +355,7 @@ def _attend_kernel(
             BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 1,
         )  # fmt: skip
         if LANES == 2:
-            # A tile behind the end of the context has no granules.
+            # A tile behind the end of the sequence has no granules.
             start_live2 = tl.where(tile2 < n, start2, 0)
             b_acc2, b_max2, b_sum2, _, _, _, visited2 = _diagonals(
                 b_q2, b_q2, b_acc2, b_max2, b_sum2, b_acc2, b_max2, b_sum2, p_kv, p_table, p_granules, p_granule_rank,
