@@ -50,9 +50,9 @@ def test_all_buffers_are_counted() -> None:
 def test_missing_logits_and_queries_reuse_their_room() -> None:
     shape = Shape(4, 2, 4096, 3, None)
     buffers = DeviceBuffers.allocate(
-        shape, PATTERN, max_num_seqs=4, max_tokens=256, device=torch.device("cpu"), slots=100,
-        queries=((256, 4, 64), torch.bfloat16),
+        shape, PATTERN, max_num_seqs=4, max_tokens=256, device=torch.device("cpu"), slots=100
     )  # fmt: skip
+    buffers.reserve_queries((256, 4, 64), torch.bfloat16)
     room = buffers.logits.data_ptr(), buffers.queries.data_ptr()
     for count in (100, 7):
         logits = buffers.missing_logits(count)

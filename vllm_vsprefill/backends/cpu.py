@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_vsprefill.backends import cpu_layout
-from vllm_vsprefill.backends.layer import DecoderBackendMixin, SparseLayerMixin
+from vllm_vsprefill.backends.layer import Call, DecoderBackendMixin, SparseLayerMixin
 from vllm_vsprefill.backends.step import DenseRun, SparseBuilderMixin, SparseStep
 from vllm_vsprefill.kernels.forget import forget
 from vllm_vsprefill.plan import RequestRows, StepPlan
@@ -141,14 +141,12 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
         runtime: CPURuntime,
         sparse: SparseLayer,
         step: SparseStep[SparseRequest],
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
+        call: Call,
         run_dense: Callable[[DenseRun], None],
     ) -> LayerCounts:
+        kv_cache = call.kv_cache
         if self._reader is None:
-            self._reader = self._infer_layout(layer, kv_cache)
+            self._reader = self._infer_layout(call.layer, kv_cache)
         counts = LayerCounts()
         for request in step.rounds:
             rows, prefill = request.rows, runtime.prefill
@@ -156,7 +154,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
             keys, values = runtime.workspace.keys_values(self.num_kv_heads, seq_len, self.head_size, kv_cache.dtype)
             self._reader.read(kv_cache, request.block_ids, keys, values)
             key, value = keys.transpose(0, 1), values.transpose(0, 1)  # [n, H, D]
-            chunk = query[rows.row_start : rows.row_end + request.tail]
+            chunk = call.query[rows.row_start : rows.row_end + request.tail]
             slots = None
             if sparse.logits is not None:
                 slots = cpu_layout.slots(request.block_ids, seq_len, kv_cache.shape[2])
@@ -165,7 +163,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
                 run_dense(request.fallback)
                 counts += LayerCounts(self.num_kv_heads * rows.causal_pairs, dense_chunks=1)
             else:
-                out = output[rows.row_start : rows.row_end]
+                out = call.output[rows.row_start : rows.row_end]
                 _, visited = prefill.attend(chunk, key, value, chosen, rows.rows, scale=self.scale, out=out)
                 counts += LayerCounts(int(visited), sparse_chunks=1)
         return counts

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm_vsprefill.backends import cuda_limits
 from vllm_vsprefill.backends.cuda_builder import SparseRound, VSPrefillFlashMetadataBuilder
 from vllm_vsprefill.backends.cuda_runtime import CudaRuntime
-from vllm_vsprefill.backends.layer import DecoderBackendMixin, SparseLayerMixin
+from vllm_vsprefill.backends.layer import Call, DecoderBackendMixin, SparseLayerMixin
 from vllm_vsprefill.backends.step import DenseRun, SparseStep
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, QUERY_DTYPES, PagedKV
@@ -76,31 +76,28 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             layer.register_buffer(f"vsprefill_{name}", tensor, persistent=False)
         return dataclasses.replace(sparse, weights=weights, tau=tensors["tau"])
 
-    def prepare(
-        self,
-        runtime: CudaRuntime,
-        sparse: SparseLayer,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-    ) -> None:
+    def prepare(self, runtime: CudaRuntime, sparse: SparseLayer, call: Call) -> None:
         """Allocate in vLLM's profiling run; compile the kernels at start-up, with the first batch that has a KV cache,
         not with the first long prompt. They read and score the cache's first block, which vLLM gives to nobody."""
-        if attn_metadata is None:
-            runtime.prefill(query.device)
+        query = call.query
+        if call.metadata is None:
+            buffers = runtime.prefill(query.device).buffers
+            if self.kv_cache_dtype.startswith("fp8"):
+                tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
+                buffers.reserve_queries((tokens, self.num_heads, self.head_size), self._vllm_config.model_config.dtype)
             return
-        if runtime.is_warm or kv_cache.numel() == 0:
+        if runtime.is_warm or call.kv_cache.numel() == 0:
             return
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if self.takes(runtime, layer, query):
-            kv = self._paged(layer, kv_cache, query.new_empty(0, dtype=torch.int32))
+        if self.takes(runtime, call):
+            kv = self._paged(call, query.new_empty(0, dtype=torch.int32))
             runtime.prefill(query.device).warm_up(sparse, kv, self._vllm_config.model_config.dtype, scale=self.scale)
 
-    def takes(self, runtime: CudaRuntime, layer: Any, query: torch.Tensor) -> bool:
+    def takes(self, runtime: CudaRuntime, call: Call) -> bool:
         """Whether the kernels can use these queries and the scales that belong to them and to the cache."""
         reasons = []
+        query, layer = call.query, call.layer
         quantised = query.dtype in FP8_DTYPES
         if not quantised and query.dtype not in QUERY_DTYPES:
             reasons.append(f"its queries arrive as {query.dtype}")
@@ -117,20 +114,19 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
         runtime: CudaRuntime,
         sparse: SparseLayer,
         step: SparseStep[SparseRound],
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
+        call: Call,
         run_dense: Callable[[DenseRun], None],
     ) -> LayerCounts:
-        prefill, scale = runtime.prefill(query.device), self.scale
+        tokens = call.metadata.num_actual_tokens
+        query, output, scale = call.query[:tokens], call.output[:tokens], self.scale
+        prefill = runtime.prefill(query.device)
         if query.dtype in FP8_DTYPES:
             # FlashAttention 3 is given quantised queries with a quantised cache; the kernels here compute in the
             # model's type.
             query = prefill.buffers.unquantised(query, self._vllm_config.model_config.dtype)
-            scale *= float(layer._q_scale_float)
+            scale *= float(call.layer._q_scale_float)
         for part in step.rounds:
-            kv = self._paged(layer, kv_cache, part.block_table)
+            kv = self._paged(call, part.block_table)
             prefill.choose(sparse, query, kv, part.batches, scale=scale)
             for run in part.fallbacks:
                 run_dense(run)
@@ -138,8 +134,9 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
         # Visited pairs, and chunks that were dense after all, the device counts.
         return LayerCounts(sparse_chunks=len(step.plan.sparse))
 
-    def _paged(self, layer: Any, kv_cache: torch.Tensor, block_table: torch.Tensor) -> PagedKV:
+    def _paged(self, call: Call, block_table: torch.Tensor) -> PagedKV:
         """The cache as the kernels read it: ``[num_blocks, H, block, 2 * D]``."""
+        kv_cache = call.kv_cache
         if kv_cache.dim() != 4 or kv_cache.shape[1] != self.num_kv_heads or kv_cache.shape[3] != 2 * self.head_size:
             raise RuntimeError(
                 f"VSPREFILL does not know a KV cache of shape {tuple(kv_cache.shape)} for {self.num_kv_heads} heads of "
@@ -148,4 +145,4 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
         if not self.kv_cache_dtype.startswith("fp8"):
             return PagedKV(kv_cache, block_table)
         dtype = torch.float8_e5m2 if self.kv_cache_dtype == "fp8_e5m2" else current_platform.fp8_dtype()
-        return PagedKV(kv_cache.view(dtype), block_table, layer._k_scale, layer._v_scale)
+        return PagedKV(kv_cache.view(dtype), block_table, call.layer._k_scale, call.layer._v_scale)

@@ -60,24 +60,25 @@ class CudaRuntime(Runtime):
 
     def _allocate(self, device: torch.device) -> DeviceBuffers:
         layers = list(self.layers.values())
-        model, scheduler = self._config.model_config, self._config.scheduler_config
-        num_heads, num_kv_heads, head_size = heads = layers[0].heads
-        sampled = any(layer.weights is None for layer in layers)
+        scheduler = self._config.scheduler_config
+        num_heads, num_kv_heads, head_size = layers[0].heads
         slots = 0
         if any(layer.weights is not None and layer.logits is None for layer in layers) and device.type == "cuda":
             share = min_layers_of_a_slot(self._config, len(layers))
             slots = max_slots(self._config.cache_config, device, share * num_kv_heads * 2 * head_size)
-        queries = None
-        if str(self._config.cache_config.cache_dtype).startswith("fp8"):
-            queries = (scheduler.max_num_batched_tokens, num_heads, head_size), model.dtype
         return DeviceBuffers.allocate(
-            Shape(*heads[:2], model.max_model_len, len(layers), self.options.sampled_rows if sampled else None),
+            Shape(
+                num_heads,
+                num_kv_heads,
+                self._config.model_config.max_model_len,
+                len(layers),
+                self.options.sampled_rows if any(layer.weights is None for layer in layers) else None,
+            ),
             self.pattern,
             max_num_seqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             device=device,
             slots=slots,
-            queries=queries,
         )
 
 

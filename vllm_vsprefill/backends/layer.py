@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -20,6 +21,25 @@ from vllm_vsprefill.side_cache import SUFFIX, LogitCache
 from vllm_vsprefill.stats import LayerCounts
 
 RuntimeT = TypeVar("RuntimeT", bound=Runtime)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a layer's forward pass was called with; ``query`` and ``output`` may be padded.
+
+    Attributes:
+        layer: vLLM's attention layer.
+        query: ``[rows, num_heads, head_size]``.
+        kv_cache: of this layer, the keys and values of the rows included.
+        metadata: the stock metadata; None in vLLM's profiling run.
+        output: ``[rows, num_heads, head_size]``, to be written.
+    """
+
+    layer: Any
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    metadata: Any
+    output: torch.Tensor
 
 
 class DecoderBackendMixin:
@@ -171,14 +191,15 @@ class SparseLayerMixin(Generic[RuntimeT]):
         """
         stock = super().forward  # type: ignore[misc]
         runtime, sparse = self._runtime, self._sparse
+        call = Call(layer, query, kv_cache, attn_metadata, output)
         if runtime is not None and sparse is not None:
-            self.prepare(runtime, sparse, layer, query, kv_cache, attn_metadata)
+            self.prepare(runtime, sparse, call)
         step: SparseStep[Any] | None = getattr(attn_metadata, "vsprefill", None)
         if step is None or runtime is None:
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return output
         plan, heads = step.plan, self.heads.num_kv_heads
-        if sparse is None or not step.rounds or not self.takes(runtime, layer, query):
+        if sparse is None or not step.rounds or not self.takes(runtime, call):
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             pairs = heads * plan.prefill_pairs
             runtime.record(self._layer_index, LayerCounts(pairs, pairs, dense_chunks=1))
@@ -187,33 +208,20 @@ class SparseLayerMixin(Generic[RuntimeT]):
         def run_dense(run: DenseRun) -> None:
             rows = slice(run.row_start, run.row_end)
             new_key, new_value = (None if new is None else new[rows] for new in (key, value))
-            stock(
-                layer, query[rows], new_key, new_value, kv_cache, run.metadata, output[rows], *args, **kwargs
-            )  # fmt: skip
+            stock(layer, query[rows], new_key, new_value, kv_cache, run.metadata, output[rows], *args, **kwargs)
 
         for run in step.dense_runs:
             run_dense(run)
         counts = LayerCounts(heads * plan.dense_prefill_pairs, heads * plan.prefill_pairs)
-        tokens = attn_metadata.num_actual_tokens
-        counts += self.attend_sparse(
-            runtime, sparse, step, layer, query[:tokens], kv_cache, output[:tokens], run_dense
-        )  # fmt: skip
+        counts += self.attend_sparse(runtime, sparse, step, call, run_dense)
         runtime.record(self._layer_index, counts)
         return output
 
-    def prepare(
-        self,
-        runtime: RuntimeT,
-        sparse: SparseLayer,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-    ) -> None:
-        """Called before every step of a layer that runs sparse, also in vLLM's profiling run, without metadata."""
+    def prepare(self, runtime: RuntimeT, sparse: SparseLayer, call: Call) -> None:
+        """Called before every step of a layer that runs sparse, and in vLLM's profiling run."""
 
-    def takes(self, runtime: RuntimeT, layer: Any, query: torch.Tensor) -> bool:
-        """Whether the kernels can use these queries."""
+    def takes(self, runtime: RuntimeT, call: Call) -> bool:
+        """Whether the kernels can use these queries and this cache."""
         return True
 
     def attend_sparse(
@@ -221,10 +229,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
         runtime: RuntimeT,
         sparse: SparseLayer,
         step: SparseStep[Any],
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
+        call: Call,
         run_dense: Callable[[DenseRun], None],
     ) -> LayerCounts:
         """Compute the rows of the step's rounds; ``run_dense`` gives those to the stock kernel for which that is

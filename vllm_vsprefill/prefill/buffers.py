@@ -122,15 +122,13 @@ class DeviceBuffers:
         max_tokens: int,
         device: torch.device,
         slots: int = 0,
-        queries: tuple[tuple[int, int, int], torch.dtype] | None = None,
     ) -> DeviceBuffers:
-        """Buffers for ``requests_per_round`` requests; ``slots`` and ``queries`` where those two are needed."""
+        """Buffers for ``requests_per_round`` requests, and for logits of so many slots."""
         requests = requests_per_round(shape, pattern, max_num_seqs, max_tokens)
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        size, dtype = queries or ((0, 0, 0), torch.float32)
         return cls(
             requests,
             Workspaces.allocate(requests, shape, pattern, device),
@@ -138,7 +136,7 @@ class DeviceBuffers:
             zeros(MAX_REQUESTS),
             zeros(shape.num_layers, 2 * MAX_REQUESTS, dtype=torch.int64),
             torch.empty(slots, 2 * shape.num_kv_heads, dtype=torch.float32, device=device),
-            torch.empty(size, dtype=dtype, device=device),
+            torch.empty(0, device=device),
         )
 
     @property
@@ -160,9 +158,13 @@ class DeviceBuffers:
             self.logits = self.logits.new_empty(slots, self.logits.shape[1])
         return self.logits[:slots].fill_(float("nan"))
 
+    def reserve_queries(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Make room for ``unquantised`` queries of up to this shape."""
+        if self.queries.dtype != dtype or self.queries.shape[1:] != shape[1:] or self.queries.shape[0] < shape[0]:
+            self.queries = torch.empty(shape, dtype=dtype, device=self.counts.device)
+
     def unquantised(self, query: Tensor, dtype: torch.dtype) -> Tensor:
         """Queries ``[rows, num_heads, head_size]`` in another type; valid until the next call."""
-        rows = query.shape[0]
-        if self.queries.dtype != dtype or self.queries.shape[0] < rows or self.queries.shape[1:] != query.shape[1:]:
-            self.queries = torch.empty(query.shape, dtype=dtype, device=query.device)
+        rows, heads, size = query.shape
+        self.reserve_queries((rows, heads, size), dtype)
         return self.queries[:rows].copy_(query)
