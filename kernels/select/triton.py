@@ -32,6 +32,16 @@ from ..paged import Batch, PagedKV
 from ..types import UNLIMITED, Budgets
 from .paged import BINS, COPIES, NO_CAP, SelectWorkspace
 
+# In kernels: a distance ``u`` from the maximum is in steps of 2**-18; its upper 12 bits are a coarse bin, its lower a
+# fine one. Of what a bin holds, the count begins at bit 42, and the mass below it is in steps of 2**-26.
+STEPS = tl.constexpr(262144.0)
+UNLIKELY = tl.constexpr(16777215)  # the largest distance: all that are too unlikely to tell apart
+FINE_BINS = tl.constexpr(4096)
+COUNT_SHIFT = tl.constexpr(42)
+ONE_TOKEN = tl.constexpr(1 << 42)
+MASS_BITS = tl.constexpr((1 << 42) - 1)
+MASS_STEPS = tl.constexpr(67108864.0)
+
 
 @triton.jit(do_not_specialize=["stride_table", "width"])
 def _gather_kernel(
@@ -65,14 +75,15 @@ def _gather_kernel(
 
 @triton.jit
 def _order(p_logits, p_max, i_list, o_c, n, width, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """``u`` of positions ``o_c`` of one list; 2**24 - 1 for all that are too unlikely to tell apart."""
+    """``u`` of positions ``o_c`` of one list; ``UNLIKELY`` for all that are too unlikely to tell apart."""
     o_b = tl.arange(0, BLOCKS)
     # [BLOCKS]
     b_max = tl.load(p_max + i_list * (width // BLOCK) + o_b, mask=o_b * BLOCK < n, other=float("-inf"))
     b_l = tl.load(p_logits + i_list * width + o_c, mask=o_c < n, other=float("-inf"))
-    b_u = tl.minimum((tl.max(b_max, 0) - b_l) * 262144.0, 16777215.0)
+    b_u = tl.minimum((tl.max(b_max, 0) - b_l) * STEPS, 16777215.0)
     # Infinite logits: their distance from an infinite maximum is no number.
-    return tl.where(b_u == b_u, b_u, 0.0).to(tl.int32)
+    m_number = b_u == b_u
+    return tl.where(m_number, b_u, 0.0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -88,17 +99,18 @@ def _histogram_kernel(
         return
     o_c = i_b * BLOCK + tl.arange(0, BLOCK)
     b_u = _order(p_logits, p_max, i_list, o_c, n, width, BLOCK, BLOCKS)
-    m_u = (o_c < n) & (b_u < 16777215)
+    m_counted = (o_c < n) & (b_u < UNLIKELY)
     if FINE:
-        m_u = m_u & (b_u // 4096 == tl.load(p_cuts + i_list * 4))
-        b_bin = b_u % 4096
-        b_entry = tl.full([BLOCK], 1 << 42, tl.int64)
+        m_cut_bin = b_u // FINE_BINS == tl.load(p_cuts + i_list * 4)
+        m_counted = m_counted & m_cut_bin
+        b_bin = b_u % FINE_BINS
+        b_entry = tl.full([BLOCK], ONE_TOKEN, tl.int64)
     else:
-        b_bin = b_u // 4096
-        b_rest = 1.0 - tl.exp((b_u % 4096).to(tl.float32) * (-1.0 / 262144.0))
-        b_entry = (b_rest * 67108864.0 + 0.5).to(tl.int64) + (1 << 42)
+        b_bin = b_u // FINE_BINS
+        b_lost = 1.0 - tl.exp((b_u % FINE_BINS).to(tl.float32) * (-1.0 / STEPS))
+        b_entry = (b_lost * MASS_STEPS + 0.5).to(tl.int64) + ONE_TOKEN
     p_list = p_bins + ((i_list * 2 + FINE) * COPIES + i_b % COPIES) * BINS
-    tl.atomic_add(p_list + b_bin, b_entry, mask=m_u, sem="relaxed")
+    tl.atomic_add(p_list + b_bin, b_entry, mask=m_counted, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["min_0", "min_1", "max_0", "max_1"])
@@ -118,11 +130,11 @@ def _cut_kernel(
     for i_copy in range(COPIES):
         # [BINS]
         b_packed += tl.load(p_bins + ((i_list * 2 + FINE) * COPIES + i_copy) * BINS + o_b)
-    b_count = b_packed >> 42
-    b_lost = (b_packed & ((1 << 42) - 1)).to(tl.float64) * (1.0 / 67108864.0)
+    b_count = b_packed >> COUNT_SHIFT
+    b_lost = (b_packed & MASS_BITS).to(tl.float64) * (1.0 / MASS_STEPS)
     if FINE:
         coarse = tl.load(p_cuts + i_list * 4)
-        edge = (coarse * 4096 + o_b).to(tl.float64) * (1.0 / 262144.0)
+        edge = (coarse * FINE_BINS + o_b).to(tl.float64) * (1.0 / STEPS)
         before, mass_before = tl.load(p_above + i_list), tl.load(p_mass + i_list * 2 + 1)
     else:
         coarse = 0
@@ -138,26 +150,29 @@ def _cut_kernel(
         total = tl.sum(b_mass, 0)
         tl.store(p_mass + i_list * 2, total)
     goal = tau * total
-    # A bin is behind the end of the set where the tokens before it reach tau and the minimum, or the maximum.
-    b_done = ((b_sum >= goal) & (b_seen >= minimum)) | (b_seen >= maximum)
-    # tau >= 1 takes everything, tau <= 0 the minimum only.
-    b_done = tl.where(
-        tau >= 1.0, b_seen >= maximum, tl.where(tau <= 0.0, b_seen >= tl.minimum(minimum, maximum), b_done)
-    )
-    found = tl.min(tl.where(b_done, o_b, BINS), 0)
-    seen = before + tl.sum(tl.where(o_b < found, b_count, 0), 0)
-    mass = mass_before + tl.sum(tl.where(o_b < found, b_mass, 0.0), 0)
+    # A set ends with the bin whose tokens, and those before it, reach tau and the minimum, or the maximum; with
+    # tau >= 1 at the maximum only, with tau <= 0 at the minimum.
+    everything, minimal = tau >= 1.0, tau <= 0.0
+    m_threshold, m_minimum, m_maximum = b_sum >= goal, b_seen >= minimum, b_seen >= maximum
+    m_minimal = b_seen >= tl.minimum(minimum, maximum)
+    m_end = (m_threshold & m_minimum) | m_maximum
+    m_end = tl.where(everything, m_maximum, tl.where(minimal, m_minimal, m_end))
+    found = tl.min(tl.where(m_end, o_b, BINS), 0)
+    m_before = o_b < found
+    seen = before + tl.sum(tl.where(m_before, b_count, 0), 0)
+    mass = mass_before + tl.sum(tl.where(m_before, b_mass, 0.0), 0)
     if FINE:
         # Tokens of one fine bin are equally likely: as many of them as the threshold still needs.
-        weight = tl.exp(-(coarse * 4096 + found).to(tl.float64) * (1.0 / 262144.0))
+        weight = tl.exp(-(coarse * FINE_BINS + found).to(tl.float64) * (1.0 / STEPS))
         need = tl.ceil(tl.minimum((goal - mass) / weight, n.to(tl.float64))).to(tl.int64)
-        need = tl.where(tau >= 1.0, n, tl.where(tau <= 0.0, 0, need))
+        need = tl.where(everything, n, tl.where(minimal, 0, need))
         # No bin completes the set: nothing but unlikely tokens is left, for the minimum or all of them.
-        u = tl.where(found == BINS, 16777215, coarse * 4096 + found)
-        need = tl.where(found == BINS, tl.where((mass >= goal) & (tau < 1.0), 0, n), tl.maximum(need, 1))
+        incomplete, reached = found == BINS, (mass >= goal) & (tau < 1.0)
+        u = tl.where(incomplete, UNLIKELY, coarse * FINE_BINS + found)
+        need = tl.where(incomplete, tl.where(reached, 0, n), tl.maximum(need, 1))
         take = tl.minimum(tl.maximum(seen + need, minimum), maximum) - seen
-        # An empty set.
-        take = tl.where(maximum == 0, 0, tl.where((tau <= 0.0) & (minimum == 0), 0, take))
+        empty = minimal & (minimum == 0)
+        take = tl.where(maximum == 0, 0, tl.where(empty, 0, take))
         tl.store(p_cuts + i_list * 4 + 1, u)
         tl.store(p_cuts + i_list * 4 + 2, take.to(tl.int32))
     else:
@@ -209,8 +224,8 @@ def _flag_kernel(
     # How many equal tokens are preferred to this one: lower positions; for diagonals those behind it.
     b_upto = tl.sum(tl.where(o_b < i_b, b_ties, 0), 0) + tl.cumsum(m_tie.to(tl.int32), 0)
     b_rank = tl.where(diagonals, tl.sum(b_ties, 0) - b_upto, b_upto - 1)
-    m_kept = (m_c & (b_u < cut)) | (m_tie & (b_rank < take))
-    m_kept = m_kept & (take > 0)
+    m_likelier, m_preferred = m_c & (b_u < cut), m_tie & (b_rank < take)
+    m_kept = (m_likelier | m_preferred) & (take > 0)
     b_place = tl.where(diagonals, n - 1 - o_c, o_c)
     tl.store(p_flags + i_list * flag_width + b_place, m_kept.to(tl.uint8), mask=m_c)
 
