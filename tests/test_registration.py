@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -149,25 +148,6 @@ def test_version_range(monkeypatch: pytest.MonkeyPatch, version: str, supported:
     if reason is not None:
         assert version in reason
         assert ">=0.26" in reason
-
-
-def test_repository_root_does_not_shadow_the_kernels_library(tmp_path: Path) -> None:
-    """Started here, `import kernels` finds the library of that name where there is one, not this project's folder."""
-    library = tmp_path / "kernels"
-    library.mkdir()
-    (library / "__init__.py").write_text("marker = 'the library'\n")
-    program = (
-        "import sys; assert sys.path[0] == ''\n"
-        "import transformers, vllm, vllm_vsprefill.kernels.attend\n"
-        "import kernels\n"
-        "print(kernels.marker)\n"
-    )
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split("\n")[-2] == "the library"
 
 
 def test_draft_layers_are_recognised() -> None:

@@ -135,5 +135,7 @@ def test_multiprocess_mode_uses_ordinary_counters(tmp_path: Path) -> None:
     assert 'vsprefill_chunks_total{layer="2",path="dense"} 1.0' in shown.stdout
 
 
-def test_collector_is_quiet_without_traffic() -> None:
-    assert stats.FolderCollector(Path("does-not-exist")).describe() == []
+def test_collector_is_quiet_where_its_folder_is_missing(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    registry.register(FolderCollector(tmp_path / "missing"))
+    assert generate_latest(registry) == b""

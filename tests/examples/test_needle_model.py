@@ -62,11 +62,7 @@ def test_the_files_are_small_enough_to_keep() -> None:
 def test_the_configuration_is_what_stock_libraries_expect() -> None:
     config = json.loads((MODEL / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["tie_word_embeddings"] is True
     assert config["vocab_size"] == EMBEDDING_ROWS >= len(TOKENS)
-    assert config["head_dim"] == 128
-    assert config["num_key_value_heads"] >= 2
-    assert config["num_attention_heads"] // config["num_key_value_heads"] >= 4
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
     assert config["max_position_embeddings"] >= 65536
     assert config["eos_token_id"] == IDS[END]

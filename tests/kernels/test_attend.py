@@ -26,7 +26,6 @@ from tests.kernels.problems import (
     relative_error,
     tile_of,
 )
-from vllm_vsprefill.kernels import attend as package
 from vllm_vsprefill.kernels.attend import cpu, naive
 from vllm_vsprefill.kernels.types import Selection, SparsePattern
 
@@ -266,10 +265,6 @@ def test_half_precision_is_close_to_float64(dtype: torch.dtype) -> None:
     exact = replace(problem, q=problem.q.double(), k=problem.k.double(), v=problem.v.double())
     out, _ = run(cpu.attend, problem)
     assert relative_error(out, run(naive.attend, exact)[0]) < TOLERANCE[dtype]
-
-
-def test_the_package_offers_the_fast_version() -> None:
-    assert package.attend is cpu.attend
 
 
 def changed(selection: Selection, **changes: Any) -> Selection:

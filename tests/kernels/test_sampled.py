@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_vsprefill.distil.mass.naive import mass_sums
-from vllm_vsprefill.kernels import sampled as package
 from vllm_vsprefill.kernels.sampled import cpu, naive
 
 Sampled = Callable[..., tuple[Tensor, Tensor]]
@@ -76,10 +75,6 @@ def test_cpu_is_close_to_naive_in_half_precision(dtype: torch.dtype) -> None:
     for a, b in zip(actual, naive.sampled(q[-300:], k, scale=0.3, num_rows=20), strict=True):
         # Probability mass that is somewhere else, of a total of one
         assert float((a - b).abs().sum(dim=-1).max()) < 0.02
-
-
-def test_the_package_offers_the_fast_version() -> None:
-    assert package.sampled is cpu.sampled
 
 
 Q, K = random_qk(10)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_vsprefill.kernels import score as package
 from vllm_vsprefill.kernels.score import cpu, naive
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
@@ -92,10 +91,6 @@ def test_any_strides(score: Score) -> None:
     head_major = k.transpose(0, 1).contiguous().transpose(0, 1)
     transposed = weights._replace(w1=weights.w1.transpose(1, 2).contiguous().transpose(1, 2))
     torch.testing.assert_close(score(head_major, v, transposed), expected)
-
-
-def test_the_package_offers_the_fast_version() -> None:
-    assert package.score is cpu.score
 
 
 @BOTH

@@ -16,14 +16,8 @@ if USABLE:
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
-OPERATIONS = ("attend", "score", "sampled", "select", "merge", "forget", "guard", "mass", "peak")
 
-
-def test_every_operation_is_listed() -> None:
-    assert {*OPERATIONS, "hopper"} == set(fuzz.OPERATIONS)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", sorted({*fuzz.OPERATIONS} - {"hopper"}) if USABLE else [])
 def test_a_problem(name: str) -> None:
     result = fuzz.solve(name, 125, tiny=True)
     assert not result.faults, result.params

@@ -14,7 +14,6 @@ from vllm_vsprefill.kernels.types import SparsePattern
 
 def test_defaults_are_valid_and_fixed() -> None:
     pattern = SparsePattern()
-    assert (pattern.block_q, pattern.block_k) == (128, 64)
     with pytest.raises(FrozenInstanceError):
         pattern.window = 3  # type: ignore[misc]
 
