@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import vllm_vsprefill
 from vllm_vsprefill.eval import report, summary, targets
-from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.journal import Journal
 from vllm_vsprefill.eval.options import EvalCommand
+from vllm_vsprefill.eval.ruler.suite import Ruler
 from vllm_vsprefill.eval.run import Runner
 from vllm_vsprefill.eval.suites import Fidelity, Measures
 from vllm_vsprefill.eval.texts import Text, read_texts
@@ -79,8 +79,8 @@ def _suites(options: EvalCommand, texts: list[Text], tokens: Tokens) -> list[Mea
     for suite in dict.fromkeys(options.suite):
         if suite == "fidelity":
             made.append(Fidelity(options, texts, tokens))
-        else:
-            raise EvalError(f"--suite {suite}: not known")
+        elif suite == "ruler":
+            made.append(Ruler(options, tokens))
     return made
 
 
