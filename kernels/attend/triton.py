@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
 """Sparse attention over a paged cache, for CUDA devices.
 
 One program computes a few query positions with all query heads of one KV head packed into the rows of a tile (32
@@ -87,51 +87,40 @@ def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _step(b_q, b_k, b_v, b_acc, b_max, b_sum, b_bias, scale, BIAS: tl.constexpr, UPCAST: tl.constexpr):
-    """One key tile of the online softmax in base 2; ``b_bias`` is 0 or -inf and broadcasts to ``[BM, BN]``."""
-    if UPCAST:
-        b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
-    # [BM, BN]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
-    return b_acc, b_max, b_sum
-
-
-@triton.jit
-def _step2(
-    b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, b_bias, b_bias2, scale,
-    BIAS: tl.constexpr, UPCAST: tl.constexpr, LANES: tl.constexpr,
+def _step(
+    queries, lanes, b_k, b_v, biases, scale, BIAS: tl.constexpr, UPCAST: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """``_step`` for both lanes: the second product runs while the first lane's weights are computed."""
-    if LANES == 1:
-        b_acc, b_max, b_sum = _step(b_q, b_k, b_v, b_acc, b_max, b_sum, b_bias, scale, BIAS, UPCAST)
-    else:
-        if UPCAST:
-            b_q, b_q2 = b_q.to(tl.float32), b_q2.to(tl.float32)
-            b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+    """One key tile of the online softmax in base 2, for each lane.
+
+    ``queries`` and ``biases`` have an entry per lane; a bias is 0 or -inf and broadcasts to ``[BM, BN]``. ``lanes``
+    holds the output, maximum and sum of each, and is returned anew. All logits come first: the product of the second
+    lane runs while the weights of the first are computed.
+    """
+    if UPCAST:
+        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+    logits = ()
+    for i in tl.static_range(LANES):
+        b_q = queries[i].to(tl.float32) if UPCAST else queries[i]
         # [BM, BN]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s2 = tl.dot(b_q2, tl.trans(b_k), input_precision="ieee")
-        b_p, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS)
+        logits += (tl.dot(b_q, tl.trans(b_k), input_precision="ieee"),)
+    after = ()
+    for i in tl.static_range(LANES):
+        b_acc, b_max, b_sum = lanes[i]
+        b_p, b_max, b_sum, b_alpha = _softmax(logits[i], b_max, b_sum, biases[i], scale, BIAS)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
-        b_p2, b_max2, b_sum2, b_alpha2 = _softmax(b_s2, b_max2, b_sum2, b_bias2, scale, BIAS)
-        b_acc2 = tl.dot(b_p2.to(b_v.dtype), b_v, b_acc2 * b_alpha2[:, None], input_precision="ieee")
-    return b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2
+        after += ((b_acc, b_max, b_sum),)
+    return after
 
 
 @triton.jit
 def _diagonals(
-    b_q, b_q2, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, p_kv, p_table, p_granules, p_granule_rank, p_near,
-    tile, length, live, scale, stride_block, stride_token, o_d,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, RANK: tl.constexpr, UPCAST: tl.constexpr, COUNT: tl.constexpr,
+    queries, lanes, p_kv, p_table, p_granules, p_granule_rank, p_near, tile, length, live, scale,
+    stride_block, stride_token, o_d, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, RANK: tl.constexpr, UPCAST: tl.constexpr, COUNT: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Granules of one query tile that starts at ``tile`` and has ``length`` positions; none unless ``live``.
-
-    With ``LANES == 1`` the second lane is passed through.
-    """
+    """Granules of one query tile that starts at ``tile`` and has ``length`` positions; none unless ``live``. ``lanes``
+    are those of the tile."""
     o_n = tl.arange(0, BN)
     # Granules before position 0 do not exist: of the ascending list only entries up to here matter.
     i_rank = tile // BLOCK_K // RANK
@@ -143,10 +132,8 @@ def _diagonals(
         # [BN]
         b_pos = tile - tl.load(p_granules + o_f // BLOCK_K) * BLOCK_K + o_f % BLOCK_K
         b_offset = key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, 0.0, 0.0, scale, False, UPCAST, LANES
-        )
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     visited = num_whole * BN
     for i_f in range(num_whole * BN, num_lanes, BN):
         o_f = i_f + o_n
@@ -157,14 +144,12 @@ def _diagonals(
         b_near = tl.load(p_near + b_granule, mask=m_f, other=255)
         m_f = m_f & (b_pos >= 0) & (b_near.to(tl.int32) <= length + BLOCK_K - 2)
         b_offset = key_offsets(p_table, tl.where(m_f, b_pos, tile), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_bias = tl.where(m_f, 0.0, float("-inf"))[None, :]
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, b_bias, b_bias, scale, True, UPCAST, LANES
-        )
+        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias), scale, True, UPCAST, LANES)
         if COUNT:
             visited += tl.sum(m_f.to(tl.int32), 0)
-    return b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, visited
+    return lanes, visited
 
 
 @triton.jit
@@ -199,10 +184,11 @@ def _load_q(p_q, b_pos, m_row, b_head, first, stride_row, stride_head, o_d, D: t
 
 @triton.jit
 def _store(
-    p_out, p_lse, b_acc, b_max, b_sum, v_scale, b_pos, m_row, b_head, first, stride_row, stride_head,
+    p_out, p_lse, lane, v_scale, b_pos, m_row, b_head, first, stride_row, stride_head,
     stride_lse_row, stride_lse_head, o_d, D: tl.constexpr, BD: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Normalises and writes rows and, if asked for, their log-sum-exp (natural logarithm)."""
+    b_acc, b_max, b_sum = lane
     b_out = b_acc * (v_scale / b_sum)[:, None]
     b_offset = (first + b_pos).to(tl.int64) * stride_row + b_head.to(tl.int64) * stride_head
     m_out = m_row[:, None]
@@ -284,17 +270,18 @@ def _attend_kernel(
     b_acc = tl.zeros([POSITIONS * PACK, BD], tl.float32)
     b_max = tl.full([POSITIONS * PACK], float("-inf"), tl.float32)
     b_sum = tl.zeros([POSITIONS * PACK], tl.float32)
+    # Of each lane: queries, and what was summed so far.
+    queries, lanes = (b_q,), ((b_acc, b_max, b_sum),)
     if LANES == 2:
         b_i2 = b_i + POSITIONS
         m_i2 = (b_i2 >= lo) & (b_i2 < hi) & (o_m % PACK < GROUP)
         b_q2 = _load_q(p_q, b_i2, m_i2, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
+        queries, lanes = (b_q, b_q2), ((b_acc, b_max, b_sum), (b_acc, b_max, b_sum))
         # A second tile behind the end of the sequence is computed like an empty one at its place and not stored.
         tile2, length2, start2 = _tile_of(i_p + POSITIONS, n, window, dense, BLOCK_Q, BLOCK_K)
     else:
-        b_i2, m_i2, b_q2 = b_i, m_i, b_q
+        b_i2, m_i2 = b_i, m_i
         tile2, length2, start2 = tile, length, start
-    # With one lane these are carried through the loops unchanged, and the compiler drops them.
-    b_acc2, b_max2, b_sum2 = b_acc, b_max, b_sum
     visited, visited2 = 0, 0
 
     # 1. The program's own positions. Two lanes fit into one key tile, so that both see a key of their own at once.
@@ -303,7 +290,7 @@ def _attend_kernel(
         b_pos = i_n + o_n
         m_pos = b_pos < own_end
         b_offset = key_offsets(p_table, tl.where(m_pos, b_pos, i_p), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         m_s = m_pos[None, :] & (b_pos[None, :] <= b_i[:, None])
         b_bias = tl.where(m_s, 0.0, float("-inf"))
         b_bias2 = b_bias
@@ -311,58 +298,46 @@ def _attend_kernel(
             # The last comparison keeps rows behind the sequence's end finite: they see their tile's last key.
             m_s = m_pos[None, :] & (b_pos[None, :] <= b_i2[:, None]) & (b_pos[None, :] >= tl.minimum(start2, n - 1))
             b_bias2 = tl.where(m_s, 0.0, float("-inf"))
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, b_bias, b_bias2, scale, True, UPCAST,
-            LANES,
-        )  # fmt: skip
+        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
 
     # 2. The window, from the own positions downwards: whole tiles that both lanes see, then the ragged end.
     num_whole = tl.maximum(i_p - start2, 0) // BN
     for i_w in range(num_whole):
         b_pos = i_p - (i_w + 1) * BN + o_n
         b_offset = key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, 0.0, 0.0, scale, False, UPCAST, LANES
-        )
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     rest_end = i_p - num_whole * BN
     for i_n in range(start, rest_end, BN):
         b_pos = i_n + o_n
         m_pos = b_pos < rest_end
         b_offset = key_offsets(p_table, tl.where(m_pos, b_pos, i_p), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_bias = tl.where(m_pos, 0.0, float("-inf"))[None, :]
         b_bias2 = b_bias
         if LANES == 2:
             b_bias2 = tl.where(m_pos & (b_pos >= start2), 0.0, float("-inf"))[None, :]
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, b_bias, b_bias2, scale, True, UPCAST,
-            LANES,
-        )  # fmt: skip
+        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
 
     # 3. Diagonals: each lane its own, or both lanes those of the tile that they share.
-    if LANES == 2 and BLOCK_Q >= 2 * POSITIONS:
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, visited = _diagonals(
-            b_q, b_q2, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, p_kv, p_table, p_granules, p_granule_rank, p_near,
-            tile, length, start > 0, scale, stride_block, stride_token, o_d,
-            BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 2,
+    if LANES == 1 or BLOCK_Q >= 2 * POSITIONS:
+        lanes, visited = _diagonals(
+            queries, lanes, p_kv, p_table, p_granules, p_granule_rank, p_near, tile, length, start > 0, scale,
+            stride_block, stride_token, o_d, BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, LANES,
         )  # fmt: skip
         visited2 = visited
     else:
-        b_acc, b_max, b_sum, _, _, _, visited = _diagonals(
-            b_q, b_q, b_acc, b_max, b_sum, b_acc, b_max, b_sum, p_kv, p_table, p_granules, p_granule_rank, p_near,
-            tile, length, start > 0, scale, stride_block, stride_token, o_d,
-            BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 1,
+        one, visited = _diagonals(
+            (queries[0],), (lanes[0],), p_kv, p_table, p_granules, p_granule_rank, p_near, tile, length, start > 0,
+            scale, stride_block, stride_token, o_d, BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 1,
         )  # fmt: skip
-        if LANES == 2:
-            # A tile behind the end of the sequence has no granules.
-            start_live2 = tl.where(tile2 < n, start2, 0)
-            b_acc2, b_max2, b_sum2, _, _, _, visited2 = _diagonals(
-                b_q2, b_q2, b_acc2, b_max2, b_sum2, b_acc2, b_max2, b_sum2, p_kv, p_table, p_granules, p_granule_rank,
-                p_near,
-                tile2, length2, start_live2 > 0, scale, stride_block, stride_token, o_d,
-                BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 1,
-            )  # fmt: skip
+        # A tile behind the end of the context has no granules.
+        live2 = tl.where(tile2 < n, start2, 0) > 0
+        two, visited2 = _diagonals(
+            (queries[1],), (lanes[1],), p_kv, p_table, p_granules, p_granule_rank, p_near, tile2, length2, live2,
+            scale, stride_block, stride_token, o_d, BLOCK_Q, BLOCK_K, BN, D, BD, BLOCK_SIZE, RANK, UPCAST, COUNT, 1,
+        )  # fmt: skip
+        lanes = (one[0], two[0])
 
     # 4. Columns below the window. Where no diagonal can cover one, whole tiles need no mask.
     last = tl.where(tile2 < n, start2, start)
@@ -375,17 +350,15 @@ def _attend_kernel(
         # [BN]
         b_slot = tl.load(p_slots + i_c + o_n)
         b_offset = _slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, 0.0, 0.0, scale, False, UPCAST, LANES
-        )
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     for i_c in range(num_plain * BN, num_columns, BN):
         o_c = i_c + o_n
         m_c = o_c < num_columns
         # [BN]
         b_slot = tl.load(p_slots + o_c, mask=m_c, other=own_slot)
         b_offset = _slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, b_q.dtype)
+        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_pos = tl.load(p_columns + o_c, mask=m_c, other=0)
         m_open = _open(p_near, b_pos, m_c, tile, length, start, BLOCK_K)
         m_open2 = m_open
@@ -393,16 +366,13 @@ def _attend_kernel(
             m_open2 = _open(p_near, b_pos, o_c < num_columns2, tile2, length2, start2, BLOCK_K)
         b_bias = tl.where(m_open, 0.0, float("-inf"))[None, :]
         b_bias2 = tl.where(m_open2, 0.0, float("-inf"))[None, :]
-        b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2 = _step2(
-            b_q, b_q2, b_k, b_v, b_acc, b_max, b_sum, b_acc2, b_max2, b_sum2, b_bias, b_bias2, scale, True, UPCAST,
-            LANES,
-        )  # fmt: skip
+        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
         if COUNT:
             visited += tl.sum(m_open.to(tl.int32), 0)
             visited2 += tl.sum(m_open2.to(tl.int32), 0)
 
     _store(
-        p_out, p_lse, b_acc, b_max, b_sum, v_scale, b_i, m_i, b_head, first, stride_out_row, stride_out_head,
+        p_out, p_lse, lanes[0], v_scale, b_i, m_i, b_head, first, stride_out_row, stride_out_head,
         stride_lse_row, stride_lse_head, o_d, D, BD, LSE,
     )  # fmt: skip
     if COUNT:
@@ -417,7 +387,7 @@ def _attend_kernel(
         tl.atomic_add(p_visited + i_r, total)
     if LANES == 2:
         _store(
-            p_out, p_lse, b_acc2, b_max2, b_sum2, v_scale, b_i2, m_i2, b_head, first, stride_out_row, stride_out_head,
+            p_out, p_lse, lanes[1], v_scale, b_i2, m_i2, b_head, first, stride_out_row, stride_out_head,
             stride_lse_row, stride_lse_head, o_d, D, BD, LSE,
         )  # fmt: skip
 
