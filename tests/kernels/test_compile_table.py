@@ -40,7 +40,8 @@ def test_row_of_a_device(have: int, row: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not USABLE, reason=REASON)
 def test_few_hidden_units_take_small_tiles() -> None:
     from vllm_vsprefill.kernels.paged import PagedKV
-    from vllm_vsprefill.kernels.score.triton import prepare_weights, table_settings
+    from vllm_vsprefill.kernels.score.paged import prepare_weights
+    from vllm_vsprefill.kernels.score.triton import table_settings
     from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
     kv = PagedKV(torch.zeros(1, 1, 16, 256, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int32))
