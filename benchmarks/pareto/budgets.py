@@ -1,51 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Divides a density over layers by the damage that each removes there, from runs with one layer sparse at a time.
+"""Divides keys over layers and KV heads by the damage that they remove there, from runs with one of them sparse.
 
-    python -m benchmarks.pareto.budgets results.json --setting keys --mean 512 --out budgets.json
+    python -m benchmarks.pareto.budgets results.json --mean 512,1024 --out budgets_{}.json
 
-The damage of layers is taken as a sum (which the runs with all layers sparse check), so the best division follows from
-the layers' own curves: the next step always goes where it removes most per pair.
+The runs are those of a line such as ``structure keys={0,512,2048,16384} @ heads``, of one ranking. Damage is taken as
+a sum over heads (which runs with all of them sparse check), so the best division follows from the heads' own curves:
+the next step always goes where it removes most per key.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+Place = tuple[int, int]
+Point = tuple[float, float]
 
-def curves(runs: list[dict[str, Any]], setting: str) -> dict[int, list[tuple[float, float, float]]]:
-    """By layer: (value of the setting, its density in that layer, damage as KL), ascending in density, damage falling.
 
-    Runs of several texts are averaged. Points that another one beats in both are left out, then those above the
-    straight line between their neighbours.
+def curves(runs: list[dict[str, Any]]) -> dict[Place, list[Point]]:
+    """By layer and KV head: (keys, damage as KL), ascending in keys, damage falling ever more slowly.
+
+    Runs of several texts are averaged. Points that do not improve on a smaller one, and those above the straight line
+    between their neighbours, are left out.
     """
-    cells: dict[tuple[int, float], list[tuple[float, float]]] = defaultdict(list)
+    cells: dict[tuple[int, int, int], list[float]] = defaultdict(list)
     for run in runs:
-        if run["layers"] is None or len(run["layers"]) != 1 or "error" in run or " only=" in run["method"]:
-            continue
-        name, *settings = run["method"].split()
-        value = re.search(rf"{setting}=(\S+)", run["method"])
-        if name != "structure" or len(settings) != (value is not None):
-            continue
-        layer = run["layers"][0]
-        cells[layer, float(value[1]) if value else 0.0].append((run["layer_density"][layer], run["kl"]))
-    by_layer: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
-    for (layer, size), found in cells.items():
-        density, damage = (sum(x) / len(found) for x in zip(*found, strict=True))
-        by_layer[layer].append((size, density, damage))
-    return {layer: _hull(sorted(points, key=lambda p: p[1])) for layer, points in sorted(by_layer.items())}
+        only, keys = (re.search(rf" {name}=(\d+)", run["method"]) for name in ("only", "keys"))
+        if "error" not in run and only and keys:
+            cells[run["layers"][0], int(only[1]), int(keys[1])].append(run["kl"])
+    places: dict[Place, list[Point]] = defaultdict(list)
+    for (layer, head, keys), found in cells.items():
+        places[layer, head].append((float(keys), sum(found) / len(found)))
+    return {place: _hull(sorted(points)) for place, points in sorted(places.items())}
 
 
-def _hull(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    hull: list[tuple[float, float, float]] = []
+def _hull(points: list[Point]) -> list[Point]:
+    hull: list[Point] = []
     for point in points:
-        if hull and point[2] >= hull[-1][2]:
+        if hull and point[1] >= hull[-1][1]:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
             hull.pop()
@@ -53,22 +51,21 @@ def _hull(points: list[tuple[float, float, float]]) -> list[tuple[float, float, 
     return hull
 
 
-def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
-    """Damage removed per density."""
-    return (a[2] - b[2]) / (b[1] - a[1])
+def _slope(a: Point, b: Point) -> float:
+    """Damage removed per key."""
+    return (a[1] - b[1]) / (b[0] - a[0])
 
 
-def divide(by_layer: dict[int, list[tuple[float, float, float]]], mean: float) -> dict[int, float]:
-    """Value of the setting by layer, whose mean over layers is at most ``mean``; the last step is taken in part."""
+def divide(places: dict[Place, list[Point]], mean: float) -> dict[Place, float]:
+    """Keys by layer and KV head, whose mean is at most ``mean``; the last step is taken in part."""
     steps = sorted(
-        ((_slope(a, b), layer, a[0], b[0]) for layer, c in by_layer.items() for a, b in itertools.pairwise(c)),
-        reverse=True,
+        ((_slope(a, b), place, a[0], b[0]) for place, curve in places.items() for a, b in pairwise(curve)), reverse=True
     )
-    sizes = {layer: c[0][0] for layer, c in by_layer.items()}
+    sizes = {place: curve[0][0] for place, curve in places.items()}
     left = mean * len(sizes) - sum(sizes.values())
-    for _, layer, before, after in steps:
+    for _, place, before, after in steps:
         taken = min(after - before, left)
-        sizes[layer] = before + taken
+        sizes[place] = before + taken
         left -= taken
         if left <= 0:
             break
@@ -78,17 +75,18 @@ def divide(by_layer: dict[int, list[tuple[float, float, float]]], mean: float) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pareto.budgets")
     parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--setting", default="keys")
-    parser.add_argument("--mean", type=float, required=True, help="mean of the setting over all layers")
-    parser.add_argument("--out", type=Path, required=True, help="JSON: the setting by layer; used as scales=file:PATH")
-    options = parser.parse_args()
-    by_layer = curves(
-        [run for path in options.results for run in json.loads(path.read_text())["runs"]], options.setting
+    parser.add_argument(
+        "--mean", required=True, help="mean number of keys over all layers and heads; several with commas"
     )
-    sizes = divide(by_layer, options.mean)
-    options.out.write_text(json.dumps([round(sizes[layer], 1) for layer in sorted(sizes)]) + "\n")
-    for layer, points in by_layer.items():
-        print(f"layer {layer}: {sizes[layer]:.0f}  " + "  ".join(f"{s:g}: {k:.5f} at {d:.1%}" for s, d, k in points))
+    parser.add_argument("--out", required=True, help="JSON files, {} for the mean; used as keys=1 scales=file:PATH")
+    options = parser.parse_args()
+    places = curves([run for path in options.results for run in json.loads(path.read_text())["runs"]])
+    layers, heads = (1 + max(place[i] for place in places) for i in (0, 1))
+    for mean in options.mean.split(","):
+        sizes = divide(places, float(mean))
+        rows = [[round(sizes[layer, head]) for head in range(heads)] for layer in range(layers)]
+        Path(options.out.format(mean)).write_text(json.dumps(rows) + "\n", encoding="utf-8")
+        print(mean, rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.pareto.chunk import Chunk, Kept
-from benchmarks.pareto.structures import UNWANTED, smallest_set, top_keys
+from benchmarks.pareto.structures import UNWANTED, residual_pairs, smallest_set, top_keys
 
 
 def _grid(chunk: Chunk) -> Tensor:
@@ -249,5 +249,5 @@ class FlashPrefill:
         kept = Kept(_spread(chunk, chosen))
         if self.mean:
             kept.residual = self.block
-            kept.extra_pairs = float((chunk.ends - chunk.starts) @ (chunk.starts // self.block))
+            kept.extra_pairs = residual_pairs(chunk, self.block)
         return kept

@@ -13,6 +13,10 @@ from torch import Tensor
 from benchmarks.pareto.chunk import Chunk, Computed, Kept
 from vllm_vsprefill.kernels.sampled.naive import sampled
 from vllm_vsprefill.kernels.select.naive import select
+from vllm_vsprefill.kernels.types import Budgets
+
+SIZES = (0, 128, 256, 512, 1024, 2048, 4096)
+"""Keys a tile may keep by the rule ``error``, everything aside."""
 
 UNWANTED = -1.0
 """Score of keys that need no choosing; true scores are not negative."""
@@ -113,6 +117,46 @@ def smallest_set(scores: Tensor, may_leave: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken) & (scores > UNWANTED)
 
 
+def residual_pairs(chunk: Chunk, size: int) -> float:
+    """Pairs that the means of a residual cost: one for every row and block of keys before it."""
+    return float(((chunk.ends - chunk.starts) * (chunk.starts // size)).sum())
+
+
+def output_errors(chunk: Chunk, options: list[Tensor], num_rows: int = 64) -> Tensor:
+    """Squared error of the output on sampled rows, relative to the squared output of all heads together.
+
+    Args:
+        chunk: the rows.
+        options: lists of keys, bool ``[L, blocks, n]`` each.
+        num_rows: rows that are looked at, spread over the blocks and over the places within a block.
+
+    Returns:
+        float32 ``[options, L]``; its sum over lists is the layer's squared relative error.
+    """
+    count = min(num_rows, chunk.rows)
+    rows = torch.tensor([chunk.rows * i // count for i in range(count)], device=chunk.device)
+    rows = (rows + torch.arange(count, device=chunk.device) * 37 % max(chunk.rows // count, 1)).clamp(
+        max=chunk.rows - 1
+    )
+    blocks = rows // chunk.block
+    later = chunk.positions > (rows + chunk.first)[:, None]
+    lists = len(options[0])
+    heads = chunk.q.shape[0] // lists
+    error = torch.zeros(len(options), lists, device=chunk.device)
+    total = torch.zeros((), device=chunk.device)
+    for h in range(lists):
+        kv = h * heads // chunk.group
+        logits = (chunk.q[h * heads : (h + 1) * heads, rows] @ chunk.k[kv].T).float() * chunk.scale
+        probs = torch.softmax(logits.masked_fill_(later, float("-inf")), -1)
+        values = chunk.v[kv].float()
+        true = probs @ values
+        total += true.square().sum()
+        for i, option in enumerate(options):
+            kept = probs * option[h, blocks]
+            error[i, h] = (kept @ values / kept.sum(-1, keepdim=True) - true).square().sum()
+    return error / total
+
+
 @dataclass
 class Structure:
     """Window and sinks, columns for the chunk, keys for each tile: each part with its own ranking and size.
@@ -137,21 +181,23 @@ class Structure:
         rule: how many: ``keys`` of them; the smallest set with the share ``level`` of what window, sinks and columns
             leave over (``mass``); the smallest set that leaves out no more than ``level`` of everything (``left``);
             every key whose score reaches ``level`` of the largest one beside window and sinks (``peak``), or
-            ``level`` itself (``floor``).
+            ``level`` itself (``floor``); or of ``SIZES``, for all tiles of a chunk alike, the one with the smallest
+            sum of squared output error on sampled rows and ``level`` times density (``error``; see ``output_errors``).
         max_keys: cap on what a rule takes; 0: none.
         diagonals: distances beyond the window that every row looks at, ranked by the attention of 64 rows.
         residual: keys in a block of those whose left-out ones enter the softmax as their mean; 0: none.
         only: the one list that is sparse, the others keep everything; None: all lists are sparse.
         scales: factors on ``keys`` or ``level`` by layer, or by layer and list; 0 leaves window, sinks and columns.
+            With the rule ``error`` they weight the error.
     """
 
     window: int = 256
     sinks: int = 64
     columns: int = 0
-    columns_by: Literal["true", "rows", "tiles"] = "true"
+    columns_by: Literal["oracle", "rows", "tiles"] = "oracle"
     keys: int = 0
     tile: int = 128
-    rank: Literal["mean", "true"] = "mean"
+    rank: Literal["mean", "oracle"] = "mean"
     probes: int = 1
     over: Literal["mean", "max"] = "mean"
     spread: float = 0.0
@@ -160,7 +206,7 @@ class Structure:
     lists: Literal["kv", "query"] = "kv"
     granule: int = 1
     candidates: float = 1.0
-    rule: Literal["keys", "mass", "left", "peak", "floor"] = "keys"
+    rule: Literal["keys", "mass", "left", "peak", "floor", "error"] = "keys"
     level: float = 0.0
     max_keys: int = 0
     diagonals: int = 0
@@ -189,20 +235,23 @@ class Structure:
             wanted = ~keys[:, _last_blocks(chunk, per_tile)]
             if self.candidates < 1:
                 wanted &= top_keys(ranking, int(self.candidates * chunk.seq_len))[:, None]
-            chosen = self._choose(by_tile, wanted, chunk.layer)
-            keys |= chosen.repeat_interleave(per_tile, 1)[:, : chunk.blocks]
+            if self.rule == "error":
+                keys = self._choose_by_error(chunk, by_tile, wanted, keys)
+            else:
+                chosen = self._choose(by_tile, wanted, chunk.layer)
+                keys |= chosen.repeat_interleave(per_tile, 1)[:, : chunk.blocks]
         if self.only is not None:
             keys[torch.arange(heads, device=chunk.device) != self.only] = chunk.positions < chunk.ends[:, None]
         kept = Kept(keys, residual=self.residual)
         if self.diagonals:
             kept.diagonals = self._choose_diagonals(chunk, heads)
         if self.residual:
-            kept.extra_pairs = float((chunk.ends - chunk.starts) @ (chunk.starts // self.residual))
+            kept.extra_pairs = residual_pairs(chunk, self.residual)
         return kept
 
     def _rank(self, chunk: Chunk, heads: int) -> Tensor:
         """Scores of the tiles, ``[heads, tiles, n]``."""
-        if self.rank == "true":
+        if self.rank == "oracle":
             blocks = chunk.true_mass(self.over)
             per_tile = self.tile // self.block
             blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -chunk.blocks % per_tile)).unflatten(1, (-1, per_tile))
@@ -211,7 +260,7 @@ class Structure:
 
     def _rank_columns(self, chunk: Chunk, near: Tensor, by_tile: Tensor | None, heads: int) -> Tensor:
         """Scores of the chunk's columns, ``[heads, n]``: attention outside window and sinks."""
-        if self.columns_by == "true":
+        if self.columns_by == "oracle":
             mass = chunk.true_mass().masked_fill_(near, 0.0).sum(1)
         elif self.columns_by == "tiles":
             assert by_tile is not None
@@ -222,12 +271,28 @@ class Structure:
         mass = mass.repeat_interleave(heads // mass.shape[0], 0)
         return torch.where(chunk.positions < self.sinks, UNWANTED, mass)
 
+    def _factors(self, layer: int, heads: int) -> list[float]:
+        given = 1.0 if self.scales is None else self.scales[layer]
+        return given if isinstance(given, list) else [given] * heads
+
+    def _choose_by_error(self, chunk: Chunk, scores: Tensor, wanted: Tensor, keys: Tensor) -> Tensor:
+        """bool ``[heads, blocks, n]``: what is kept already, and each list's best size of set."""
+        per_tile = self.tile // self.block
+        scores = torch.where(wanted, scores, UNWANTED)
+        options = []
+        for size in SIZES:
+            more = top_keys(scores, size) if size else torch.zeros_like(wanted)
+            options.append(keys | more.repeat_interleave(per_tile, 1)[:, : chunk.blocks])
+        options.append((chunk.positions < chunk.ends[:, None]).expand_as(keys))
+        seen = chunk.visible_rows.double()
+        density = torch.stack([torch.stack([(k * seen).sum() for k in option]) for option in options]) / seen.sum()
+        weight = torch.tensor(self._factors(chunk.layer, len(keys)), device=chunk.device)
+        best = (output_errors(chunk, options) * weight + self.level * density).argmin(0)
+        return torch.stack([options[i][h] for h, i in enumerate(best.tolist())])
+
     def _choose(self, scores: Tensor, wanted: Tensor, layer: int) -> Tensor:
         """bool ``[heads, tiles, n]``: keys chosen by tile."""
-        factor: list[float] = [1.0] * len(scores)
-        if self.scales is not None:
-            given = self.scales[layer]
-            factor = given if isinstance(given, list) else [given] * len(scores)
+        factor = self._factors(layer, len(scores))
         total = scores.sum(-1)
         scores = torch.where(wanted, scores, UNWANTED)
         if self.granule > 1:
@@ -315,9 +380,7 @@ class Sampled:
             diagonals,
             tau_columns=self.tau_columns,
             tau_diagonals=self.tau_diagonals,
-            min_columns=self.min_columns,
-            max_columns=self.max_columns or None,
-            max_diagonals=self.max_diagonals or None,
+            budgets=Budgets(self.min_columns, self.max_columns or None, 0, self.max_diagonals or None),
         )
         shape = (chunk.k.shape[0], chunk.seq_len + 1)  # one place more for the filling
         on_columns, on_diagonals = (

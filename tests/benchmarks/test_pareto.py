@@ -17,7 +17,7 @@ from benchmarks.pareto.budgets import curves, divide
 from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
 from benchmarks.pareto.methods import METHODS, make
 from benchmarks.pareto.report import at_density
-from benchmarks.pareto.structures import RowOracle, Structure, smallest_set, top_keys
+from benchmarks.pareto.structures import RowOracle, Structure, output_errors, smallest_set, top_keys
 
 
 def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:
@@ -118,7 +118,10 @@ def test_scales_speak_of_layers_and_lists() -> None:
 
 
 @pytest.mark.parametrize("plan", sorted(path.stem for path in PLANS.glob("*.txt")))
-def test_every_line_of_a_plan_is_a_method(plan: str) -> None:
+def test_every_line_of_a_plan_is_a_method(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for mean in (512, 1024, 2048):
+        (tmp_path / f"budgets_{mean}.json").write_text("[[100, 200]]")
     for line in read_plan(plan):
         for method, layers in expand(line, 3):
             kept = make(method).keep(chunk(rows=300, n=940, block=make(method).block))
@@ -217,16 +220,34 @@ def test_one_list_alone_may_be_sparse() -> None:
 
 
 def test_budgets_go_where_they_remove_most() -> None:
-    def run(layer: int, keys: int, kl: float) -> dict[str, Any]:
-        method = f"structure keys={keys}" if keys else "structure"
-        return {"layers": [layer], "method": method, "kl": kl, "layer_density": [keys / 1000 + 0.1] * 2}
+    def run(head: int, keys: int, kl: float) -> dict[str, Any]:
+        return {"layers": [0], "method": f"structure keys={keys} tile=64 only={head}", "kl": kl}
 
     damage = {(0, 0): 1.0, (0, 100): 0.4, (0, 200): 0.3, (1, 0): 0.2, (1, 100): 0.15, (1, 200): 0.12}
-    by_layer = curves([run(layer, keys, kl) for (layer, keys), kl in damage.items()], "keys")
-    assert divide(by_layer, 50) == {0: 100, 1: 0}
-    assert divide(by_layer, 100) == {0: 200, 1: 0}
-    assert divide(by_layer, 125) == {0: 200, 1: 50}
-    assert divide(by_layer, 500) == {0: 200, 1: 200}
+    places = curves([run(head, keys, kl) for (head, keys), kl in damage.items()])
+    assert divide(places, 50) == {(0, 0): 100, (0, 1): 0}
+    assert divide(places, 100) == {(0, 0): 200, (0, 1): 0}
+    assert divide(places, 125) == {(0, 0): 200, (0, 1): 50}
+    assert divide(places, 500) == {(0, 0): 200, (0, 1): 200}
+
+
+def test_the_price_of_density_decides_by_the_true_error() -> None:
+    c = chunk(rows=128, n=512, block=64)
+    every = [Structure(window=16, sinks=4, tile=64, keys=k).keep(c).keys for k in (0, 40, 500)]
+    errors = output_errors(c, every, num_rows=128)
+    full = dense(c.q, c.k, c.v, c.scale)
+    for option, found in zip(every, errors, strict=True):
+        difference = (attend(c, Kept(option)) - full).square().unflatten(0, (2, 2)).sum((1, 2, 3))
+        torch.testing.assert_close(found, difference / full.square().sum())
+    assert errors[2].max() < 1e-6 < errors[1].max() < errors[0].max()
+
+    def density(level: float, scales: list[list[float]] | None = None) -> list[float]:
+        kept = Structure(window=16, sinks=4, tile=64, rule="error", level=level, scales=scales).keep(c)
+        return kept.keys.float().mean((1, 2)).tolist()
+
+    assert max(density(100.0)) < 0.2 < 0.5 < min(density(1e-9))
+    little, much = density(0.5, [[1e-9, 1e9]])
+    assert little < 0.2 < 0.5 < much
 
 
 def test_families_meet_at_one_density() -> None:
