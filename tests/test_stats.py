@@ -108,6 +108,24 @@ def test_a_worker_on_another_machine_says_what_it_does_not_see(
     assert not (tmp_path / "there").exists()
 
 
+def test_a_step_that_is_handed_back_as_a_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Recorder(0), Recorder(1)
+    for recorder in ranks:
+        recorder.record(0, LayerCounts(1, 1, 0, 1, 1))
+        recorder.record(1, LayerCounts(1, 1, 1, 0, 0))
+        recorder.publish()
+        assert not caplog.records  # one layer ran sparse
+        recorder.record(0, LayerCounts(1, 1, 0, 1, 0))
+        recorder.publish()
+        assert not caplog.records  # dense for another reason
+    for _ in range(2 * stats.TELL):
+        for recorder in ranks:
+            recorder.record(0, LayerCounts(1, 1, 0, 1, 1))
+            recorder.publish()
+    assert len(caplog.records) == stats.TELL
+    assert "max_density" in caplog.text
+
+
 def test_counts_of_all_servers_in_a_folder_together(tmp_path: Path) -> None:
     for name in ("vsprefill-1-aa", "vsprefill-1-bb"):
         (tmp_path / name).mkdir()

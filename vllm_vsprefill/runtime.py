@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,7 @@ from vllm.logger import init_logger
 from vllm_vsprefill import _compat, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.kernels.types import Budgets
+from vllm_vsprefill.outlook import outlook
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
 from vllm_vsprefill.stats import LayerCounts, Recorder
@@ -61,13 +63,12 @@ class Runtime:
         self._prefilled = False
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
         self._last_layer = -1
-        self._explained: set[str] = set()
+        self._stock_reasons: Counter[str] = Counter()
+        self._announced = not self.options.enabled  # the summary says so
         # Held so that the id this runtime is filed under stays taken while it lives.
         self._context = vllm_config.compilation_config.static_forward_context
         if get_tensor_model_parallel_rank() == 0:
             logger.info("VSPREFILL: %s", self._summary())
-            if self.options.enabled:
-                self._say_when_sparse(vllm_config)
         self.recorder.mode = "sparse" if self.options.enabled else "off"
         self.recorder.write()  # lets `vsprefill status` find the server before its first prompt
 
@@ -97,7 +98,7 @@ class Runtime:
             self.recorder.begin_prompt()
         self._prefilled = bool(plan.prefill_pairs)
 
-    def reason_for_stock(self, index: int) -> str | None:
+    def reason_for_stock(self, index: int, heads: Heads) -> str | None:
         """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
         if not self.options.enabled:
             return "VSPREFILL is switched off (enabled: false)"
@@ -105,6 +106,13 @@ class Runtime:
             return "the layer is listed in dense_layers"
         if self.indexer is not None and index not in self.indexer.layers:
             return "the indexer checkpoint does not cover the layer"
+        if self.indexer is not None:
+            kv_heads, channels, _ = self.indexer.layer_weights(index).w1.shape
+            if (kv_heads, channels) != (heads.num_kv_heads, 2 * heads.head_size):
+                return (
+                    f"the indexer was made for {kv_heads} KV heads of {channels // 2} channels, the layer has "
+                    f"{heads.num_kv_heads} of {heads.head_size}"
+                )
         return None
 
     def new_layer(self, index: int, heads: Heads, logits: SlotLogits | None) -> SparseLayer:
@@ -133,9 +141,22 @@ class Runtime:
     def explain_stock(self, reasons: list[str]) -> None:
         """Log why a kind of layer runs the stock backend, once per kind."""
         text = "; ".join(reasons)
-        if text not in self._explained:
-            self._explained.add(text)
+        self._stock_reasons[text] += 1
+        if self._stock_reasons[text] == 1:
             logger.info("VSPREFILL leaves a kind of layer to the stock backend: %s.", text)
+
+    def announce(self, vllm_config: Any, layer_names: Iterable[str]) -> None:
+        """Say from where chunks run sparse, or everything that keeps them from it: once, when all layers are known.
+
+        ``layer_names``: some layers of the engine; nothing is said where all of them are a draft model's.
+        """
+        context = vllm_config.compilation_config.static_forward_context
+        if self._announced or all(_compat.is_draft_layer(vllm_config, name, context.get(name)) for name in layer_names):
+            return
+        self._announced = True
+        if get_tensor_model_parallel_rank() == 0:
+            found = outlook(vllm_config, self.gate, len(self.layers), self._stock_reasons)
+            (logger.warning if found.is_warning else logger.info)("VSPREFILL: %s", found.text)
 
     def note_layer(self, index: int) -> None:
         """Register a layer, sparse or not, whose counts are recorded; the last one publishes."""
@@ -222,21 +243,6 @@ class Runtime:
         else:
             estimator = "training-free estimator (sampled): no trained indexer for this model was found"
         return f"{estimator}; options: {self.options.describe()}"
-
-    def _say_when_sparse(self, vllm_config: Any) -> None:
-        longest = vllm_config.model_config.max_model_len
-        chunk = min(vllm_config.scheduler_config.max_num_batched_tokens, longest)
-        context = self.gate.shortest_seq_len(chunk)
-        if context is not None and context <= longest:
-            logger.info("VSPREFILL: chunks of %d prompt tokens run sparse from %d tokens of context.", chunk, context)
-            return
-        logger.warning(
-            "VSPREFILL: no prompt will run sparse. The longest one has %d tokens (max_model_len) and its chunks have "
-            "%d (max_num_batched_tokens); for chunks of that size %s. Raise --max-num-batched-tokens, or lower %s.",
-            longest, chunk,
-            f"it pays from {context} tokens of context" if context else "it does not pay at any context",
-            "min_seq_len or min_pairs" if context else "min_rows or dense_last_rows",
-        )  # fmt: skip
 
 
 def _interval(thresholds: Iterable[Threshold]) -> str:

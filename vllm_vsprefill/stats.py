@@ -36,6 +36,9 @@ _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 RETRY = 10.0
 """Seconds after which a worker that could not write its counts tries again."""
 
+TELL = 3
+"""How often the log says that everything was handed back."""
+
 logger = logging.getLogger("vllm.vsprefill")
 
 _HELP = {
@@ -99,6 +102,8 @@ class Recorder:
         self._prompt_of_totals = 0
         self._published: dict[int, LayerCounts] = {}
         self._lock = threading.Lock()
+        self._rank = rank
+        self._told = 0
         self._file: Path | None = None
         self._counters: dict[str, Any] | None = None
         if _PROMETHEUS_MULTIPROCESS in os.environ:
@@ -142,7 +147,21 @@ class Recorder:
     def _advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
         if prompt != self._prompt_of_totals:
             self._before_prompt, self._prompt_of_totals = self._totals, prompt
+        if self._rank == 0 and self._told < TELL:
+            self._tell(sum(totals.values(), LayerCounts()) - sum(self._totals.values(), LayerCounts()))
         self._totals = totals
+
+    def _tell(self, step: LayerCounts) -> None:
+        """Say so where no layer found anything to leave out in a step, the first times."""
+        if not step.handed_back or step.sparse_chunks:
+            return
+        self._told += 1
+        logger.warning(
+            "VSPREFILL: all layers gave a prompt's rows back to the stock kernel, because their selections would have "
+            "computed more than max_density of them. That costs the selection and gains nothing; prompts of random "
+            "tokens do this, and models whose attention is not concentrated. %s",
+            "`vsprefill status` counts it from now on." if self._told == TELL else "`vsprefill status` counts it.",
+        )
 
     def write(self) -> None:
         """Make the totals visible that were taken over last. Also called by a thread that waits for a device."""

@@ -179,10 +179,10 @@ def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.M
             reader.enqueue(counts)
     assert reader.drain()
     assert recorder._totals[1] == LayerCounts(4 * 50, 400, 8, 0)
-    assert recorder._totals[3] == LayerCounts(4 * 10 + 2 * 90 + 2 * 50, 400, 4, 4)
+    assert recorder._totals[3] == LayerCounts(4 * 10 + 2 * 90 + 2 * 50, 400, 4, 4, 4)
     assert recorder._totals[0] == LayerCounts(5, 5, 0, 1)
     last = {layer: now - recorder._before_prompt[layer] for layer, now in recorder._totals.items()}
-    assert last[3] == LayerCounts(2 * 10 + 2 * 50, 200, 2, 2)
+    assert last[3] == LayerCounts(2 * 10 + 2 * 50, 200, 2, 2, 2)
 
 
 def test_counts_appear_without_asking() -> None:

@@ -252,6 +252,38 @@ def test_draft_models_run_stock(engine: Any, random_model: Path, random_indexer:
     assert {layer: c.causal for layer, c in drafted.counts.items()} == {layer: c.causal for layer, c in counts.items()}
 
 
+@pytest.mark.parametrize(
+    ("options", "settings", "reason"),
+    [
+        ({"dense_layers": "0-1"}, {}, "the layer is listed in dense_layers (2 layers)"),
+        ({}, {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "its KV cache is quantised (2 layers)"),
+        ({"dense_layers": "0-1", "min_seq_len": 8192}, {}, "the longest prompt has 6144 tokens"),
+    ],
+    ids=["dense layers", "FP8 cache", "two reasons"],
+)
+def test_why_nothing_runs_sparse_is_told_once_all_layers_are_known(
+    engine: Any, plugin_log: list[str], options: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    ours = engine("VSPREFILL", {**SPARSE, **options}, **settings)
+    (told,) = [line for line in plugin_log if "run sparse" in line]
+    assert "no prompt will run sparse" in told
+    assert reason in told
+    ours.tokens([prompt(2000)], 2)
+    assert not any(counts.sparse_chunks for counts in ours.counts.values())
+
+
+def test_everything_handed_back_is_told_the_first_times(engine: Any, plugin_log: list[str]) -> None:
+    """Random tokens with random weights: no selection leaves out enough."""
+    ours = engine("VSPREFILL", {"min_seq_len": 512, "estimator": "sampled", "max_density": 0.01})
+    assert "in 2 of 2 layers" in "\n".join(plugin_log)
+    for seed in range(5):
+        ours.tokens([prompt(1000, seed)], 2)
+    assert sum("gave a prompt's rows back" in line for line in plugin_log) == 3
+    for counts in ours.counts.values():
+        assert counts.handed_back == counts.dense_chunks == 5
+        assert not counts.sparse_chunks
+
+
 def test_gates_that_no_prompt_passes_are_reported(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
     ours = engine("VSPREFILL", {**SPARSE, "min_pairs": 2**23, "checkpoint": str(random_indexer)})
     told = "\n".join(plugin_log)

@@ -73,6 +73,7 @@ class VSPrefillCPUMetadataBuilder(SparseBuilderMixin[SparseRequest], CPUAttentio
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._runtime = CPURuntime.of(self.vllm_config)
+        self._runtime.announce(self.vllm_config, self.layer_names)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata with the attribute ``vsprefill``: a :class:`SparseStep`, or None without a prefill."""
@@ -161,7 +162,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
             chosen = prefill.choose(sparse, chunk, key, value, rows.rows, scale=self.scale, slots=slots)
             if chosen is None:
                 run_dense(request.fallback)
-                counts += LayerCounts(self.num_kv_heads * rows.causal_pairs, dense_chunks=1)
+                counts += LayerCounts(self.num_kv_heads * rows.causal_pairs, dense_chunks=1, handed_back=1)
             else:
                 out = call.output[rows.row_start : rows.row_end]
                 _, visited = prefill.attend(chunk, key, value, chosen, rows.rows, scale=self.scale, out=out)

@@ -48,6 +48,7 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
         # The first model runner sorts a batch, decodes first, only for builders that ask for it.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._runtime: CudaRuntime = CudaRuntime.of(self.vllm_config)
+        self._runtime.announce(self.vllm_config, self.layer_names)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -78,7 +78,7 @@ class CountsReader:
         totals = dict(item.host)
         for layer, row in zip(self._indices, item.counts.tolist(), strict=True):
             pairs, chunks = row[MAX_REQUESTS + DENSE_PAIRS], row[MAX_REQUESTS + DENSE_CHUNKS]
-            found = LayerCounts(sum(row[:MAX_REQUESTS]) + pairs, 0, -chunks, chunks)
+            found = LayerCounts(sum(row[:MAX_REQUESTS]) + pairs, 0, -chunks, chunks, chunks)
             totals[layer] = totals.get(layer, LayerCounts()) + found
         return totals
 

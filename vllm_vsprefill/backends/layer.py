@@ -147,7 +147,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
             return
         self._layer_index = index
         runtime.note_layer(index)
-        if not reasons and (choice := runtime.reason_for_stock(index)):
+        if not reasons and (choice := runtime.reason_for_stock(index, self.heads)):
             reasons.append(choice)
         if reasons:
             runtime.explain_stock(reasons)
