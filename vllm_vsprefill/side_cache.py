@@ -48,6 +48,7 @@ class LogitCache(nn.Module, AttentionLayerBase):
         self.kv_cache: torch.Tensor = torch.empty(0)
         self._backend = side_backend(backend)
         self._checked: torch.Tensor | None = None
+        self._checked_mapping: torch.dtype | None = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Backend whose metadata builder does nothing."""
@@ -93,6 +94,9 @@ class LogitCache(nn.Module, AttentionLayerBase):
         """Mark slots as missing. ``slot_mapping``: int64 ``[num_tokens]``; negative entries are padding."""
         if self.kv_cache is None or len(self.kv_cache) == 0:  # profiling runs before the cache exists
             return
+        if self._checked_mapping != slot_mapping.dtype:  # once: what vLLM hands over does not change its type
+            paged.check_forget(self.slots, slot_mapping)
+            self._checked_mapping = slot_mapping.dtype
         self._forget(self.slots, slot_mapping)
 
 

@@ -14,10 +14,10 @@ MISSING = float("nan")
 
 
 def check_forget(logits: Tensor, slot_mapping: Tensor) -> None:
-    """Checks the arguments of ``forget``.
+    """Checks every argument of ``forget``.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: wrong dtype, shape, stride or device; names the argument.
     """
     check_tensor("logits", logits, 2, FLOAT_DTYPES)
     if logits.stride(1) != 1:
@@ -35,9 +35,5 @@ def forget(logits: Tensor, slot_mapping: Tensor) -> None:
     Args:
         logits: ``[slots, width]``, contiguous rows, written in place.
         slot_mapping: int64 ``[tokens]``, slots; negative ones are padding and skipped.
-
-    Raises:
-        ValueError: wrong dtype, shape, stride or device; names the argument.
     """
-    check_forget(logits, slot_mapping)
     logits.index_fill_(0, slot_mapping[slot_mapping >= 0], MISSING)

@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import check_device
-from .paged import check_forget
 
 BLOCK = 64  # tokens of a program
 
@@ -35,17 +33,7 @@ def _forget_kernel(
 
 
 def forget(logits: Tensor, slot_mapping: Tensor) -> None:
-    """Marks slots as missing, as ``paged.forget`` does.
-
-    Args:
-        logits: ``[slots, width]``, contiguous rows, written in place.
-        slot_mapping: int64 ``[tokens]``, slots; negative ones are padding and skipped.
-
-    Raises:
-        ValueError: wrong dtype, shape, stride or device; names the argument.
-    """
-    check_forget(logits, slot_mapping)
-    check_device("logits", logits)
+    """As ``paged.forget``."""
     num_tokens, width = slot_mapping.shape[0], logits.shape[1]
     if num_tokens == 0 or width == 0:
         return

@@ -67,6 +67,5 @@ if DEVICE == "cuda":
 def test_wrong_arguments_are_named(logits: torch.Tensor, slots: torch.Tensor, named: str) -> None:
     # A copy on another device would have contiguous entries.
     slots = torch.zeros(slots.shape[0] * slots.stride(0), dtype=slots.dtype, device=DEVICE)[:: slots.stride(0)]
-    for version in (paged.forget, forget):
-        with pytest.raises(ValueError, match=named):
-            version(logits.to(DEVICE), slots)
+    with pytest.raises(ValueError, match=named):
+        paged.check_forget(logits.to(DEVICE), slots)
