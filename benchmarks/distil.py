@@ -41,10 +41,9 @@ from vllm_vsprefill.distil.coverage import Budgets, best_recall
 from vllm_vsprefill.distil.distiller import Distiller
 from vllm_vsprefill.distil.model import Teacher, load, wrap
 from vllm_vsprefill.distil.options import ModelOptions, StudentOptions
-from vllm_vsprefill.distil.student import Student, features
+from vllm_vsprefill.distil.student import Student, features, initial_weights
 from vllm_vsprefill.distil.targets import chunk_ranges, draw_ranges
 from vllm_vsprefill.distil.validate import Validation, validate
-from vllm_vsprefill.indexer import VSIndexer
 from vllm_vsprefill.kernels.types import SparsePattern
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -471,11 +470,10 @@ def quality(
     sequences = [held_out.sequence(i, length) for i in range(4)]
     for name, folder in zip(names, indexer, strict=True):
         loaded = load_checkpoint(folder, dtype=torch.float32, device=DEVICE)
-        module = loaded.module()
         if not recalls:
-            measured("none", "window and sinks only", SparseAttention(module, budget_settings(0)))
+            measured("none", "window and sinks only", SparseAttention(loaded.layers, budget_settings(0)))
         for count in columns or [64, 256, 1024, 2048, 4096]:
-            measured(name, f"{count} columns", SparseAttention(module, budget_settings(count)))
+            measured(name, f"{count} columns", SparseAttention(loaded.layers, budget_settings(count)))
         table = calibrate.measure(
             teacher,
             {i: list(weights) for i, weights in loaded.layers.items()},
@@ -496,13 +494,14 @@ def quality(
         for preset in ("accurate", "balanced", "fast"):
             values: dict[str, Any] = {**PRESETS[preset], "min_seq_len": 0}
             plain = {k: v for k, v in values.items() if k in SparseSettings.__dataclass_fields__}
-            measured(name, f"{preset}, its own thresholds", SparseAttention(module, SparseSettings(**plain)))
+            measured(name, f"{preset}, its own thresholds", SparseAttention(loaded.layers, SparseSettings(**plain)))
             stored = [loaded.thresholds(preset, i) for i in loaded.config.layers]
             if all(None not in pair for pair in stored):
                 taus: dict[str, Any] = dict(
                     zip(("tau_columns", "tau_diagonals"), map(tuple, zip(*stored, strict=True)), strict=True)
                 )
-                measured(name, f"{preset}, calibrated", SparseAttention(module, SparseSettings(**{**plain, **taus})))
+                settings = SparseSettings(**{**plain, **taus})
+                measured(name, f"{preset}, calibrated", SparseAttention(loaded.layers, settings))
         for wanted in density or [0.05, 0.1, 0.2]:
             for metric in ("mass", "strong"):
                 for per_head in (False, True):
@@ -512,7 +511,7 @@ def quality(
                     assert t.tau_diagonals is not None
                     settings = SparseSettings(t.tau_columns, t.tau_diagonals, 0, None, 0, None, min_seq_len=0)
                     label = f"density {wanted:.0%} by {metric}{', per head' if per_head else ''}"
-                    measured(name, label, SparseAttention(module, settings))
+                    measured(name, label, SparseAttention(loaded.layers, settings))
     table_text = quality_table(rows, recalls, names)
     print(table_text)
     if out is not None:
@@ -560,8 +559,7 @@ def untrained(out: Annotated[Path, typer.Option()], seed: Annotated[int, typer.O
 
     known = load_checkpoint(environment.ROOT / "indexer_ckpts" / "needle").config
     shape = known.fingerprint
-    rng = torch.Generator().manual_seed(seed)
-    fresh = VSIndexer(known.layers, shape.num_kv_heads, shape.head_size, known.hidden_size, generator=rng)
+    fresh = initial_weights(known.layers, shape.num_kv_heads, 2 * shape.head_size, known.hidden_size, seed)
     save_checkpoint(out, fresh, known.model_copy(update={"training": {}, "thresholds": {}}))
 
 

@@ -67,7 +67,7 @@ def run_sparse(
     deadline: float,
 ) -> dict[str, Any]:
     """One configuration over all tasks and haystacks; ``dense`` remembers the dense answers to the same problems."""
-    attention = SparseAttention(loaded.module().to(model.model.norm.weight.device), settings)
+    attention = SparseAttention(loaded.layers, settings)
     cells: list[Cell] = []
     dense_right = 0
     for task in TASKS:
@@ -145,7 +145,7 @@ def main(
         tasks = [t for t in TASKS if not task or t in task]
         evaluate(stored, lengths, lambda _: samples, tasks=tasks, report=report, deadline=deadline, seed=SEED)
         return
-    loaded = load_checkpoint(indexer)
+    loaded = load_checkpoint(indexer, device=device)
     dense: dict[tuple[str, str, int], list[bool]] = {}
     runs: list[dict[str, Any]] = []
     for n in lengths:

@@ -144,26 +144,19 @@ def write_model(folder: Path, shape: str, longest: int) -> Path:
 
 def write_indexer(folder: Path, model: Path) -> Path:
     """An untrained indexer of the published width for a model."""
-    import torch
     import transformers
 
     from vllm_vsprefill.checkpoint import CheckpointConfig, save_checkpoint
+    from vllm_vsprefill.distil.student import initial_weights
     from vllm_vsprefill.fingerprint import ModelFingerprint
-    from vllm_vsprefill.indexer import VSIndexer
 
     fingerprint = ModelFingerprint.from_hf_config(transformers.AutoConfig.from_pretrained(model))
-    indexer = VSIndexer(
-        range(fingerprint.num_layers),
-        fingerprint.num_kv_heads,
-        fingerprint.head_size,
-        HIDDEN,
-        dtype=torch.bfloat16,
-        generator=torch.Generator().manual_seed(0),
-    )
+    layers = tuple(range(fingerprint.num_layers))
+    weights = initial_weights(layers, fingerprint.num_kv_heads, 2 * fingerprint.head_size, HIDDEN, seed=0)
     config = CheckpointConfig(
-        model="random", fingerprint=fingerprint, hidden_size=HIDDEN, dtype="bfloat16", layers=indexer.layer_indices
+        model="random", fingerprint=fingerprint, hidden_size=HIDDEN, dtype="bfloat16", layers=layers
     )
-    return save_checkpoint(folder, indexer, config)
+    return save_checkpoint(folder, weights, config)
 
 
 def randomise(model: Any) -> None:

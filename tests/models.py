@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vllm_vsprefill.checkpoint import CheckpointConfig, save_checkpoint
+from vllm_vsprefill.distil.student import initial_weights
 from vllm_vsprefill.fingerprint import ModelFingerprint
-from vllm_vsprefill.indexer import VSIndexer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,17 +79,11 @@ def save_random_indexer(folder: Path, model: Path, *, hidden: int = 32, seed: in
     import transformers
 
     fingerprint = ModelFingerprint.from_hf_config(transformers.AutoConfig.from_pretrained(model))
-    indexer = VSIndexer(
-        range(fingerprint.num_layers),
-        fingerprint.num_kv_heads,
-        fingerprint.head_size,
-        hidden,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    with torch.no_grad():
-        for weight in indexer.parameters():
-            weight.mul_(3)  # spread the logits, so that few tokens hold most of the mass
+    layers = tuple(range(fingerprint.num_layers))
+    weights = initial_weights(layers, fingerprint.num_kv_heads, 2 * fingerprint.head_size, hidden, seed)
+    # Three times as large, to spread the logits, so that few tokens hold most of the mass.
+    weights = {name: 3 * weight for name, weight in weights.items()}
     config = CheckpointConfig(
-        model="random", fingerprint=fingerprint, hidden_size=hidden, dtype="float32", layers=indexer.layer_indices
+        model="random", fingerprint=fingerprint, hidden_size=hidden, dtype="float32", layers=layers
     )
-    return save_checkpoint(folder, indexer, config)
+    return save_checkpoint(folder, weights, config)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vllm_vsprefill.indexer import VSIndexer
     from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
 __all__ = [
@@ -213,12 +212,6 @@ class LoadedIndexer:
             return entry[slice(*self.kv_heads)] if isinstance(entry, tuple) else entry
 
         return own(calibrated.tau_columns), own(calibrated.tau_diagonals)
-
-    def module(self, *, trainable: bool = False) -> VSIndexer:
-        """The tensors as a module (not copied)."""
-        from vllm_vsprefill.indexer import VSIndexer
-
-        return VSIndexer.from_weights(self.layers, trainable=trainable)
 
 
 def kv_head_range(total_kv_heads: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
@@ -530,10 +523,10 @@ def _header_problems(config: CheckpointConfig, header: Mapping[str, tuple[str, t
     return problems
 
 
-def _some(items: Iterable[Any], most: int = 8) -> str:
+def _some(items: Iterable[Any], max_items: int = 8) -> str:
     listed = list(items)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(map(str, listed[:most])) + more
+    more = f" and {len(listed) - max_items} more" if len(listed) > max_items else ""
+    return ", ".join(map(str, listed[:max_items])) + more
 
 
 def _number_problems(name: str, tensor: Tensor) -> list[str]:
@@ -549,16 +542,14 @@ def _number_problems(name: str, tensor: Tensor) -> list[str]:
 # writing
 
 
-def save_checkpoint(
-    folder: str | os.PathLike[str], tensors: VSIndexer | Mapping[str, Tensor], config: CheckpointConfig
-) -> Path:
+def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: CheckpointConfig) -> Path:
     """Write a checkpoint, in the dtype that ``config`` names.
 
     A new folder appears complete or not at all. In an existing one each file is replaced whole, the description last.
 
     Args:
         folder: where to write it; parents are made.
-        tensors: an indexer, or tensors by their name in the file, KV heads stacked on dimension 0.
+        tensors: by their name in the file, KV heads stacked on dimension 0.
         config: the description; its layers and shapes must be those of the tensors.
 
     Raises:
@@ -571,10 +562,9 @@ def save_checkpoint(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise CheckpointError(target, ["expected a folder to write to, found a file"])
-    given: Mapping[str, Tensor] = tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors
     stored = {
         name: tensor.detach().to(device="cpu", dtype=getattr(torch, config.dtype)).contiguous()
-        for name, tensor in given.items()
+        for name, tensor in tensors.items()
     }
     problems = _header_problems(config, {n: (_DTYPES[config.dtype], tuple(t.shape)) for n, t in stored.items()})
     for name, tensor in stored.items():

@@ -9,6 +9,7 @@ here per tile. Everything before is the package's own prefill, with its referenc
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.needle.modeling import dense_attention
-from vllm_vsprefill.indexer import VSIndexer
 from vllm_vsprefill.kernels.score.naive import score
-from vllm_vsprefill.kernels.types import Budgets, Selection, SparsePattern
+from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
 
 
@@ -138,7 +138,7 @@ class SparseAttention:
     such.
     """
 
-    def __init__(self, indexer: VSIndexer, settings: SparseSettings) -> None:
+    def __init__(self, indexer: Mapping[int, IndexerLayerWeights], settings: SparseSettings) -> None:
         self.indexer, self.settings = indexer, settings
         budgets = Budgets(
             settings.min_columns, settings.max_columns, settings.min_diagonals, settings.max_diagonals
@@ -166,7 +166,7 @@ class SparseAttention:
     def score(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Index logits ``[T, Hkv, 2]`` of new tokens: q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``."""
         del q
-        return score(k, v, self.indexer.layer_weights(layer))
+        return score(k, v, self.indexer[layer])
 
     def thresholds(self, layer: int, heads: int) -> Tensor:
         """float64 ``[2, Hkv]``: columns, diagonals."""

@@ -20,7 +20,7 @@ from vllm_vsprefill.distil.model import wrap
 from vllm_vsprefill.distil.options import StudentOptions
 from vllm_vsprefill.distil.student import Student, features
 from vllm_vsprefill.distil.targets import Range, TargetKind, chunk_ranges, compute, draw_ranges, spread_ranges
-from vllm_vsprefill.indexer import VSIndexer
+from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.types import IndexerLayerWeights
 
 
@@ -45,12 +45,12 @@ def test_targets_of_a_range_are_those_of_its_rows_and_context() -> None:
     torch.testing.assert_close(found[kinds[0]].columns, columns, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[kinds[0]].diagonals, diagonals, rtol=1e-4, atol=1e-7)
     far = mass.column_weights(q, k, reduce="sum", min_distance=6, **options)
-    most = mass.column_weights(q, k, reduce="max", min_distance=6, **options)
-    far, most = (x / x.sum(-1, keepdim=True) for x in (far, most))
+    largest = mass.column_weights(q, k, reduce="max", min_distance=6, **options)
+    far, largest = (x / x.sum(-1, keepdim=True) for x in (far, largest))
     torch.testing.assert_close(found[kinds[1]].columns, far, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[kinds[2]].columns, most, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[kinds[3]].columns, (far + most) / 2, rtol=1e-4, atol=1e-7)
-    squared = most.square() / most.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(found[kinds[2]].columns, largest, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[kinds[3]].columns, (far + largest) / 2, rtol=1e-4, atol=1e-7)
+    squared = largest.square() / largest.square().sum(-1, keepdim=True)
     torch.testing.assert_close(found[kinds[4]].columns, squared, rtol=1e-4, atol=1e-7)
     for kind in kinds[1:]:
         assert not found[kind].diagonals[:, :6].any()
@@ -76,12 +76,12 @@ def test_a_context_within_the_window_teaches_the_plain_distributions() -> None:
 @given(
     length=st.integers(1, 5000),
     chunks=st.lists(st.integers(0, 900), min_size=1, max_size=3),
-    most=st.integers(1, 5),
+    max_ranges=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_ranges_are_chunks_of_the_prompt(length: int, chunks: list[int], most: int, seed: int) -> None:
-    drawn = draw_ranges(np.random.default_rng(seed), length, chunks, most)
-    assert 1 <= len(drawn) <= most
+def test_ranges_are_chunks_of_the_prompt(length: int, chunks: list[int], max_ranges: int, seed: int) -> None:
+    drawn = draw_ranges(np.random.default_rng(seed), length, chunks, max_ranges)
+    assert 1 <= len(drawn) <= max_ranges
     assert any(set(drawn) <= set(chunk_ranges(length, chunk)) for chunk in chunks)
     assert drawn == sorted(drawn)
 
@@ -124,10 +124,9 @@ def test_score_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_score_is_what_the_server_computes() -> None:
     call = random_call()
     student = Student("s", StudentOptions(hidden_size=16), [0], 2, 8, seed=3)
-    indexer = VSIndexer.from_weights({0: IndexerLayerWeights(*student.layer(0))})
     with torch.no_grad():
         found = student.logits(call, features("kv", call, torch.float32))
-        torch.testing.assert_close(found.transpose(0, 1), indexer(call.k, call.v, 0))
+        torch.testing.assert_close(found.transpose(0, 1), score(call.k, call.v, IndexerLayerWeights(*student.layer(0))))
 
 
 def test_features_hold_what_their_name_says() -> None:
@@ -161,16 +160,16 @@ def test_gradients_are_those_of_the_plain_loss() -> None:
     assert torch.equal(loss.detach(), divergence)
     own = torch.autograd.grad(loss.sum(), list(student.layer(0)))
 
-    indexer = VSIndexer.from_weights({0: IndexerLayerWeights(*(w.detach() for w in student.layer(0)))}, trainable=True)
+    weights = IndexerLayerWeights(*(w.detach().requires_grad_() for w in student.layer(0)))
     terms = []
     for part, target in zip(ranges, true, strict=True):
         # As the server normalises: over the context at the end of the chunk, diagonals from its end.
-        predicted = torch.log_softmax(indexer(call.k[: part.end], call.v[: part.end], 0), dim=0)
+        predicted = torch.log_softmax(score(call.k[: part.end], call.v[: part.end], weights), dim=0)
         both = (predicted[..., 0].T, predicted[..., 1].T.flip(-1))
         terms.append(sum((t * ((t + 1e-30).log() - p)).sum(-1).mean() for t, p in zip(target, both, strict=True)))
     plain = sum(terms) / 2
     torch.testing.assert_close(loss.sum(), plain, rtol=1e-4, atol=1e-5)
-    expected = torch.autograd.grad(plain, list(indexer.parameters()))
+    expected = torch.autograd.grad(plain, list(weights))
     for one, other in zip(own, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 

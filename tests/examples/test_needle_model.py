@@ -23,8 +23,10 @@ from examples.needle.vocabulary import EMBEDDING_ROWS, END, IDS, PAD, TOKENS, en
 from vllm_vsprefill.checkpoint import ModelFingerprint, find_checkpoint, load_checkpoint
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.model import load
+from vllm_vsprefill.distil.options import ModelOptions
 from vllm_vsprefill.distil.targets import Range, TargetKind, compute
 from vllm_vsprefill.kernels.attend.naive import attend
+from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.select.naive import distributions, select
 from vllm_vsprefill.kernels.types import Budgets, SparsePattern
 
@@ -187,7 +189,7 @@ def prompt() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def captured(prompt: torch.Tensor) -> dict[int, LayerCall]:
     calls: dict[int, LayerCall] = {}
-    load(str(MODEL), torch.device("cpu")).run(prompt, lambda call: calls.update({call.layer: call}))
+    load(ModelOptions(model=str(MODEL)), torch.device("cpu")).run(prompt, lambda call: calls.update({call.layer: call}))
     return calls
 
 
@@ -217,12 +219,12 @@ def test_the_indexer_finds_what_it_was_trained_to_find(captured: dict[int, Layer
         int(training.get("exclude_window", 0)),
         float(training.get("peak_power", 1)),
     )
-    indexer, n = loaded.module(), 1500
+    n = 1500
     shares = []
     for layer, call in captured.items():
         true = compute(call, Range(n - 512, n), [kind])[kind].columns
         with torch.no_grad():
-            columns, _ = distributions(indexer(call.k, call.v, layer))
+            columns, _ = distributions(score(call.k, call.v, loaded.layers[layer]))
         best = columns.topk(n // 10, 1).indices
         shares.append(float(true.gather(1, best).sum(1).mean()))
     # A tenth of the columns chosen at random holds a tenth. The first two layers are local: which columns their rows
@@ -280,12 +282,12 @@ def test_the_evaluators_sparse_attention_is_that_of_the_kernels(
 def test_sparse_prefill_answers_and_counts(model: NeedleModel) -> None:
     loaded = load_checkpoint(CHECKPOINT, dtype=torch.float32)
     settings = SparseSettings(tau_columns=0.05, tau_diagonals=0.01, window=64, min_seq_len=512, max_diagonals=2)
-    attention = SparseAttention(loaded.module(), settings)
+    attention = SparseAttention(loaded.layers, settings)
     for task in ("multi_query", "variable_tracking"):
         p = make_problem(np.random.default_rng(8), task, "repeat", 1536)  # type: ignore[arg-type]
         assert p.is_correct(answer_all(model, [p], attention=attention, chunk=512)[0])
     assert 0.1 < attention.density < 0.6
     assert len(attention.layer_densities()) == 6
-    dense = SparseAttention(loaded.module(), SparseSettings(min_seq_len=10**6))
+    dense = SparseAttention(loaded.layers, SparseSettings(min_seq_len=10**6))
     answer_all(model, [p], attention=dense, chunk=512)
     assert dense.density == 1.0

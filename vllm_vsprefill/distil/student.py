@@ -28,6 +28,28 @@ def features(inputs: Inputs, call: LayerCall, dtype: torch.dtype) -> Tensor:
     return torch.cat([parts[name].to(dtype).transpose(0, 1) for name in inputs], -1)
 
 
+def initial_weights(layers: Iterable[int], heads: int, width: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    """Weights of an indexer before training, by their names in a checkpoint.
+
+    Args:
+        layers: covered layers of the model.
+        heads: KV heads, on dimension 0 of every tensor.
+        width: inputs of a token, 2 D for ``[k ; v]``.
+        hidden: width between the two linear layers.
+        seed: of the random numbers.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for i in layers:
+        # He initialisation before the ReLU. The second layer starts small, so that training starts from nearly uniform
+        # distributions.
+        w1 = torch.randn(heads, width, hidden, generator=rng) * math.sqrt(2.0 / width)
+        w2 = torch.randn(heads, hidden, 2, generator=rng) * (0.1 / math.sqrt(hidden))
+        parts = (w1, torch.zeros(heads, hidden), w2, torch.zeros(heads, 2))
+        made |= {f"layers.{i}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
+    return made
+
+
 class Student(nn.Module):
     """Weights of one indexer, by their names in a checkpoint.
 
@@ -47,18 +69,11 @@ class Student(nn.Module):
         self.name, self.options = name, options
         self.kind = TargetKind(options.target, options.exclude_window, options.peak_power)
         self.layer_indices = tuple(layers)
-        rng = torch.Generator().manual_seed(seed)
-        width, hidden = len(options.inputs) * size, options.hidden_size
-        self.weights = nn.ParameterDict()
-        for i in self.layer_indices:
-            # He initialisation before the ReLU. The second layer starts small, so that training starts from nearly
-            # uniform distributions.
-            w1 = torch.randn(heads, width, hidden, generator=rng) * math.sqrt(2.0 / width)
-            w2 = torch.randn(heads, hidden, 2, generator=rng) * (0.1 / math.sqrt(hidden))
-            start = (w1, torch.zeros(heads, hidden), w2, torch.zeros(heads, 2))
-            for part, value in zip(PARTS, start, strict=True):
-                # Dots are not allowed in the names of a ParameterDict.
-                self.weights[f"{i}_{part}"] = nn.Parameter(value)
+        start = initial_weights(self.layer_indices, heads, len(options.inputs) * size, options.hidden_size, seed)
+        # Dots are not allowed in the names of a ParameterDict.
+        self.weights = nn.ParameterDict(
+            {name.removeprefix("layers.").replace(".", "_"): nn.Parameter(value) for name, value in start.items()}
+        )
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``w1, b1, w2, b2`` of a layer, the KV heads on dimension 0."""
