@@ -234,7 +234,7 @@ class Engine:
             }
         )
         runtime.pattern = dataclasses.replace(runtime.pattern, window=found["window"])
-        prefill = runtime.prefill(torch.device("cuda"))
+        prefill = runtime.prefill_on(torch.device("cuda"))
         prefill.budgets, work = runtime.budgets, prefill.buffers.work
         prefill.buffers.work = dataclasses.replace(work, index=work.index._replace(pattern=runtime.pattern))
 
@@ -369,7 +369,7 @@ def measure_memory(engine: Engine, results: Results, label: dict[str, Any], leng
         kept = [state.logits.slots for state in runtime.layers.values() if state.logits is not None]
         weights = [part for state in runtime.layers.values() for part in state.weights or ()]
         row |= {
-            "workspace_bytes": runtime.prefill(torch.device("cuda")).buffers.num_bytes,
+            "workspace_bytes": runtime.prefill_on(torch.device("cuda")).buffers.num_bytes,
             "cached_logits_bytes": sum(part.numel() * part.element_size() for part in kept),
             "indexer_bytes": sum(part.numel() * part.element_size() for part in weights),
         }

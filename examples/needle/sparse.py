@@ -189,8 +189,7 @@ class SparseAttention:
             self.visited[layer] += total
             return dense_attention(layer, q, k, v)
         tau = self.thresholds(layer, hkv)
-        selection = self._prefill.select(tau, *OPERATIONS.distributions(self._logits[layer]), t, 0)
-        assert selection is not None  # no density is too high here
+        selection = self._prefill.select(tau, *OPERATIONS.distributions(self._logits[layer]), 0)
         self.columns[layer] += selection.num_columns.tolist()
         self.diagonals[layer] += selection.num_diagonals.tolist()
         flat = (x[0].transpose(0, 1) for x in (q, k, v))

@@ -74,7 +74,7 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -
             close = 1e-4 if layer.dtype == torch.float32 else 0.1
             torch.testing.assert_close(logits, expected, atol=close, rtol=close)
         estimate = prefill.operations.distributions(logits)
-    return prefill.select(sparse.tau.cpu(), *estimate, rows - tail, tail)
+    return prefill.guard(prefill.select(sparse.tau.cpu(), *estimate, tail), rows - tail, n - tail)
 
 
 def reference(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Tensor, int]:

@@ -117,7 +117,7 @@ def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.Mon
     layer = make_layer(estimator)
     work = [(layer.request(length), length) for length in (150, 200, 70, 180)]
     assert check(layer, work) == (3, 1)
-    assert layer.impl._runtime.prefill(layer.device).buffers.requests == 2
+    assert layer.impl._runtime.prefill_on(layer.device).buffers.requests == 2
     assert len(layer.metadata.vsprefill.rounds) == 2
     assert totals(layer).sparse_chunks == 3
 
@@ -242,7 +242,7 @@ def test_guard_sends_wide_selections_to_the_stock_kernel(
     assert part.batches.guarded is not None
     for (request, _), flag in zip(work, expected, strict=True):
         assert (oracle.chosen(layer, request, request.computed) is None) == flag
-    bounds = layer.impl._runtime.prefill(layer.device).buffers.dense_rows[:4].tolist()
+    bounds = layer.impl._runtime.prefill_on(layer.device).buffers.dense_rows[:4].tolist()
     rows = [length - 16 if flag else 0 for length, flag in zip(lengths, expected, strict=True)]
     assert bounds == [0, rows[0], 0, rows[1]]
     counts = totals(layer)

@@ -101,6 +101,8 @@ def test_logits_are_kept_and_missing_ones_computed() -> None:
         kept[forgotten] = float("nan")
         prefill.choose(layer, query, key, value, ROWS, scale=0.25, slots=slots)
         torch.testing.assert_close(kept[slots].view(N, 2, 2), score(key, value, layer.weights))
+    with pytest.raises(ValueError, match="slots must say where"):
+        prefill.choose(layer, query, key, value, ROWS, scale=0.25)
     assert calls == [N, N - 100, len(slots[3::7])]
     assert int(kept.isnan().any(1).sum()) == 400 - N
 

@@ -81,7 +81,7 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
         not with the first long prompt. They read and score the cache's first block, which vLLM gives to nobody."""
         query = call.query
         if call.metadata is None:
-            buffers = runtime.prefill(query.device).buffers
+            buffers = runtime.prefill_on(query.device).buffers
             if self.kv_cache_dtype.startswith("fp8"):
                 tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
                 buffers.reserve_queries((tokens, self.num_heads, self.head_size), self._vllm_config.model_config.dtype)
@@ -92,7 +92,7 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             return
         if self.takes(runtime, call):
             kv = self._paged(call, query.new_empty(0, dtype=torch.int32))
-            runtime.prefill(query.device).warm_up(sparse, kv, self._vllm_config.model_config.dtype, scale=self.scale)
+            runtime.prefill_on(query.device).warm_up(sparse, kv, self._vllm_config.model_config.dtype, scale=self.scale)
 
     def takes(self, runtime: CudaRuntime, call: Call) -> bool:
         """Whether the kernels can use these queries and the scales that belong to them and to the cache."""
@@ -119,7 +119,7 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
     ) -> LayerCounts:
         tokens = call.metadata.num_actual_tokens
         query, output, scale = call.query[:tokens], call.output[:tokens], self.scale
-        prefill = runtime.prefill(query.device)
+        prefill = runtime.prefill_on(query.device)
         if query.dtype in FP8_DTYPES:
             # FlashAttention 3 is given quantised queries with a quantised cache; the kernels here compute in the
             # model's type.

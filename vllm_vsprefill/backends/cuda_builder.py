@@ -70,7 +70,7 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
     def cut(
         self, plan: StepPlan, starts: list[int], lengths: list[int], common: Any, metadata: Any
     ) -> SparseStep[SparseRound]:
-        buffers, tables = self._runtime.prefill(self.device).buffers, common.block_table_tensor
+        buffers, tables = self._runtime.prefill_on(self.device).buffers, common.block_table_tensor
         rounds = [plan.sparse[i : i + buffers.requests] for i in range(0, len(plan.sparse), buffers.requests)]
         upload = Upload()
         run_starts = [

@@ -26,7 +26,7 @@ class CudaRuntime(Runtime):
         self._config = vllm_config
         self._on_device: tuple[CudaPrefill, CountsReader] | None = None
 
-    def prefill(self, device: torch.device) -> CudaPrefill:
+    def prefill_on(self, device: torch.device) -> CudaPrefill:
         """The prefill of a model whose layers are all known. Allocated on first use: in vLLM's profiling run, so that
         the KV cache is sized with it in mind, or later where there was none."""
         if self._on_device is None:

@@ -93,7 +93,10 @@ class CPUPrefill:
             What was chosen, for ``attend``, or None where it would compute more than ``max_density``.
         """
         tail = query.shape[0] - rows
-        return self.select(layer.tau, *self.estimate(layer, query, key, value, scale=scale, slots=slots), rows, tail)
+        columns, diagonals = self.estimate(layer, query, key, value, scale=scale, slots=slots)
+        selection = self.select(layer.tau, columns, diagonals, tail)
+        # A choice for each tile among what was selected belongs here.
+        return self.guard(selection, rows, key.shape[0] - tail)
 
     def estimate(
         self,
@@ -111,18 +114,20 @@ class CPUPrefill:
         if layer.logits is None:
             logits = _finite(self.operations.score(key, value, layer.weights))
         else:
-            assert slots is not None
+            if slots is None:
+                raise ValueError("the layer keeps its logits; slots must say where")
             logits = self._kept_logits(layer, layer.logits.slots, key, value, slots)
         return self.operations.distributions(logits)
 
-    def select(self, tau: Tensor, columns: Tensor, diagonals: Tensor, rows: int, tail: int) -> Selection | None:
-        """The fewest columns and diagonals that reach the thresholds, for ``rows`` rows before a dense ``tail``."""
-        selection = self.operations.select(
+    def select(self, tau: Tensor, columns: Tensor, diagonals: Tensor, tail: int) -> Selection:
+        """The fewest columns and diagonals that reach the thresholds, as far as rows before a dense ``tail`` see them."""
+        chosen = self.operations.select(
             columns, diagonals, tau_columns=tau[0], tau_diagonals=tau[1], budgets=self.budgets
-        )  # fmt: skip
-        seq_len = columns.shape[1] - tail
-        # A choice for each tile among what was selected belongs here.
-        selection = selection.below(seq_len)
+        )
+        return chosen.below(columns.shape[1] - tail)
+
+    def guard(self, selection: Selection, rows: int, seq_len: int) -> Selection | None:
+        """The selection, or None where the last ``rows`` of ``seq_len`` would compute more than ``max_density``."""
         if self.max_density < 1.0 and expected_density(selection, self.pattern, rows, seq_len) > self.max_density:
             return None
         return selection
