@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_vsprefill.kernels.types import SparsePattern
 
 MIN_ROWS = 64
-"""Fewest rows, the dense last ones aside, worth a selection: choosing keys costs a pass over the context, however few
+"""Fewest rows, the dense last ones aside, worth a selection: choosing keys costs a pass over the sequence, however few
 rows use the result."""
 
 
@@ -19,9 +19,9 @@ class Gate:
     """When a request's chunk runs sparse.
 
     Attributes:
-        min_seq_len: tokens of context (cached ones and this chunk's) below which stock attention runs.
+        min_seq_len: tokens of the sequence, those of this chunk included, below which stock attention runs.
         dense_last_rows: rows at the end of every chunk that attend to everything; a chunk of only those is dense.
-        min_pairs: rows of the chunk times context below which stock attention runs.
+        min_pairs: rows of the chunk times tokens of the sequence below which stock attention runs.
         min_rows: rows of the chunk below which it runs; ``MIN_ROWS`` beside the dense last ones in any case.
         enabled: False sends everything to the stock kernel.
     """
@@ -40,7 +40,7 @@ class Gate:
         return shortest is not None and seq_len >= shortest
 
     def shortest_seq_len(self, rows: int) -> int | None:
-        """Tokens of context from which a chunk of ``rows`` runs sparse; None if it never does."""
+        """Tokens of the sequence from which a chunk of ``rows`` runs sparse; None if it never does."""
         if not self.enabled or rows < max(self.min_rows, self.dense_last_rows + MIN_ROWS):
             return None
         return max(self.min_seq_len, -(-self.min_pairs // rows), rows)
@@ -96,7 +96,7 @@ def plan_step(
 
     Args:
         query_start_loc: first row of each request, and the number of rows at the end; ``num_requests + 1`` values.
-        seq_lens: context length of each request, this step's tokens included.
+        seq_lens: tokens of each request, those of this step included.
         is_prefilling: whether the request still computes its prompt.
         gate: the rule.
 

@@ -179,7 +179,7 @@ class Runtime:
         self.recorder.publish()
 
     def _min_pairs(self, vllm_config: Any) -> int:
-        """Rows times context of the least sparse chunk: the user's choice, else what was measured, for this rank."""
+        """Rows times sequence of the smallest sparse chunk: the user's choice, else what was measured for this rank."""
         min_pairs = self.options.min_pairs or 0
         if "min_pairs" in self.options.model_fields_set:
             return min_pairs

@@ -141,7 +141,7 @@ def test_heads_the_kernels_cannot_compute(shape: tuple[int, int, int], reason: s
 
 def test_tuning_fits_the_kernels() -> None:
     for capability, tuning in CUDA.items():
-        assert capability >= cuda_limits.LEAST_CAPABILITY
+        assert capability >= cuda_limits.MIN_CAPABILITY
         options = VSPrefillConfig.from_sources().resolved(cuda_tuning(capability))
         assert (options.block_q, options.block_k) == (tuning.block_q, tuning.block_k)
         assert cuda_limits.block_problems(options) == []

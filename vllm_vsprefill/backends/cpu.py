@@ -27,7 +27,7 @@ from vllm_vsprefill.stats import LayerCounts
 
 
 class VSPrefillCPUBackend(DecoderBackendMixin, CPUAttentionBackend):
-    """Stock CPU attention with sparse prefill of long contexts."""
+    """Stock CPU attention with sparse prefill of long prompts."""
 
     @staticmethod
     def get_impl_cls() -> type[VSPrefillCPUImpl]:

@@ -77,18 +77,18 @@ def _known_orders(tokens: int, dim: int) -> list[ElementOrder]:
 
 @dataclass(frozen=True)
 class CacheReader:
-    """Reads contexts out of a CPU KV cache ``[num_blocks, H, block_size, 2 * D]``."""
+    """Reads sequences out of a CPU KV cache ``[num_blocks, H, block_size, 2 * D]``."""
 
     key_order: ElementOrder
     value_order: ElementOrder
     head_size: int
 
     def read(self, kv_cache: torch.Tensor, block_ids: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy the context's keys and values into ``keys``, ``values`` ``[H, n, D]``; ``n`` tokens are read.
+        """Copy the keys and values of a sequence into ``keys``, ``values`` ``[H, n, D]``; ``n`` tokens are read.
 
         Args:
             kv_cache: ``[num_blocks, H, block_size, 2 * D]``, the layer's cache.
-            block_ids: the request's blocks, first one first; entries past the context are ignored.
+            block_ids: the request's blocks, first one first; entries past the sequence are ignored.
             keys, values: outputs, any strides.
         """
         num_blocks, heads, tokens, _ = kv_cache.shape

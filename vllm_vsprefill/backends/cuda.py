@@ -30,7 +30,7 @@ from vllm_vsprefill.stats import LayerCounts
 
 
 class VSPrefillFlashBackend(DecoderBackendMixin, FlashAttentionBackend):
-    """Stock FlashAttention with sparse prefill of long contexts."""
+    """Stock FlashAttention with sparse prefill of long prompts."""
 
     @staticmethod
     def get_impl_cls() -> type[VSPrefillFlashImpl]:

@@ -177,6 +177,6 @@ def _stock_call(
         block_table=block_table,
         slot_mapping=metadata.slot_mapping[row_start:row_end],
         scheduler_metadata=None,  # made for the whole batch
-        max_num_splits=0,  # FlashAttention decides: a few rows over a long context want their keys split
+        max_num_splits=0,  # FlashAttention decides: a few rows over a long sequence want their keys split
     )
     return DenseRun(row_start, row_end, part)

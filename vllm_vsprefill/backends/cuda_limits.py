@@ -9,21 +9,21 @@ from typing import Any
 
 from vllm_vsprefill.config import VSPrefillConfig
 
-LEAST_CAPABILITY = (8, 0)
-LARGEST_HEAD = 256
-LARGEST_GROUP = 64
+MIN_CAPABILITY = (8, 0)
+MAX_HEAD_SIZE = 256
+MAX_GROUP = 64
 """Query heads of one KV head; their rows share a tile."""
 
-LONGEST_CONTEXT = 2**21 - 1
+MAX_SEQ_LEN = 2**21 - 1
 """The selection counts tokens of a bin in 21 bits."""
 
 
 def head_reasons(head_size: int, num_heads: int, num_kv_heads: int) -> dict[str, bool]:
     """Why the kernels cannot compute heads of some shape, and whether each reason holds."""
     return {
-        f"its head size {head_size} is above {LARGEST_HEAD}": head_size > LARGEST_HEAD,
+        f"its head size {head_size} is above {MAX_HEAD_SIZE}": head_size > MAX_HEAD_SIZE,
         f"its head size {head_size} is not a multiple of 8": head_size % 8 != 0,
-        f"more than {LARGEST_GROUP} query heads share a KV head": num_heads > LARGEST_GROUP * num_kv_heads,
+        f"more than {MAX_GROUP} query heads share a KV head": num_heads > MAX_GROUP * num_kv_heads,
     }
 
 
@@ -44,7 +44,7 @@ def problems(vllm_config: Any, options: VSPrefillConfig) -> list[str]:
     """Everything that keeps a server from starting, each with its remedy."""
     found = block_problems(options)
     capability = _capability()
-    if capability is not None and capability < LEAST_CAPABILITY:
+    if capability is not None and capability < MIN_CAPABILITY:
         found.append(
             f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere) or later. "
             "Remove --attention-backend VSPREFILL to serve with the stock backend."
@@ -66,8 +66,8 @@ def problems(vllm_config: Any, options: VSPrefillConfig) -> list[str]:
     if getattr(model, "rswa_window", None) is not None:
         found.append("the model uses reference sliding-window attention; use the stock backend.")
     longest = getattr(model, "max_model_len", None)
-    if isinstance(longest, int) and longest > LONGEST_CONTEXT:
-        found.append(f"max_model_len is {longest}, the selection takes at most {LONGEST_CONTEXT}; set --max-model-len.")
+    if isinstance(longest, int) and longest > MAX_SEQ_LEN:
+        found.append(f"max_model_len is {longest}, the selection takes at most {MAX_SEQ_LEN}; set --max-model-len.")
     return found
 
 

@@ -120,7 +120,7 @@ class CPUPrefill:
         return self.operations.distributions(logits)
 
     def select(self, tau: Tensor, columns: Tensor, diagonals: Tensor, tail: int) -> Selection:
-        """The fewest columns and diagonals that reach the thresholds, as far as rows before a dense ``tail`` see them."""
+        """The fewest columns and diagonals that reach the thresholds, for rows in front of a dense ``tail``."""
         chosen = self.operations.select(
             columns, diagonals, tau_columns=tau[0], tau_diagonals=tau[1], budgets=self.budgets
         )
