@@ -96,7 +96,7 @@ def test_sleep_and_wake_change_no_answer(single_process: Path) -> None:
     assert all(problem.is_correct(text) for problem, text in zip(problems, first.answers, strict=True)), first.answers
     assert len(first.counts) == 6
     assert min(layer.sparse_chunks for layer in first.counts.values()) > 0
-    assert llm.reset_prefix_cache()
+    assert llm.reset_prefix_cache() is not False  # None in releases that do not say
     found = differences(turn("again, without sleep"), first)
     for count in (1, 2):
         llm.sleep(level=1)
