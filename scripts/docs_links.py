@@ -17,8 +17,9 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 
 def on_config(config: Any) -> Any:
     """The configuration, with every page in ``nav``."""
+    listed = str(config["nav"])
     pages = sorted(path.name for path in Path(config["docs_dir"]).glob("*.md"))
-    config["nav"] += [page for page in pages if page not in config["nav"]]
+    config["nav"] += [page for page in pages if f"'{page}'" not in listed]
     return config
 
 

@@ -43,8 +43,12 @@ def value(given: object) -> str:
     return json.dumps(list(given) if isinstance(given, tuple) else given).strip('"')
 
 
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
 def density(share: float) -> str:
-    return "dense" if share == 1 else f"{share:.1%}".replace("%", " %")
+    return "dense" if share == 1 else percent(share)
 
 
 def seconds(time: float) -> str:
@@ -124,8 +128,8 @@ def inside_answers() -> str:
         record = results(name)
         found = {row["setting"]: row for row in record["rows"] if row["indexer"] in ("none", "needle")}
         settings = ("accurate, calibrated", "balanced, calibrated", "fast, calibrated", "window and sinks only")
-        cells = [f"{found[s]['accuracy']:.1%} at {found[s]['density']:.1%}".replace("%", " %") for s in settings]
-        rows.append((f"{record['length']:,}", f"{found['dense']['accuracy']:.0%}".replace("%", " %"), *cells))
+        cells = [f"{percent(found[s]['accuracy'])} at {percent(found[s]['density'])}" for s in settings]
+        rows.append((f"{record['length']:,}", percent(found["dense"]["accuracy"], 0), *cells))
     return table(("prompt tokens", "dense", "`accurate`", "`balanced`", "`fast`", "window and sinks only"), rows)
 
 
@@ -169,6 +173,83 @@ def kernels() -> str:
     return table(("what", "H100", "TFLOP/s", "H200", "TFLOP/s"), rows)
 
 
+SHAPES = {"qwen3-4b": "Qwen3-4B", "llama31-8b": "Llama-3.1-8B"}
+
+
+def training_speed() -> str:
+    rows = []
+    for row in results("distil_speed_h100")["rows"]:
+        shares = (percent(row["share_of_bare_speed"], 0), percent(row["target_share"], 0))
+        speeds = (f"{row['bare_tokens_per_second']:,.0f} tokens/s", f"{row['tokens_per_second']:,.0f} tokens/s")
+        rows.append((SHAPES[row["shape"]], f"{row['length']:,}", *speeds, *shares, f"{row['peak_gib']:.1f} GiB"))
+    bare = ("bare forward pass", "training", "share of the bare speed", "targets' share of a step", "peak memory")
+    return table(("shape", "tokens", *bare), rows)
+
+
+VARIANTS = {
+    "mass, all distances": "**targets**: mass, all diagonals (the paper's)",
+    "mass": "mass, window excluded",
+    "peak, all distances": "peak, all diagonals",
+    "peak": "peak, window excluded",
+    "peak squared": "peak squared, window excluded",
+    "peak to the 4th": "peak to the 4th, window excluded",
+    "mixed": "mixed, window excluded",
+    "inputs k": "**inputs** (mass, all diagonals): k",
+    "inputs v": "v",
+    "inputs q": "q",
+    "inputs k+q": "k+q",
+    "inputs k+v+q": "k+v+q",
+    "loss mse": "**loss** (mass, all diagonals): mse",
+    "loss cosine": "cosine",
+    "width 64": "**width** (mass, all diagonals): 64",
+    "width 1024": "1,024",
+}
+
+
+def training_choices() -> str:
+    found = {row["variant"]: row for row in results("distil_ablation_h100")["rows"]}
+    rows = []
+    for variant, shown in VARIANTS.items():
+        told, answers = found[variant]["validation"], found[variant]["answers"]
+        cells = [shown, f"{told['kl_columns']:.2f}, {told['kl_distances']:.2f}"]
+        cells += [f"{percent(told[k]['0.05'])}, {percent(told[k]['0.1'])}" for k in ("recall", "recall_strong")]
+        rows.append([*cells, *(percent(answers[columns]["accuracy"]) for columns in ("256", "1024"))])
+    recalls = ("recall at 5 %, 10 %", "strong recall at 5 %, 10 %")
+    answers = ("answers, 256 columns", "answers, 1,024 columns")
+    return table(("variant", "KL, columns and diagonals", *recalls, *answers), rows)
+
+
+SETTINGS = {
+    "window and sinks only": "window and sinks only",
+    "64 columns": "64 columns everywhere",
+    "256 columns": "256 columns",
+    "1024 columns": "1,024 columns",
+    "accurate, its own thresholds": "`accurate`, before calibration",
+    "accurate, calibrated": "`accurate`, calibrated",
+    "balanced, its own thresholds": "`balanced`, before calibration",
+    "balanced, calibrated": "`balanced`, calibrated",
+    "fast, its own thresholds": "`fast`, before calibration",
+    "fast, calibrated": "`fast`, calibrated",
+    "density 10% by strong": "calibrated to 10 % by strong recall",
+}
+
+
+def needle_indexers() -> str:
+    records = [results(f"distil_quality_{length}_h100") for length in ("16k", "32k")]
+    pairs = [(record, indexer) for record in records for indexer in ("old_indexer", "needle")]
+    rows = []
+    for setting, shown in SETTINGS.items():
+        cells = [shown]
+        for record, indexer in pairs:
+            rated = {row["setting"]: row for row in record["rows"] if row["indexer"] in ("none", indexer)}[setting]
+            cells.append(f"{percent(rated['accuracy'])} at {percent(rated['density'])}")
+        rows.append(cells)
+    for kind, shown in (("mass", "recall at density 10 %"), ("strong", "strong recall at density 10 %")):
+        layers = [record["recall"][indexer][kind]["0.1"] for record, indexer in pairs]
+        rows.append([shown, *(percent(sum(recalls) / len(recalls)) for recalls in layers)])
+    return table(("", "16k: before", "16k: now", "32k: before", "32k: now"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "options": options,
     "presets": presets,
@@ -178,6 +259,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "answers inside prompts": inside_answers,
     "crossover": crossover,
     "kernels": kernels,
+    "training speed": training_speed,
+    "training choices": training_choices,
+    "needle indexers": needle_indexers,
 }
 
 
