@@ -29,6 +29,7 @@ from rich.text import Text
 from examples.needle import tasks
 from vllm_vsprefill.eval.density import Densities
 from vllm_vsprefill.eval.server import ServerError, VLLMServer
+from vllm_vsprefill.fingerprint import ModelFingerprint, read_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDLE_MODEL = ROOT / "examples" / "needle" / "model"
@@ -148,15 +149,23 @@ class Limits:
         except Exception as error:
             # transformers and the hub raise many kinds; to the user they all mean that the model cannot be had.
             raise DemoError(f"the model {model!r} cannot be read: {error}") from error
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        positions, layers, hidden = (
+            read_setting(config, name) for name in ("max_position_embeddings", "num_hidden_layers", "hidden_size")
+        )
+        if not all(isinstance(value, int) for value in (positions, layers, hidden)):
+            raise DemoError(f"the configuration of {model!r} does not say how long a text it takes, or how many layers")
+        try:
+            shape = ModelFingerprint.from_hf_config(config)
+            channels = shape.num_kv_heads * shape.head_size
+        except ValueError:  # layers of different shapes, say; more than enough
+            channels = 2 * hidden
 
         def count(text: str) -> int:
             messages = [{"role": "user", "content": text}]
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return len(tokenizer(rendered, add_special_tokens=False).input_ids)
 
-        return cls(config.max_position_embeddings, 4 * config.num_hidden_layers * heads * size, count)
+        return cls(positions, 4 * layers * channels, count)
 
 
 def ask(server: VLLMServer, question: Question) -> Result:

@@ -15,6 +15,7 @@ import pytest
 
 from vllm_vsprefill import exchange
 from vllm_vsprefill.exchange import EXCHANGE_VARIABLE, OWNER_FILE, STATS_DIR_VARIABLE, open_exchange, servers
+from vllm_vsprefill.stats import Recorder, read_modes
 
 
 @pytest.fixture
@@ -23,6 +24,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(EXCHANGE_VARIABLE, raising=False)
     monkeypatch.setattr(exchange, "_opened", [])
     return tmp_path / "a" / "b"
+
+
+def made() -> Path:
+    """The folder of a server that is started in this process."""
+    found = open_exchange()
+    assert found.folder is not None
+    assert found.made
+    return found.folder
 
 
 def program(text: str, base: Path) -> subprocess.Popen[str]:
@@ -34,9 +43,7 @@ def program(text: str, base: Path) -> subprocess.Popen[str]:
 
 
 def test_every_engine_gets_a_folder_of_its_own(base: Path) -> None:
-    first, second = open_exchange(), open_exchange()
-    assert first is not None
-    assert second is not None
+    first, second = made(), made()
     assert first.parent == second.parent == base
     assert first != second
     assert exchange.opened() == [first, second]
@@ -50,7 +57,7 @@ def test_every_engine_gets_a_folder_of_its_own(base: Path) -> None:
 
 
 def test_a_killed_server_is_known_and_removed_by_the_next(base: Path) -> None:
-    process = program("print(exchange.open_exchange(), flush=True)\ntime.sleep(60)", base)
+    process = program("print(exchange.open_exchange().folder, flush=True)\ntime.sleep(60)", base)
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     (folder / "mode").write_text("dense\n")
@@ -62,15 +69,14 @@ def test_a_killed_server_is_known_and_removed_by_the_next(base: Path) -> None:
     # The process id is no proof: here, and in a restarted container, another process has it.
     reused = folder.rename(base / f"vsprefill-{os.getpid()}-{server.name}")
     assert not servers(base)[0].is_running()
-    fresh = open_exchange()
-    assert fresh is not None
+    fresh = made()
     assert not reused.exists()
     assert [one.folder for one in servers(base)] == [fresh]
     assert not (fresh / "mode").exists()
 
 
 def test_removed_at_exit(base: Path) -> None:
-    process = program("print(exchange.open_exchange())", base)
+    process = program("print(exchange.open_exchange().folder)", base)
     folder = Path(process.communicate()[0].strip())
     assert folder.parent == base
     assert not folder.exists()
@@ -78,7 +84,7 @@ def test_removed_at_exit(base: Path) -> None:
 
 def test_a_forked_child_removes_nothing_and_keeps_its_server_running(base: Path) -> None:
     text = (
-        "folder = exchange.open_exchange()\n"
+        "folder = exchange.open_exchange().folder\n"
         "pid = os.fork()\n"
         "if not pid: time.sleep(60)\n"
         "print(folder, pid, flush=True)\n"
@@ -105,10 +111,10 @@ def test_children_belong_to_the_server_of_their_parent(base: Path, tmp_path: Pat
         "import multiprocessing\n"
         "from vllm_vsprefill import exchange\n"
         "def child(queue):\n"
-        "    queue.put((exchange.open_exchange(), exchange.opened()))\n"
+        "    queue.put((exchange.open_exchange().folder, exchange.opened()))\n"
         "if __name__ == '__main__':\n"
         f"    context = multiprocessing.get_context({method!r})\n"
-        "    own, queue = exchange.open_exchange(), context.Queue()\n"
+        "    own, queue = exchange.open_exchange().folder, context.Queue()\n"
         "    process = context.Process(target=child, args=(queue,)); process.start()\n"
         "    folder, opened = queue.get(); process.join()\n"
         "    print(folder == own, opened == [own], own.exists())\n"
@@ -128,12 +134,19 @@ def test_a_folder_that_cannot_be_made_is_told(
     blocked = base.parent
     blocked.parent.mkdir(exist_ok=True)
     blocked.write_text("a file where the folder should be")
-    assert open_exchange() is None
+    found = open_exchange()
+    assert found.folder is not None
+    assert not found.made
     for part in (str(base), "The server runs", "vsprefill mode", STATS_DIR_VARIABLE, "TMPDIR"):
         assert part in caplog.text
+    blocked.unlink()  # a worker tries again, and the commands find its server
+    Recorder(0, found.folder, exists=False).publish()
+    (server,) = servers(base)
+    assert server.is_running()
+    assert read_modes(server.folder) == ["sparse"]
     monkeypatch.delenv(STATS_DIR_VARIABLE)
     monkeypatch.setattr(exchange.tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
-    assert open_exchange() is None
+    assert open_exchange() == (None, False)
     assert "the temporary folder" in caplog.text
 
 
@@ -155,8 +168,7 @@ def test_without_locks_a_folder_is_judged_by_its_process(base: Path, monkeypatch
         raise OSError(38, "not implemented")
 
     monkeypatch.setattr(exchange.fcntl, "flock", refuse)
-    folder = open_exchange()
-    assert folder is not None
+    made()
     assert servers(base)[0].is_running()
     other = base / "vsprefill-999999999-aa"
     other.mkdir()

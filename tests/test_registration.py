@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,11 +129,16 @@ def test_a_server_with_another_backend_is_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("VSPREFILL_TAU_COLUMNS", "nonsense")
 
     class Config:
+        speculative_config: Any = None
+
         class attention_config:
             backend = AttentionBackendEnum.CPU_ATTN
             backend_per_kind = None
 
     assert not _compat.is_selected(Config)
+    Config.speculative_config = SimpleNamespace(attention_backend=AttentionBackendEnum["VSPREFILL"])
+    assert _compat.is_selected(Config)  # a draft model's backend reads the options, too
+    Config.speculative_config = None
     Config.attention_config.backend = AttentionBackendEnum["VSPREFILL"]
     assert _compat.is_selected(Config)
 

@@ -79,6 +79,8 @@ def is_selected(vllm_config: Any) -> bool:
     per_kind = getattr(attention, "backend_per_kind", None)
     if isinstance(per_kind, dict):
         chosen += per_kind.values()
+    # A draft model runs stock attention also with this backend, which reads its options all the same.
+    chosen.append(getattr(getattr(vllm_config, "speculative_config", None), "attention_backend", None))
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
 
 

@@ -172,12 +172,14 @@ class ShippedOptions(dict[str, Any]):
     the place of ``additional_config["vsprefill"]``. Whoever finds them reads no environment.
 
     Attributes:
-        exchange: the server's exchange folder, or None where there is none. Beside the options, not among them: vLLM
-            hashes those to find compiled code again, and the folder is another one at every start.
+        exchange, exchange_made: the server's exchange folder, if any, and whether it could be made yet. Beside the
+            options, not among them: vLLM hashes those to find compiled code again, and the folder is another one at
+            every start.
         trained: whether the process that started the server found a trained indexer; all ranks must agree.
     """
 
     exchange: str | None = None
+    exchange_made: bool = False
     trained: bool | None = None
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 STATS_DIR_VARIABLE = "VSPREFILL_STATS_DIR"
 """Where servers make their exchange folders, in place of the temporary folder."""
@@ -42,6 +43,13 @@ logger = logging.getLogger("vllm.vsprefill")
 
 _opened: list[Path] = []
 _locks: list[int] = []  # file descriptors, open for as long as this process lives
+
+
+class Exchange(NamedTuple):
+    """Exchange folder of a server, or None where there is no place for one; and whether it exists already."""
+
+    folder: Path | None
+    made: bool
 
 
 @dataclass(frozen=True)
@@ -117,32 +125,37 @@ def servers(base: Path) -> list[Server]:
     return found
 
 
-def open_exchange() -> Path | None:
+def open_exchange() -> Exchange:
     """Make the exchange folder of a server that is being started, or find that of the server that started this process.
 
-    Returns None, with a warning, where no folder can be made: the server runs, but nobody can look at it.
+    Where none can be made there is a warning; the server runs, and workers try again when they have something to say.
     """
     inherited = os.environ.get(EXCHANGE_VARIABLE)
     if inherited and multiprocessing.parent_process() is not None:
-        return Path(inherited)
+        return Exchange(Path(inherited), True)
+    name, folder = f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}", None
     try:
         base = base_folder()
+        folder = base / name
         base.mkdir(parents=True, exist_ok=True)
-        folder = _create(base)
+        _create(folder)
     except OSError as error:
-        os.environ.pop(EXCHANGE_VARIABLE, None)
         logger.warning(
             "VSPREFILL: no folder can be made in %s (%s). The server runs, but has no density counters on /metrics, "
-            "and `vsprefill status` and `vsprefill mode` do not find it. Set %s or TMPDIR to a folder that can be "
-            "written to.",
+            "and `vsprefill status` and `vsprefill mode` do not find it, until one can. %s or TMPDIR names another.",
             os.environ.get(STATS_DIR_VARIABLE) or "the temporary folder", error.strerror or error, STATS_DIR_VARIABLE,
         )  # fmt: skip
-        return None
+        made = False
+    else:
+        made = True
+        remove_stale(base)
+    if folder is None:  # there is not even a temporary folder
+        os.environ.pop(EXCHANGE_VARIABLE, None)
+        return Exchange(None, False)
     os.environ[EXCHANGE_VARIABLE] = str(folder)
     _opened.append(folder)
     atexit.register(_remove, folder, os.getpid())
-    remove_stale(base)
-    return folder
+    return Exchange(folder, made)
 
 
 def opened() -> list[Path]:
@@ -159,8 +172,7 @@ def remove_stale(base: Path) -> None:
             shutil.rmtree(server.folder, ignore_errors=True)  # another user's cannot be removed
 
 
-def _create(base: Path) -> Path:
-    folder = base / f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}"
+def _create(folder: Path) -> None:
     folder.mkdir(mode=0o700)
     try:
         partial = folder / f"{OWNER_FILE}.tmp"
@@ -170,12 +182,11 @@ def _create(base: Path) -> Path:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            logger.debug("VSPREFILL: the file system of %s has no locks", base)
+            logger.debug("VSPREFILL: the file system of %s has no locks", folder)
         partial.replace(folder / OWNER_FILE)  # whoever sees the file sees it locked
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return folder
 
 
 def _remove(folder: Path, owner: int) -> None:

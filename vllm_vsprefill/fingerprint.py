@@ -53,7 +53,7 @@ class ModelFingerprint(BaseModel):
                 shapes; names what is missing or differs.
         """
         text = _text_config(config)
-        shape = {name: _get(text, name) for name in _SHAPE}
+        shape = {name: read_setting(text, name) for name in _SHAPE}
         differing = [name for name, value in shape.items() if _differs_by_layer(value)]
         if differing:
             raise ValueError(
@@ -67,9 +67,9 @@ class ModelFingerprint(BaseModel):
                 f"the model's configuration has no {', '.join(missing)}; it has no attention layers to index"
             )
         theta, rope = _rope(text)
-        architectures = _get(text, "architectures") or ["unknown"]
+        architectures = read_setting(text, "architectures") or ["unknown"]
         return cls(
-            architecture=str(_get(text, "model_type") or architectures[0]),
+            architecture=str(read_setting(text, "model_type") or architectures[0]),
             num_layers=layers,
             num_query_heads=heads,
             num_kv_heads=shape["num_key_value_heads"] or heads,
@@ -129,7 +129,9 @@ class _ByLayer:
 _BY_LAYER = _ByLayer()
 
 
-def _get(config: Any, name: str) -> Any:
+def read_setting(config: Any, name: str) -> Any:
+    """A setting of a Hugging Face configuration, object or mapping: None where it has none, and an object of no use
+    where it has no single value."""
     if isinstance(config, Mapping):
         by_layer = config.get("per_layer_config")
         overrides = by_layer.values() if isinstance(by_layer, Mapping) else by_layer or ()
@@ -155,24 +157,24 @@ def _differs_by_layer(value: Any) -> bool:
 
 def _text_config(config: Any) -> Any:
     for name in ("text_config", "language_config", "llm_config"):
-        nested = _get(config, name)
-        if nested is not None and _get(nested, "num_attention_heads") is not None:
+        nested = read_setting(config, name)
+        if nested is not None and read_setting(nested, "num_attention_heads") is not None:
             return nested
     return config
 
 
 def _rope(text: Any) -> tuple[float | None, dict[str, RopeValue] | None]:
     """Base and normalised remaining settings."""
-    settings = _get(text, "rope_parameters") or _get(text, "rope_scaling") or {}
+    settings = read_setting(text, "rope_parameters") or read_setting(text, "rope_scaling") or {}
     if not isinstance(settings, Mapping):
         settings = {}
     if settings and all(isinstance(value, Mapping) for value in settings.values()):
         settings = settings.get("full_attention") or next(iter(settings.values()))
     theta = settings.get("rope_theta")
     if theta is None:
-        theta = _get(text, "rope_theta")
+        theta = read_setting(text, "rope_theta")
     merged = dict(settings)
-    factor = _get(text, "partial_rotary_factor")
+    factor = read_setting(text, "partial_rotary_factor")
     if factor is not None:
         merged.setdefault("partial_rotary_factor", factor)
     try:

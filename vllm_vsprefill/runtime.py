@@ -58,7 +58,8 @@ class Runtime:
         )
         shipped = startup.shipped(vllm_config)
         exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
-        self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange)
+        made = shipped is None or shipped.exchange_made
+        self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange, exists=made)
         self.switch = Switch.of(exchange)
         self._prefilled = False
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)

@@ -17,7 +17,8 @@ from typing import Any
 from vllm_vsprefill import _compat
 from vllm_vsprefill.checkpoint import find_checkpoint, read_config, resolve_checkpoint
 from vllm_vsprefill.config import ENV_PREFIX, ConfigError, ShippedOptions, VSPrefillConfig, env_name
-from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.exchange import Exchange
+from vllm_vsprefill.fingerprint import ModelFingerprint, read_setting
 from vllm_vsprefill.registration import BACKEND_NAME
 from vllm_vsprefill.tuning import platform_tuning
 
@@ -51,7 +52,7 @@ def shipped(vllm_config: Any) -> ShippedOptions | None:
     return section if isinstance(section, ShippedOptions) else None
 
 
-def ship(vllm_config: Any, exchange: Callable[[], Path | None]) -> None:
+def ship(vllm_config: Any, exchange: Callable[[], Exchange]) -> None:
     """Put the options of all sources into a checked configuration, for every process that gets it, once.
 
     ``exchange`` makes the folder that the processes of the server meet in; it is called once for a server.
@@ -63,8 +64,8 @@ def ship(vllm_config: Any, exchange: Callable[[], Path | None]) -> None:
     if options.checkpoint is not None and (folder := Path(options.checkpoint).expanduser()).is_dir():
         section["checkpoint"] = str(folder.resolve())  # other processes may work in another folder
     section.trained = options.enabled and locate_checkpoint(options, vllm_config) is not None
-    folder_or_none = exchange()
-    section.exchange = None if folder_or_none is None else str(folder_or_none)
+    found = exchange()
+    section.exchange, section.exchange_made = None if found.folder is None else str(found.folder), found.made
     # A mapping of its own: the user's may serve for another engine, in another environment.
     vllm_config.additional_config = {**(vllm_config.additional_config or {}), ADDITIONAL_CONFIG_KEY: section}
 
@@ -193,7 +194,7 @@ def check(vllm_config: Any) -> None:
     problems += _platform_problems(vllm_config, options)
     if options.enabled:
         try:
-            layers = getattr(_hf_config(vllm_config), "num_hidden_layers", None)
+            layers = read_setting(_hf_config(vllm_config), "num_hidden_layers")
             if isinstance(layers, int):
                 options.check_layers(layers)
         except ConfigError as error:

@@ -91,9 +91,10 @@ class Recorder:
     Args:
         rank: of the worker, for the name of its file.
         folder: the server's exchange folder, or None where it has none.
+        exists: whether it exists; if not, it is made as soon as it can be.
     """
 
-    def __init__(self, rank: int = 0, folder: Path | None = None) -> None:
+    def __init__(self, rank: int = 0, folder: Path | None = None, *, exists: bool = True) -> None:
         self.layers: dict[int, LayerCounts] = {}
         self.mode = "sparse"
         self.prompt = 0
@@ -113,7 +114,7 @@ class Recorder:
         self._visible = True
         if folder is not None:
             self._file = folder / f"{os.getpid()}-{rank}-{secrets.token_hex(4)}.json"
-            if not folder.is_dir():
+            if exists and not folder.is_dir():
                 # The process that started the server made it; a folder made here would be seen by nobody.
                 self._visible, self._failing = False, True
                 logger.warning(
@@ -192,7 +193,9 @@ class Recorder:
             return
         try:
             if self._visible:
-                file.parent.mkdir(mode=0o700, exist_ok=True)  # whoever tidies the temporary folder may have removed it
+                file.parent.mkdir(
+                    mode=0o700, parents=True, exist_ok=True
+                )  # whoever tidies the temporary folder may have removed it
             partial = file.with_suffix(".tmp")
             partial.write_text(json.dumps(payload))
             partial.replace(file)  # a reader sees the old totals or the new ones, never half a file

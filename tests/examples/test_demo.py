@@ -107,3 +107,32 @@ vsprefill_chunks_total{layer="0",path="sparse"} 2.0
     assert counted.ran_sparse
     assert not counted.since(counted).ran_sparse
     assert counted.since(counted).mean == 1.0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("gemma4_text", {"head_dim": 32, "global_head_dim": 64}),
+        ("qwen3", {}),
+        ("gpt2", {}),
+        ("bloom", {}),
+        ("mamba", {}),
+    ],
+)
+def test_limits_of_unusual_models(
+    model_type: str, settings: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of different shapes, other names, no length at all: limits, or a message."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type](**settings)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda model: config)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model: None)
+    if model_type in ("bloom", "mamba"):
+        with pytest.raises(demo.DemoError, match="does not say"):
+            demo.Limits.of(model_type)
+    else:
+        limits = demo.Limits.of(model_type)
+        assert limits.positions >= 1024
+        assert limits.bytes_per_token > 0
