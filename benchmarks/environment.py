@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
 def _module() -> str:
     path = Path(sys.argv[0]).resolve()
     try:
-        return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     except ValueError:
         return path.stem
 

@@ -178,11 +178,12 @@ class Structure:
         lists: lists a KV head or a query head.
         granule: keys that are chosen together, in blocks on the grid of positions.
         candidates: share of the keys, best in the chunk's ranking, among which tiles choose.
-        rule: how many: ``keys`` of them; the smallest set with the share ``level`` of what window, sinks and columns
-            leave over (``mass``); the smallest set that leaves out no more than ``level`` of everything (``left``);
-            every key whose score reaches ``level`` of the largest one beside window and sinks (``peak``), or
-            ``level`` itself (``floor``); or of ``SIZES``, for all tiles of a chunk alike, the one with the smallest
-            sum of squared output error on sampled rows and ``level`` times density (``error``; see ``output_errors``).
+        rule: how many: ``keys`` of them; as many on average, by one bar for all tiles of a chunk (``share``); the
+            smallest set with the share ``level`` of what window, sinks and columns leave over (``mass``); the smallest
+            set that leaves out no more than ``level`` of everything (``left``); every key whose score reaches ``level``
+            of the largest one beside window and sinks (``peak``), or ``level`` itself (``floor``); or of ``SIZES``, for
+            all tiles of a chunk alike, the one with the smallest sum of squared output error on sampled rows and
+            ``level`` times density (``error``; see ``output_errors``).
         max_keys: cap on what a rule takes; 0: none.
         diagonals: distances beyond the window that every row looks at, ranked by the attention of 64 rows.
         residual: keys in a block of those whose left-out ones enter the softmax as their mean; 0: none.
@@ -206,7 +207,7 @@ class Structure:
     lists: Literal["kv", "query"] = "kv"
     granule: int = 1
     candidates: float = 1.0
-    rule: Literal["keys", "mass", "left", "peak", "floor", "error"] = "keys"
+    rule: Literal["keys", "share", "mass", "left", "peak", "floor", "error"] = "keys"
     level: float = 0.0
     max_keys: int = 0
     diagonals: int = 0
@@ -302,6 +303,9 @@ class Structure:
             chosen = torch.stack(
                 [top_keys(s, round(self.keys * f / self.granule)) for s, f in zip(scores, factor, strict=True)]
             )
+        elif self.rule == "share":
+            counts = [round(self.keys * f / self.granule) * scores.shape[1] for f in factor]
+            chosen = torch.stack([top_keys(s.flatten(), c).view_as(s) for s, c in zip(scores, counts, strict=True)])
         else:
             level = self.level * torch.tensor(factor, device=scores.device)[:, None]
             usable = scores.clamp(min=0)

@@ -17,7 +17,7 @@ from benchmarks.pareto.budgets import curves, divide
 from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
 from benchmarks.pareto.methods import METHODS, make
 from benchmarks.pareto.report import at_density
-from benchmarks.pareto.structures import RowOracle, Structure, output_errors, smallest_set, top_keys
+from benchmarks.pareto.structures import RowOracle, Structure, mean_query_mass, output_errors, smallest_set, top_keys
 
 
 def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:
@@ -107,6 +107,17 @@ def test_rules_keep_more_as_their_level_says(rule: str) -> None:
     assert counts[0] < counts[1] if rule == "mass" else counts[0] > counts[1]
     alone = int(Structure(window=16, sinks=4, tile=64).keep(c).keys.sum())
     assert min(counts) >= alone
+
+
+def test_a_bar_for_all_tiles_keeps_the_best_of_the_chunk() -> None:
+    c = chunk(block=64)
+    kept = Structure(window=16, sinks=4, tile=64, rule="share", keys=20).keep(c)
+    near = c.nearby(16, 4)
+    scores = mean_query_mass(c, 64, 1, 2).masked_fill(near, -1.0)
+    added = kept.keys & ~near
+    for h in range(2):
+        assert int(added[h].sum()) == 20 * c.blocks
+        assert scores[h][added[h]].min() >= scores[h][~added[h]].max()
 
 
 def test_scales_speak_of_layers_and_lists() -> None:
