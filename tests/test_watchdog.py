@@ -85,3 +85,9 @@ def test_a_quiet_test_is_named_while_it_runs(tmp_path: Path) -> None:
     status, output = run(tmp_path, slow, 2, "--timeout", "60")
     assert status == 0
     assert "running: test_it.py::test_slow (1 s)" in output
+
+
+def test_a_longer_timeout_is_waited_for(tmp_path: Path) -> None:
+    slow = "import time\ndef test_slow():\n    time.sleep(5)\n"
+    status, output = run(tmp_path, slow, 0, "--timeout", "60", end=3)
+    assert status == 0, output

@@ -40,6 +40,8 @@ class Watchdog:
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.news = time.monotonic()
+        timeout = session.config._env_timeout  # type: ignore[attr-defined]  # pytest-timeout's
+        self.end = max(self.end, (timeout or 0) + 2 * self.grace)  # somebody may have given slow tests more
         if not hasattr(session.config, "workerinput"):  # pytest-xdist's workers are watched by the first process
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
