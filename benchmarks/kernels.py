@@ -3,12 +3,12 @@
 """Times of the Triton kernels on one GPU, against FlashAttention 3 of vLLM's bundle in the same process.
 
 Shape, unless a row says otherwise: 32 query heads, 8 KV heads, head size 128, bfloat16, cache blocks of 16, the last
-8,192 rows of a context of 131,072 tokens. A figure is the median of repeated runs between device events, after warm-up.
+8,192 rows of a sequence of 131,072 tokens. A figure is the median of repeated runs between device events, warmed up.
 Rates count the (row, key) pairs that the kernel reports to have visited. Rows of ``attend`` are checked against plain
 float32 attention over the keys that ``merge`` lists, for some tiles of the same run.
 
 ``--tune`` times candidates of the settings table instead and writes the best of each into the table. ``--crossover``
-times a layer as it is served, chunk by chunk and context by context, against FlashAttention on the same rows:
+times a layer as it is served, chunk by chunk and length by length, against FlashAttention on the same rows:
 where sparse prefill begins to pay.
 """
 
@@ -64,7 +64,7 @@ LONG, CHUNK = 131072, 8192
 
 @dataclass
 class Case:
-    """One chunk at the end of one context, in a cache whose blocks lie in random order."""
+    """One chunk at the end of one sequence, in a cache whose blocks lie in random order."""
 
     q: Tensor
     kv: PagedKV
@@ -236,7 +236,7 @@ def indexer(dtype: torch.dtype = torch.bfloat16) -> IndexerLayerWeights:
 
 
 def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
-    """Scoring the chunk's tokens, and what a context without missing logits costs."""
+    """Scoring the chunk's tokens, and what a sequence without missing logits costs."""
     weights, slots = indexer(), case.slots
     logits = torch.full((case.kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device="cuda")
     expected = logits.clone()
@@ -265,7 +265,7 @@ def score_row(case: Case, config: Settings | None = None) -> dict[str, Any]:
 
 
 def select_row(case: Case, pattern: SparsePattern) -> dict[str, Any]:
-    """Selection and index over the whole context, by cumulative threshold.
+    """Selection and index over the whole sequence, by cumulative threshold.
 
     Arguments are checked once a step, so the times are without the checks, and one with them.
     """
@@ -427,7 +427,7 @@ DENSE_ROWS = 64  # last ones of a chunk, by default
 def crossover_row(case: Case, seq_len: int, rows: int) -> dict[str, Any]:
     """One layer's attention of a chunk, called ten times in a row: stock, and as it is served.
 
-    Columns are a sixteenth of the context, with the window and the sinks of the preset "balanced" and 16 diagonals:
+    Columns are a sixteenth of the sequence, with the window and the sinks of the preset "balanced" and 16 diagonals:
     more than the needle model's indexer chooses. The guard looks at every selection, as it does with the presets, and
     the dense kernel is called for what it sends away, which is nothing.
     """
@@ -623,7 +623,7 @@ def run(record: dict[str, Any], save: Callable[[], None], longest: int) -> None:
 
 
 def crossover(record: dict[str, Any], save: Callable[[], None]) -> None:
-    """Every context and chunk. A first call compiles what all of them use."""
+    """Every length and chunk. A first call compiles what all of them use."""
     case = Case.make(LONG, CHUNK)
     crossover_row(case, CROSSOVER_CONTEXTS[0], CROSSOVER_ROWS[0])
     for n, rows in itertools.product(CROSSOVER_CONTEXTS, CROSSOVER_ROWS):

@@ -100,25 +100,3 @@ def check_tile(
         check_tensor(name, value, 1, (torch.int32, torch.int64))
         if value.numel() and not (0 <= int(value.min()) and int(value.max()) < seq_len):
             raise ValueError(f"{name} must lie in [0, {seq_len})")
-
-
-def check_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection,
-    pattern: SparsePattern,
-    scale: float,
-    out: Tensor | None,
-) -> None:
-    """Checks every argument of ``attend``."""
-    check_query_key(q, k)
-    check_tensor("v", v, 3)
-    check_like("v", v, "k", k, shape=True)
-    check_selection(selection, k.shape[1], q.device)
-    if not isinstance(pattern, SparsePattern):
-        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
-    check_scale(scale)
-    if out is not None:
-        check_tensor("out", out, 3)
-        check_like("out", out, "q", q, shape=True)

@@ -26,9 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..checks import check_attend
 from ..parallel import run_pieces
 from ..types import Selection, SparsePattern
+from .naive import check_attend
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

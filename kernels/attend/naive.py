@@ -7,8 +7,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_attend, check_tile
+from ..checks import check_like, check_query_key, check_scale, check_selection, check_tensor, check_tile
 from ..types import Selection, SparsePattern
+
+
+def check_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    pattern: SparsePattern,
+    scale: float,
+    out: Tensor | None,
+) -> None:
+    """Checks every argument of ``attend``."""
+    check_query_key(q, k)
+    check_tensor("v", v, 3)
+    check_like("v", v, "k", k, shape=True)
+    check_selection(selection, k.shape[1], q.device)
+    if not isinstance(pattern, SparsePattern):
+        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+    check_scale(scale)
+    if out is not None:
+        check_tensor("out", out, 3)
+        check_like("out", out, "q", q, shape=True)
 
 
 def visible(

@@ -51,13 +51,13 @@ def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
         return launch
 
     JITFunction.__getitem__ = launcher
-    heads, context = 2, 1024
-    cache = torch.zeros(context // 16, 16, heads, 2 * head_size, dtype=dtype).transpose(1, 2)
-    kv = PagedKV(cache, torch.arange(context // 16, dtype=torch.int32)[None])
+    heads, seq_len = 2, 1024
+    cache = torch.zeros(seq_len // 16, 16, heads, 2 * head_size, dtype=dtype).transpose(1, 2)
+    kv = PagedKV(cache, torch.arange(seq_len // 16, dtype=torch.int32)[None])
     q = torch.zeros(64, group * heads, head_size, dtype=dtype)
-    index = allocate_index(1, heads, context, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
+    index = allocate_index(1, heads, seq_len, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
     visited = torch.zeros(1, dtype=torch.int64)
-    hopper.attend(q, kv, index, Batch.from_lists([64], [context]), scale=0.1, visited=visited)
+    hopper.attend(q, kv, index, Batch.from_lists([64], [seq_len]), scale=0.1, visited=visited)
     (kernel,) = found
     code = kernel.asm["ptx"].splitlines()
     arrivals = [i for i, line in enumerate(code) if re.search(r"(?<!cp\.async\.)\bmbarrier\.arrive\.", line)]

@@ -68,7 +68,7 @@ DTYPES = {
 SHAPES = [
     *itertools.product((64, 80, 128, 192, 256), ("bf16", "fp8", "fp32")), (96, "bf16"), (112, "bf16"), (128, "fp16"),
 ]  # fmt: skip
-HEADS, CONTEXT, ROWS = 2, 1024, 128
+HEADS, SEQ_LEN, ROWS = 2, 1024, 128
 
 Case = tuple[int, str, dict[str, Any]]  # capability, operation, arguments of its function below
 
@@ -130,20 +130,20 @@ def _paged(size: int, dtype: str, group: int = 1) -> tuple[PagedKV, torch.Tensor
     kept, asked = DTYPES[dtype]
     if kept == torch.float8_e4m3fn and driver.active.capability < 89:
         kept = torch.float8_e5m2  # Triton has no e4m3 there
-    cache = torch.zeros(CONTEXT // 16, 16, HEADS, 2 * size, dtype=kept).transpose(1, 2)
-    kv = PagedKV(cache, torch.arange(CONTEXT // 16, dtype=torch.int32)[None])
+    cache = torch.zeros(SEQ_LEN // 16, 16, HEADS, 2 * size, dtype=kept).transpose(1, 2)
+    kv = PagedKV(cache, torch.arange(SEQ_LEN // 16, dtype=torch.int32)[None])
     return kv, torch.zeros(ROWS, group * HEADS, size, dtype=asked)
 
 
 def _index(block_q: int = 16, block_k: int = 4) -> Index:
     pattern = SparsePattern(block_q=block_q, block_k=block_k, dense_last=0)
-    return allocate_index(1, HEADS, CONTEXT, pattern, "cpu")
+    return allocate_index(1, HEADS, SEQ_LEN, pattern, "cpu")
 
 
 def attend(size: int, dtype: str, group: int, block_q: int) -> None:
     kv, q = _paged(size, dtype, group)
     visited, lse = torch.zeros(1, dtype=torch.int64), torch.zeros(q.shape[:2])
-    batch = Batch.from_lists([ROWS], [CONTEXT])
+    batch = Batch.from_lists([ROWS], [SEQ_LEN])
     attend_module.attend(q, kv, _index(block_q), batch, scale=0.1, lse=lse, visited=visited)
 
 
@@ -154,17 +154,17 @@ def score(size: int, dtype: str, hidden: int) -> None:
         torch.zeros(HEADS, 2),
     )  # fmt: skip
     prepared = prepare_weights(weights, q.dtype)
-    logits = torch.zeros(CONTEXT, 2 * HEADS)
+    logits = torch.zeros(SEQ_LEN, 2 * HEADS)
     score_module.score_slots(kv, torch.arange(ROWS), prepared, logits)
-    missing = allocate_missing(1, CONTEXT, "cpu")
-    score_module.score_missing(kv, Batch.from_lists([ROWS], [CONTEXT]), prepared, logits, missing)
+    missing = allocate_missing(1, SEQ_LEN, "cpu")
+    score_module.score_missing(kv, Batch.from_lists([ROWS], [SEQ_LEN]), prepared, logits, missing)
 
 
 def sampled(size: int, dtype: str, group: int) -> None:
     kv, q = _paged(size, dtype, group)
-    into = allocate_gathered(1, HEADS, CONTEXT, "cpu")
-    workspace = allocate_sampled(1, group * HEADS, HEADS, CONTEXT, 32, "cpu")
-    batch = Batch.from_lists([ROWS], [CONTEXT])
+    into = allocate_gathered(1, HEADS, SEQ_LEN, "cpu")
+    workspace = allocate_sampled(1, group * HEADS, HEADS, SEQ_LEN, 32, "cpu")
+    batch = Batch.from_lists([ROWS], [SEQ_LEN])
     sampled_module.sampled(q, kv, batch, workspace, into, scale=0.1)
 
 
@@ -183,12 +183,12 @@ def peak(size: int, dtype: str, group: int) -> None:
 def others(block_q: int, block_k: int, logits: str) -> None:
     """Kernels whose tiles depend on no head size: select, merge, guard, forget."""
     kv, _ = _paged(64, "bf16")
-    values = torch.zeros(CONTEXT, 2 * HEADS, dtype=torch.float32 if logits == "fp32" else torch.bfloat16)
-    index, batch = _index(block_q, block_k), Batch.from_lists([ROWS], [CONTEXT])
+    values = torch.zeros(SEQ_LEN, 2 * HEADS, dtype=torch.float32 if logits == "fp32" else torch.bfloat16)
+    index, batch = _index(block_q, block_k), Batch.from_lists([ROWS], [SEQ_LEN])
     tau = torch.full((2, HEADS), 0.9, dtype=torch.float64)
-    gathered = allocate_gathered(1, HEADS, CONTEXT, "cpu")
+    gathered = allocate_gathered(1, HEADS, SEQ_LEN, "cpu")
     select_module.gather(values, kv, batch, gathered)
-    select_module.select(gathered, batch, tau, index, allocate_select(1, HEADS, CONTEXT, "cpu"))
+    select_module.select(gathered, batch, tau, index, allocate_select(1, HEADS, SEQ_LEN, "cpu"))
     merge_module.build_index(index, kv, batch)
     ends = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)

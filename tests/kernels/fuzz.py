@@ -150,7 +150,7 @@ class Check:
 
 
 def draw_shape(rng: random.Random, tiny: bool, dtypes: list[str], cache_dtypes: dict[str, list[str]]) -> Params:
-    """What kernels are compiled for, and ``reach``, the longest context (and the room for it)."""
+    """What kernels are compiled for, and ``reach``, the longest sequence (and the room for it)."""
     group = rng.choice((1, 2, 3, 4, 7, 8) if tiny else GROUPS)
     dtype = rng.choice(dtypes)
     shape: Params = {
@@ -185,27 +185,27 @@ def draw_pattern(rng: random.Random, config: Params, dense_last: tuple[int, ...]
     )
 
 
-def draw_lengths(rng: random.Random, config: Params, most: int = 3) -> tuple[list[int], list[int]]:
-    """Rows and contexts of one to ``most`` requests. Chunks begin and end anywhere in blocks and tiles."""
+def draw_lengths(rng: random.Random, config: Params, max_requests: int = 3) -> tuple[list[int], list[int]]:
+    """Rows and seq_lens of one to ``max_requests`` requests. Chunks begin and end anywhere in blocks and tiles."""
     reach, block, tile = config["reach"], config["block"], config.get("block_q", 16)
     if reach > 100_000:
-        contexts = [rng.randint(100_000, reach) for _ in range(rng.choice((1, 1, 2)))]
+        seq_lens = [rng.randint(100_000, reach) for _ in range(rng.choice((1, 1, 2)))]
     else:
         edges = [1, 2, block, block + 1, 2 * block - 1, 3 * tile, 3 * tile + 1, 63, 64, 65, 1023, 1024, 1025, reach]
-        contexts = [
+        seq_lens = [
             min(reach, rng.choice((rng.choice(edges), rng.randint(1, min(reach, 300)), rng.randint(1, reach))))
-            for _ in range(rng.randint(1, most))
+            for _ in range(rng.randint(1, max_requests))
         ]
-    rows, busy = [], rng.randrange(len(contexts))  # one request has rows; the first one may have none
-    for i, n in enumerate(contexts):
+    rows, busy = [], rng.randrange(len(seq_lens))  # one request has rows; the first one may have none
+    for i, n in enumerate(seq_lens):
         count = rng.choice((0, 1, 1, n, rng.randint(1, n), rng.randint(1, min(n, 2 * tile + 3)), (n - 1) % tile + 1))
-        # Enough for a few tiles in any case: with long contexts few rows are what a reference can afford.
-        room = WORK // (config["heads"] * config["group"] * n * len(contexts))
+        # Enough for a few tiles in any case: with long seq_lens few rows are what a reference can afford.
+        room = WORK // (config["heads"] * config["group"] * n * len(seq_lens))
         rows.append(max(min(count, n, max(room, 40)), 1 if i == busy else 0))
-    return rows, contexts
+    return rows, seq_lens
 
 
-def make_batch(rng: random.Random, rows: list[int], contexts: list[int], reach: int) -> tuple[Batch, int]:
+def make_batch(rng: random.Random, rows: list[int], seq_lens: list[int], reach: int) -> tuple[Batch, int]:
     """Requests with unused rows before, between and behind them, and generous bounds; the rows in all."""
     starts, at = [], 0
     for count in rows:
@@ -214,16 +214,16 @@ def make_batch(rng: random.Random, rows: list[int], contexts: list[int], reach: 
         at += count
     start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     end = start + torch.tensor(rows, dtype=torch.int32, device=DEVICE)
-    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    bounds = max(rows) + rng.choice((0, 3)), min(max(contexts) + rng.choice((0, 5)), reach)
-    return Batch(start, end, context, *bounds), at + rng.choice((0, 1))
+    length = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    bounds = max(rows) + rng.choice((0, 3)), min(max(seq_lens) + rng.choice((0, 5)), reach)
+    return Batch(start, end, length, *bounds), at + rng.choice((0, 1))
 
 
-def make_cache(rng: random.Random, gen: torch.Generator, config: Params, contexts: list[int]) -> PagedKV:
+def make_cache(rng: random.Random, gen: torch.Generator, config: Params, seq_lens: list[int]) -> PagedKV:
     """Blocks in random order, sometimes with a common prefix; all other slots NaN, table tails far outside or stale."""
     heads, size, block = config["heads"], config["size"], config["block"]
     dtype = DTYPES[config["cache"]]
-    counts = [-(-n // block) for n in contexts]
+    counts = [-(-n // block) for n in seq_lens]
     total = sum(counts) + 3
     work = torch.float32 if dtype in FP8_DTYPES else dtype
     order = torch.randperm(total, generator=gen, device=DEVICE)[: sum(counts)].split(counts)
@@ -235,16 +235,16 @@ def make_cache(rng: random.Random, gen: torch.Generator, config: Params, context
         wide = 2 if "wider" in config["layout"] else 1
         storage = torch.full((total, wide, block, heads, 2 * size), float("nan"), dtype=work, device=DEVICE)
         cache = storage[:, wide - 1].transpose(1, 2)
-    room = -(-max(contexts) // block) + rng.choice((1, 2, 5))  # bounds may be generous
+    room = -(-max(seq_lens) // block) + rng.choice((1, 2, 5))  # bounds may be generous
     stale = rng.choice((2**31 - 1, -1, 0))
-    table = torch.full((len(contexts) + rng.choice((0, 1)), room), stale, dtype=torch.int32, device=DEVICE)
-    for i, n in enumerate(contexts):
+    table = torch.full((len(seq_lens) + rng.choice((0, 1)), room), stale, dtype=torch.int32, device=DEVICE)
+    for i, n in enumerate(seq_lens):
         values = torch.randn(counts[i] * block, heads, 2 * size, generator=gen, device=DEVICE).to(work)
         values[n:] = float("nan")
         cache[order[i]] = values.view(counts[i], block, heads, 2 * size).transpose(1, 2)
         table[i, : counts[i]] = order[i].int()
         if i and rng.random() < 0.3:
-            common = rng.randint(0, min(contexts[0], n) // block)
+            common = rng.randint(0, min(seq_lens[0], n) // block)
             table[i, :common] = table[0, :common]
     scales: list[Tensor | None] = [None, None]
     if dtype in FP8_DTYPES:
@@ -327,7 +327,7 @@ class Chosen(NamedTuple):
 
 
 def choose(rng: random.Random, gen: torch.Generator, heads: int, n: int) -> Chosen:
-    extra = rng.choice((0, 0, 9))  # made for a longer context: later entries are to be left out
+    extra = rng.choice((0, 0, 9))  # made for a longer sequence: later entries are to be left out
     everything = rng.choice((None,) * 10 + ("columns", "diagonals"))
     columns, one = draw_flags(rng, gen, heads, n + extra, "all" if everything == "columns" else None)
     diagonals, two = draw_flags(rng, gen, heads, n + extra, "all" if everything == "diagonals" else None)
@@ -478,15 +478,15 @@ def solve_attend(
 ) -> None:  # fmt: skip
     dtype, heads, size = DTYPES[config["dtype"]], config["heads"], config["size"]
     pattern = draw_pattern(rng, config, dense_last)
-    rows, contexts = draw_lengths(rng, config)
+    rows, seq_lens = draw_lengths(rng, config)
     # Logits of a standard deviation of 3 make a sharp softmax, of 8 nearly one key a row: weights are rounded more or
     # less, and the running maximum moves. In float32 logits of 40 would cost more digits than the limit grants.
     scale = size**-0.5 * rng.choice((1, 1, 3) if dtype == torch.float32 else (1, 1, 3, 8))
-    told |= {"rows": rows, "contexts": contexts, "pattern": str(pattern), "scale": scale}
-    batch, total = make_batch(rng, rows, contexts, config["reach"])
-    kv = make_cache(rng, gen, config, contexts)
+    told |= {"rows": rows, "seq_lens": seq_lens, "pattern": str(pattern), "scale": scale}
+    batch, total = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
     q, used = make_queries(gen, config, batch, total)
-    chosen = [choose(rng, gen, heads, n) for n in contexts]
+    chosen = [choose(rng, gen, heads, n) for n in seq_lens]
     told["chosen"] = [one.kinds for one in chosen]
     index = make_index(rng, config, kv, batch, chosen, pattern)
     lse = torch.full(q.shape[:2], float("nan"), device=DEVICE) if config["lse"] else None
@@ -501,7 +501,7 @@ def solve_attend(
         check.holds("log-sum-exps of no request were written", bool(lse[~used].isnan().all()))
     k_scale, v_scale = factor(kv.k_scale), factor(kv.v_scale)
     pairs, off, stock_off, norm = [], 0.0, 0.0, 0.0
-    for i, (count, n, start) in enumerate(zip(rows, contexts, batch.row_start.tolist(), strict=True)):
+    for i, (count, n, start) in enumerate(zip(rows, seq_lens, batch.row_start.tolist(), strict=True)):
         if not count:
             pairs.append(5)
             continue
@@ -551,16 +551,16 @@ def run_merge(config: Params, rng: random.Random, gen: torch.Generator, check: C
     """Lists, slots, ranks and ``near`` as ``Index`` defines them, and the union of a tile as ``merge`` defines it."""
     heads, block_q, block_k = config["heads"], config["block_q"], config["block_k"]
     pattern = draw_pattern(rng, config)
-    rows, contexts = draw_lengths(rng, config)
-    told |= {"contexts": contexts, "pattern": str(pattern)}
-    batch, _ = make_batch(rng, rows, contexts, config["reach"])
-    kv = make_cache(rng, gen, config, contexts)
-    chosen = [choose(rng, gen, heads, n) for n in contexts]
+    rows, seq_lens = draw_lengths(rng, config)
+    told |= {"seq_lens": seq_lens, "pattern": str(pattern)}
+    batch, _ = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
+    chosen = [choose(rng, gen, heads, n) for n in seq_lens]
     told["chosen"] = [one.kinds for one in chosen]
     index = make_index(rng, config, kv, batch, chosen, pattern)
     sinks = -(-pattern.sinks // block_k) * block_k
     last_near = (max(pattern.window, 1) - 1 + block_k - 1) // block_k  # the last granule that the window reaches
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         columns = chosen[i].columns.clone()
         columns[:, :sinks] = True
         slots = slots_of(kv, i, n)
@@ -628,16 +628,16 @@ def run_score(config: Params, rng: random.Random, gen: torch.Generator, check: C
     """``score_slots`` on some slots and padding, then ``score_missing`` on the rest."""
     dtype, heads, size, hidden = DTYPES[config["dtype"]], config["heads"], config["size"], config["hidden"]
     logit_dtype = DTYPES[config["logits"]]
-    rows, contexts = draw_lengths(rng, config)
-    told["contexts"] = contexts
-    batch, _ = make_batch(rng, rows, contexts, config["reach"])
-    kv = make_cache(rng, gen, config, contexts)
+    rows, seq_lens = draw_lengths(rng, config)
+    told["seq_lens"] = seq_lens
+    batch, _ = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
     shapes = ((heads, 2 * size, hidden), (heads, hidden), (heads, hidden, 2), (heads, 2))
     w1, b1, w2, b2 = (torch.randn(shape, generator=gen, device=DEVICE) for shape in shapes)
     weights = prepare_weights(IndexerLayerWeights(w1 / size**0.5, b1, w2 / hidden**0.5, b2), dtype)
     tiles = None if config["tiles"] == "table" else Settings(32, 32, 4, 1)
 
-    every = torch.cat([slots_of(kv, i, n) for i, n in enumerate(contexts)])
+    every = torch.cat([slots_of(kv, i, n) for i, n in enumerate(seq_lens)])
     broken = int(every[-1]) if rng.random() < 0.1 and len(every) > 1 else None
     if broken is not None:
         kv.cache.view(torch.uint8)[broken // kv.block_size, :, broken % kv.block_size] = 255  # a NaN in every type
@@ -672,7 +672,7 @@ def run_score(config: Params, rng: random.Random, gen: torch.Generator, check: C
     kept = int(every[0])
     if kept != broken:
         logits[kept] = 5.0  # what is there already stays
-    missing = allocate_missing(len(contexts), batch.max_seq_len, DEVICE)
+    missing = allocate_missing(len(seq_lens), batch.max_seq_len, DEVICE)
     check_score_missing(kv, batch, weights, logits, missing)
     score_missing(kv, batch, weights, logits, missing, config=tiles)
     compare("missing slots", torch.ones_like(done), kept)
@@ -768,21 +768,21 @@ def check_choice(
 
 def run_select(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
     heads, reach = config["heads"], config["reach"]
-    rows, contexts = draw_lengths(rng, config)
-    batch, _ = make_batch(rng, rows, contexts, reach)
-    kv = make_cache(rng, gen, config, contexts)
+    rows, seq_lens = draw_lengths(rng, config)
+    batch, _ = make_batch(rng, rows, seq_lens, reach)
+    kv = make_cache(rng, gen, config, seq_lens)
     # A prefix that two requests share would get the logits of the second.
     table = kv.block_table.clone()
     dtype = DTYPES[config["logits"]]
     logits = torch.full((kv.cache.shape[0] * kv.block_size, 2 * heads), float("nan"), dtype=dtype, device=DEVICE)
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         logits[slots_of(kv, i, n)] = make_logits(rng, gen, n, heads, told).to(dtype)
     kv = kv._replace(block_table=table)
     tau, budgets = draw_tau(rng, heads), draw_budgets(rng, reach)
-    told |= {"contexts": contexts, "tau": tau.tolist(), "budgets": budgets._asdict()}
+    told |= {"seq_lens": seq_lens, "tau": tau.tolist(), "budgets": budgets._asdict()}
     pattern = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
-    index = allocate_index(len(contexts), heads, reach, pattern, DEVICE)
-    room = len(contexts) + rng.choice((0, 1))
+    index = allocate_index(len(seq_lens), heads, reach, pattern, DEVICE)
+    room = len(seq_lens) + rng.choice((0, 1))
     gathered, workspace = allocate_gathered(room, heads, reach, DEVICE), allocate_select(room, heads, reach, DEVICE)
     index.flags.fill_(77)
     for name, tensor in (gathered._asdict() | workspace._asdict()).items():
@@ -793,7 +793,7 @@ def run_select(config: Params, rng: random.Random, gen: torch.Generator, check: 
     check_select(gathered, batch, tau, index, workspace, budgets)
     select(gathered, batch, tau, index, workspace, budgets=budgets)
     check.holds("bins are not left empty", not bool(workspace.bins.any()))
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         mine = logits[slots_of(kv, i, n)].float().unflatten(1, (heads, 2)).permute(2, 1, 0)
         taken, behind, doubt = check_choice(check, mine, index.flags[i, :, :, :n], tau, budgets)
         if bool(mine.isnan().any()):
@@ -836,11 +836,11 @@ def draw_sampled(rng: random.Random, tiny: bool) -> Params:
 def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
     """The estimate, and ``select`` from it."""
     heads, group, reach, dtype = config["heads"], config["group"], config["reach"], DTYPES[config["dtype"]]
-    rows, contexts = draw_lengths(rng, config)
+    rows, seq_lens = draw_lengths(rng, config)
     scale = config["size"] ** -0.5 * rng.choice((1, 3))
-    told |= {"rows": rows, "contexts": contexts, "scale": scale}
-    batch, total = make_batch(rng, rows, contexts, reach)
-    kv = make_cache(rng, gen, config, contexts)
+    told |= {"rows": rows, "seq_lens": seq_lens, "scale": scale}
+    batch, total = make_batch(rng, rows, seq_lens, reach)
+    kv = make_cache(rng, gen, config, seq_lens)
     q, _ = make_queries(gen, config, batch, total)
     requests = len(rows)
     workspace = allocate_sampled(requests, q.shape[1], heads, reach, config["num_rows"], DEVICE)
@@ -851,7 +851,7 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
     check_sampled(q, kv, batch, workspace, into, scale)
     sampled(q, kv, batch, workspace, into, scale=scale, config=tiles)
     k_scale = factor(kv.k_scale)
-    for i, (count, n, start) in enumerate(zip(rows, contexts, batch.row_start.tolist(), strict=True)):
+    for i, (count, n, start) in enumerate(zip(rows, seq_lens, batch.row_start.tolist(), strict=True)):
         if not count:
             continue
         k, _ = contiguous(kv, i, n, dtype)
@@ -891,7 +891,7 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
         scratch = allocate_select(requests, heads, reach, DEVICE)
         check_select(into, batch, tau, index, scratch, budgets)
         select(into, batch, tau, index, scratch, budgets=budgets)
-        for i, n in enumerate(contexts):
+        for i, n in enumerate(seq_lens):
             check_choice(check, into.logits[i, :, :, :n], index.flags[i, :, :, :n], tau, budgets)
 
 
@@ -924,12 +924,12 @@ def draw_guard(rng: random.Random, tiny: bool) -> Params:
 def run_guard(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
     heads = config["heads"]
     pattern = draw_pattern(rng, config)
-    rows, contexts = draw_lengths(rng, config)
+    rows, seq_lens = draw_lengths(rng, config)
     limit = rng.choice((0.05, 0.3, 0.9, 1.0, rng.uniform(0.01, 1.0)))
-    told |= {"rows": rows, "contexts": contexts, "pattern": str(pattern), "max_density": limit}
-    batch, _ = make_batch(rng, rows, contexts, config["reach"])
-    kv = make_cache(rng, gen, config, contexts)
-    chosen = [choose(rng, gen, heads, n) for n in contexts]
+    told |= {"rows": rows, "seq_lens": seq_lens, "pattern": str(pattern), "max_density": limit}
+    batch, _ = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
+    chosen = [choose(rng, gen, heads, n) for n in seq_lens]
     told["chosen"] = [one.kinds for one in chosen]
     index = make_index(rng, config, kv, batch, chosen, pattern)
     requests = len(rows)
@@ -939,7 +939,7 @@ def run_guard(config: Params, rng: random.Random, gen: torch.Generator, check: C
     guard(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
     pairs, chunks = 5, 1
     starts, ends = batch.row_start.tolist(), batch.row_end.tolist()
-    for i, (count, n) in enumerate(zip(rows, contexts, strict=True)):
+    for i, (count, n) in enumerate(zip(rows, seq_lens, strict=True)):
         said = dense_rows[2 * i : 2 * i + 2].tolist()
         dense = said[1] != 0
         if count:
@@ -969,8 +969,8 @@ def make_sequence(
 ) -> tuple[Tensor, Tensor, Params, Tensor | None, Settings | None]:
     """Queries and keys of a sequence, a range of its rows, and perhaps the log-sum-exps of those rows alone."""
     heads, group, size, reach = (config[name] for name in ("heads", "group", "size", "reach"))
-    most = max(1, min(reach, math.isqrt(WORK // (heads * group))))
-    n = min(most, rng.choice((1, 17, 63, 64, 65, rng.randint(1, 200), rng.randint(1, most), most)))
+    longest = max(1, min(reach, math.isqrt(WORK // (heads * group))))
+    n = min(longest, rng.choice((1, 17, 63, 64, 65, rng.randint(1, 200), rng.randint(1, longest), longest)))
     start = rng.choice((0, rng.randrange(n)))
     end = rng.choice((None, n, rng.randint(start + 1, n)))
     options: Params = {"scale": rng.choice((0.3, 0.1)), "row_start": start, "row_end": end}

@@ -130,8 +130,8 @@ def make_problem(
     def normal(rows: int, heads: int) -> Tensor:
         return torch.randn(rows, heads, size, generator=rng, dtype=torch.float64).to(dtype)
 
-    def some(most: int) -> list[int]:
-        count = int(torch.randint(0, min(most, n) + 1, (), generator=rng)) if seed else min(most, n)
+    def some(maximum: int) -> list[int]:
+        count = int(torch.randint(0, min(maximum, n) + 1, (), generator=rng)) if seed else min(maximum, n)
         return sorted(torch.randperm(n, generator=rng)[:count].tolist())
 
     return Problem(

@@ -43,8 +43,8 @@ def test_equals_the_reference(seed: int) -> None:
 
     rng = random.Random(seed)
     group, size, block_q = rng.choice([(4, 128, 16), (8, 64, 32), (7, 128, 16), (1, 128, 64), (2, 64, 128)])
-    contexts = [rng.choice([1, 17, rng.randint(1, 400), rng.randint(1000, 3000)]) for _ in range(rng.randint(1, 3))]
-    rows = [min(n, rng.choice([1, 33, rng.randint(1, 300), n])) for n in contexts]
+    seq_lens = [rng.choice([1, 17, rng.randint(1, 400), rng.randint(1000, 3000)]) for _ in range(rng.randint(1, 3))]
+    rows = [min(n, rng.choice([1, 33, rng.randint(1, 300), n])) for n in seq_lens]
     pattern = SparsePattern(
         block_q=block_q,
         block_k=rng.choice([1, 4, 16]),
@@ -53,7 +53,7 @@ def test_equals_the_reference(seed: int) -> None:
         dense_last=0,
     )
     problem = make_paged(
-        contexts=contexts,
+        seq_lens=seq_lens,
         rows=rows,
         pattern=pattern,
         heads=rng.randint(1, 2),

@@ -64,7 +64,7 @@ def check(problem: PagedProblem, config: Settings | None = None) -> tuple[Tensor
 def test_a_first_request_without_rows() -> None:
     """As the guard leaves one that runs dense. No row lies before its own; a memory checker sees if one is read."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the Hopper kernel, where there is one
-    made = make_paged(contexts=[140, 200], rows=[0, 150], pattern=PATTERN, dtype=dtype)
+    made = make_paged(seq_lens=[140, 200], rows=[0, 150], pattern=PATTERN, dtype=dtype)
     first = int(made.batch.row_start[0])
     batch = made.batch._replace(row_start=made.batch.row_start - first, row_end=made.batch.row_end - first)
     problem = replace(made, q=made.q[first:].clone(), batch=batch)
@@ -76,8 +76,8 @@ def test_a_first_request_without_rows() -> None:
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problems(seed: int) -> None:
     rng = random.Random(seed)
-    contexts = [rng.randint(1, 150) for _ in range(rng.randint(1, 3))]
-    rows = [rng.choice([0, 1, n, rng.randint(1, n)]) for n in contexts]
+    seq_lens = [rng.randint(1, 150) for _ in range(rng.randint(1, 3))]
+    rows = [rng.choice([0, 1, n, rng.randint(1, n)]) for n in seq_lens]
     rows[0] = max(rows[0], 1)
     block_q = rng.choice([16, 32, 64])
     pattern = SparsePattern(
@@ -88,7 +88,7 @@ def test_random_problems(seed: int) -> None:
         dense_last=rng.choice([0, 0, 1, 5, 64]),
     )
     problem = make_paged(
-        contexts=contexts,
+        seq_lens=seq_lens,
         rows=rows,
         pattern=pattern,
         heads=rng.randint(1, 2),
@@ -105,17 +105,17 @@ def test_random_problems(seed: int) -> None:
 
 @pytest.mark.parametrize("size", [80, 96, 128, 256])
 def test_head_sizes(size: int) -> None:
-    check(make_paged(contexts=[70], rows=[33], pattern=PATTERN, heads=1, size=size))
+    check(make_paged(seq_lens=[70], rows=[33], pattern=PATTERN, heads=1, size=size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    check(make_paged(contexts=[90, 40], rows=[50, 40], pattern=PATTERN, dtype=dtype))
+    check(make_paged(seq_lens=[90, 40], rows=[50, 40], pattern=PATTERN, dtype=dtype))
 
 
 @pytest.mark.parametrize("config", [NARROW, TWO_TILES], ids=["narrow", "two tiles"])
 def test_everything_selected_is_dense(config: Settings) -> None:
-    problem = make_paged(contexts=[100], rows=[61], pattern=PATTERN, group=4)
+    problem = make_paged(seq_lens=[100], rows=[61], pattern=PATTERN, group=4)
     everything = make_selection([list(range(100))] * 2, [list(range(100))] * 2)
     pairs = 2 * sum(range(40, 101))
     for selection in (
@@ -132,21 +132,21 @@ def test_two_tiles_share_columns_but_not_diagonals() -> None:
     assert packing(4, 32, TWO_TILES) == (4, 16, 2)
     assert packing(1, 16, TWO_TILES) == (1, 16, 2)
     assert packing(7, 64, NARROW) == (8, 8, 1)
-    problem = make_paged(contexts=[200], rows=[150], pattern=replace(PATTERN, block_k=1, window=3), diagonals=0)
+    problem = make_paged(seq_lens=[200], rows=[150], pattern=replace(PATTERN, block_k=1, window=3), diagonals=0)
     selection = make_selection([list(range(0, 180, 3))] * 2, [[7, 8, 60, 61, 120], []])
     check(replace(problem, selections=[Selection(*(x.to(DEVICE) for x in selection))]), TWO_TILES)
 
 
 def test_budget_of_one_and_nothing() -> None:
     pattern = SparsePattern(block_q=16, block_k=1, window=0, sinks=0, dense_last=0)
-    problem = make_paged(contexts=[60], rows=[60], pattern=pattern)
+    problem = make_paged(seq_lens=[60], rows=[60], pattern=pattern)
     selection = make_selection([[3], []], [[], [40]])
     check(replace(problem, selections=[Selection(*(x.to(DEVICE) for x in selection))]), TWO_TILES)
 
 
 def test_log_sum_exp() -> None:
     pattern = replace(PATTERN, window=500)
-    problem = make_paged(contexts=[50], rows=[20], pattern=pattern, group=2)
+    problem = make_paged(seq_lens=[50], rows=[20], pattern=pattern, group=2)
     lse = torch.full(problem.q.shape[:2], float("nan"), device=DEVICE)
     attend(problem.q, problem.kv, index_of(problem), problem.batch, scale=0.3, lse=lse)
     k, _ = keys_values(problem.kv, 0, 50)
@@ -163,7 +163,7 @@ def test_log_sum_exp() -> None:
 
 
 def test_output_with_strides() -> None:
-    problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
+    problem = make_paged(seq_lens=[40], rows=[40], pattern=PATTERN)
     wide = torch.full((problem.q.shape[0], 16, 64), float("nan"), device=DEVICE)
     out = wide[:, ::2]
     attend(problem.q, problem.kv, index_of(problem), problem.batch, scale=problem.scale, out=out)
@@ -188,7 +188,7 @@ def test_output_with_strides() -> None:
     ],
 )
 def test_bad_arguments_are_named(name: str, change: dict[str, Any]) -> None:
-    problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
+    problem = make_paged(seq_lens=[40], rows=[40], pattern=PATTERN)
     arguments: dict[str, Any] = {
         "q": problem.q, "kv": problem.kv, "index": index_of(problem), "batch": problem.batch, "scale": 1.0, "out": None,
         "lse": None, "visited": None,
@@ -213,7 +213,7 @@ def test_patterns_that_do_not_shift_are_refused(name: str, change: dict[str, int
 
 
 def test_bad_caches_are_named() -> None:
-    problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
+    problem = make_paged(seq_lens=[40], rows=[40], pattern=PATTERN)
     index, kv, batch = index_of(problem), problem.kv, problem.batch
     for name, bad in (
         ("cache must have 4 axes", kv._replace(cache=kv.cache[0])),

@@ -64,7 +64,7 @@ def test_kernels_and_references_take_each_others_place(seed: int, indexer: bool)
     lengths = [rng.randint(150, LONGEST - 10) for _ in range(2)]
     pattern = SparsePattern(rng.choice([16, 32]), rng.choice([1, 4, 16]), rng.choice([0, 24]), rng.choice([0, 5]), 0)
     problem = make_paged(
-        contexts=lengths, rows=[rng.randint(64, n) for n in lengths], pattern=pattern, heads=2, group=2, size=16,
+        seq_lens=lengths, rows=[rng.randint(64, n) for n in lengths], pattern=pattern, heads=2, group=2, size=16,
         seed=seed,
     )  # fmt: skip
     weights, slots = None, problem.kv.cache.shape[0] * problem.kv.block_size

@@ -25,7 +25,7 @@ def dispatch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``attend.triton`` as on a device of capability 9.0, with a stand-in for the kernel, and a problem for it."""
     from vllm_vsprefill.kernels.attend import hopper, triton
 
-    problem = make_paged(contexts=[40], rows=[40], pattern=SparsePattern(16, 4, 20, 5, 0), dtype=torch.float16)
+    problem = make_paged(seq_lens=[40], rows=[40], pattern=SparsePattern(16, 4, 20, 5, 0), dtype=torch.float16)
     index = allocate_index(1, 2, problem.batch.max_seq_len, problem.pattern, DEVICE)
     set_flags(index, problem.selections, problem.batch)
     build_index(index, problem.kv, problem.batch)

@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 def random_selection(seed: int, n: int, heads: int, columns: int, diagonals: int) -> Selection:
     rng = torch.Generator().manual_seed(seed)
 
-    def some(most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = torch.randint(0, most + 1, (heads,), generator=rng)
-        items = torch.full((heads, max(most, 1)), n, dtype=torch.int32)
+    def some(maximum: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = torch.randint(0, maximum + 1, (heads,), generator=rng)
+        items = torch.full((heads, max(maximum, 1)), n, dtype=torch.int32)
         for head, count in enumerate(counts.tolist()):
             items[head, :count] = torch.randperm(n, generator=rng)[:count].sort().values.int()
         return items, counts.int()
@@ -57,7 +57,7 @@ def test_granules_are_those_that_hold_a_selected_distance(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_estimate_is_near_what_attention_visits(seed: int) -> None:
-    """Columns and diagonals spread over a long context, as the estimate assumes; and the bound holds."""
+    """Columns and diagonals spread over a long sequence, as the estimate assumes; and the bound holds."""
     n, rows, heads = 1024, 256, 2
     pattern = SparsePattern(16, 4, 64, 16, 0)
     selection = random_selection(seed, n, heads, 200, 6)
@@ -86,11 +86,11 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
     rng = random.Random(seed)
     heads, block_k = rng.choice([1, 2, 3]), rng.choice([1, 4, 16])
     pattern = SparsePattern(max(16, block_k), block_k, rng.choice([0, 16, 70]), rng.choice([0, 5, 64]), 0)
-    contexts = [rng.choice([1, 63, 64, 65, 500, 1023, 1024, 1025, 3000]) for _ in range(3)]
-    rows = [rng.randrange(1, n + 1) for n in contexts]
+    seq_lens = [rng.choice([1, 63, 64, 65, 500, 1023, 1024, 1025, 3000]) for _ in range(3)]
+    rows = [rng.randrange(1, n + 1) for n in seq_lens]
     rows[rng.randrange(3)] = 0
-    batch = Batch.from_lists(rows, contexts, DEVICE)
-    selections = [random_selection(seed + i, n, heads, n // 2, 5) for i, n in enumerate(contexts)]
+    batch = Batch.from_lists(rows, seq_lens, DEVICE)
+    selections = [random_selection(seed + i, n, heads, n // 2, 5) for i, n in enumerate(seq_lens)]
     index = allocate_index(4, heads, 3000, pattern, DEVICE)
     blocks = -(-3000 // 16)
     table = torch.arange(3 * blocks, dtype=torch.int32, device=DEVICE).view(3, blocks)
@@ -103,7 +103,7 @@ def test_device_decides_as_the_reference(seed: int, limit: float) -> None:
     guard(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
     pairs = chunks = 0
     close = False
-    for i, (count, n) in enumerate(zip(rows, contexts, strict=True)):
+    for i, (count, n) in enumerate(zip(rows, seq_lens, strict=True)):
         dense = False
         if count:
             density = expected_density(selections[i].below(n), pattern, count, n)

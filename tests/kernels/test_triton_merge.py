@@ -32,7 +32,7 @@ def random_problem(seed: int) -> PagedProblem:
     )
     seq_lens = [rng.choice([rng.randint(1, 150), 63, 64, 65, 1023, 1024, 1025]) for _ in range(rng.randint(1, 3))]
     return make_paged(
-        contexts=seq_lens, rows=[1] * len(seq_lens), pattern=pattern, heads=rng.randint(1, 2), size=16, group=1,
+        seq_lens=seq_lens, rows=[1] * len(seq_lens), pattern=pattern, heads=rng.randint(1, 2), size=16, group=1,
         columns=rng.choice([0, 1, 20, 300]), diagonals=rng.choice([0, 1, 4, 300]), seed=seed,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_equals_the_reference(seed: int) -> None:
     paged.check_build_index(index, problem.kv, problem.batch)
     triton.build_index(index, problem.kv, problem.batch)
     paged.build_index(plain, problem.kv, problem.batch)
-    for i, n in enumerate(problem.contexts()):
+    for i, n in enumerate(problem.seq_lens()):
         granules = n // problem.pattern.block_k + 2
         for ranks, length in (("rank", n), ("granule_rank", granules)):
             last = -(-length // RANK)
@@ -73,7 +73,7 @@ def test_the_lists_of_the_reference_are_the_union_of_every_tile(seed: int) -> No
     pattern, index = problem.pattern, index_of(problem)
     paged.build_index(index, problem.kv, problem.batch)
     block_q, block_k = pattern.block_q, pattern.block_k
-    for i, n in enumerate(problem.contexts()):
+    for i, n in enumerate(problem.seq_lens()):
         for head in range(problem.kv.num_kv_heads):
             one = problem.selections[i].below(n)
             wanted = (
@@ -97,7 +97,7 @@ def test_the_lists_of_the_reference_are_the_union_of_every_tile(seed: int) -> No
 def test_flags_hold_the_selection() -> None:
     problem = random_problem(3)
     index = index_of(problem)
-    for i, n in enumerate(problem.contexts()):
+    for i, n in enumerate(problem.seq_lens()):
         found, wanted = selection_of(index, i, n), problem.selections[i].below(n)
         assert torch.equal(found.num_columns, wanted.num_columns)
         assert torch.equal(found.num_diagonals, wanted.num_diagonals)

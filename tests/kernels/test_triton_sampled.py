@@ -30,10 +30,10 @@ PATTERN = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_the_reference(seed: int) -> None:
     rng = random.Random(seed)
-    contexts = [rng.randint(1, 250) for _ in range(rng.randint(1, 2))]
-    rows = [rng.choice([1, rng.randint(1, n), n]) for n in contexts]
+    seq_lens = [rng.randint(1, 250) for _ in range(rng.randint(1, 2))]
+    rows = [rng.choice([1, rng.randint(1, n), n]) for n in seq_lens]
     problem = make_paged(
-        contexts=contexts,
+        seq_lens=seq_lens,
         rows=rows,
         pattern=PATTERN,
         heads=rng.randint(1, 2),
@@ -51,7 +51,7 @@ def test_equals_the_reference(seed: int) -> None:
     config = Settings(rng.choice([16, 64]), rng.choice([16, 64]), 4, 1)
     sampled(problem.q, problem.kv, problem.batch, workspace, into, scale=problem.scale, config=config)
     paged.sampled(problem.q, problem.kv, problem.batch, workspace, plain, scale=problem.scale)
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         k, _ = keys_values(problem.kv, i, n)
         start = int(problem.batch.row_start[i])
         columns, diagonals = naive.sampled(problem.q[start : start + rows[i]], k, scale=problem.scale, num_rows=count)
@@ -64,7 +64,7 @@ def test_equals_the_reference(seed: int) -> None:
 
 
 def test_heads_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_paged(contexts=[150, 90], rows=[64, 90], pattern=PATTERN, heads=3)
+    problem = make_paged(seq_lens=[150, 90], rows=[64, 90], pattern=PATTERN, heads=3)
     found = []
     for room in (BAND_BYTES, 1):
         monkeypatch.setattr("vllm_vsprefill.kernels.sampled.paged.BAND_BYTES", room)
@@ -78,7 +78,7 @@ def test_heads_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_feeds_the_selection() -> None:
-    problem = make_paged(contexts=[120], rows=[64], pattern=PATTERN, heads=2)
+    problem = make_paged(seq_lens=[120], rows=[64], pattern=PATTERN, heads=2)
     workspace = allocate_sampled(1, 8, 2, problem.batch.max_seq_len, 16, DEVICE)
     into = allocate_gathered(1, 2, problem.batch.max_seq_len, DEVICE)
     scratch = allocate_select(1, 2, problem.batch.max_seq_len, DEVICE)
@@ -95,7 +95,7 @@ def test_feeds_the_selection() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    problem = make_paged(contexts=[40], rows=[40], pattern=PATTERN)
+    problem = make_paged(seq_lens=[40], rows=[40], pattern=PATTERN)
     workspace = allocate_sampled(1, 8, 2, 60, 16, DEVICE)
     into = allocate_gathered(1, 2, 60, DEVICE)
     q, kv, batch = problem.q, problem.kv, problem.batch

@@ -35,15 +35,15 @@ def random_weights(heads: int, size: int, hidden: int, rng: torch.Generator) -> 
 @pytest.mark.parametrize("seed", range(12))
 def test_slots_and_missing(seed: int) -> None:
     choose, rng = random.Random(seed), torch.Generator().manual_seed(seed)
-    contexts = [choose.randint(1, 150) for _ in range(choose.randint(1, 2))]
+    seq_lens = [choose.randint(1, 150) for _ in range(choose.randint(1, 2))]
     heads, size, block = choose.randint(1, 3), choose.choice([16, 24, 64]), choose.choice([16, 48])
     dtype = choose.choice([torch.float32, torch.float16, torch.bfloat16])
     layout = choose.choice(["NHD", "HND"])
-    kv = paged_cache(contexts, heads, size, block, rng, layout=layout, dtype=dtype)
-    batch, _ = make_batch([1] * len(contexts), contexts)
+    kv = paged_cache(seq_lens, heads, size, block, rng, layout=layout, dtype=dtype)
+    batch, _ = make_batch([1] * len(seq_lens), seq_lens)
     weights = prepare_weights(random_weights(heads, size, choose.choice([16, 48, 128]), rng), dtype)
     slots = []
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         position = torch.arange(n, device=DEVICE)
         slots.append(kv.block_table[i].long()[position // block] * block + position % block)
     every = torch.cat(slots)
@@ -60,7 +60,7 @@ def test_slots_and_missing(seed: int) -> None:
     # What is missing, and nothing else.
     logits[every[0]] = 5.0
     expected[every[0]] = 5.0
-    missing = allocate_missing(len(contexts), batch.max_seq_len, DEVICE)
+    missing = allocate_missing(len(seq_lens), batch.max_seq_len, DEVICE)
     check_score_missing(kv, batch, weights, logits, missing)
     score_missing(kv, batch, weights, logits, missing, config=config)
     paged.score_missing(kv, batch, weights, expected, missing)

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 PATTERN = SparsePattern(block_q=16, block_k=1, window=1, sinks=0, dense_last=0)
 
 
-def make(contexts: list[int], heads: int, kind: str, seed: int) -> tuple[Tensor, PagedKV, Batch]:
+def make(seq_lens: list[int], heads: int, kind: str, seed: int) -> tuple[Tensor, PagedKV, Batch]:
     """Logits in cache slots; those of nobody are NaN."""
     rng = torch.Generator().manual_seed(seed)
-    batch, _ = make_batch([1] * len(contexts), contexts)
-    kv = paged_cache(contexts, heads, 16, 16, rng)
+    batch, _ = make_batch([1] * len(seq_lens), seq_lens)
+    kv = paged_cache(seq_lens, heads, 16, 16, rng)
     logits = torch.full((kv.cache.shape[0] * 16, 2 * heads), float("nan"))
-    for i, n in enumerate(contexts):
+    for i, n in enumerate(seq_lens):
         position = torch.arange(n)
         values = torch.randn(n, 2 * heads, generator=rng)
         values = {
@@ -95,7 +95,7 @@ def test_gathered_logits_are_those_of_the_reference(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_the_reference(kind: str, seed: int) -> None:
     rng = random.Random(f"{kind}{seed}")
-    contexts = [rng.choice([rng.randint(1, 200), rng.randint(1000, 2500)]) for _ in range(rng.randint(1, 2))]
+    seq_lens = [rng.choice([rng.randint(1, 200), rng.randint(1000, 2500)]) for _ in range(rng.randint(1, 2))]
     heads = rng.randint(1, 3)
     # 0.873: no number of equal tokens adds up to it, so that rounding decides nothing.
     tau = torch.tensor(
@@ -109,7 +109,7 @@ def test_equals_the_reference(kind: str, seed: int) -> None:
         minimum = rng.choice([0, 0, 1, 50, 3000])
         bounds += [minimum if maximum is None else min(minimum, maximum), maximum]
     budgets = Budgets(*bounds)  # type: ignore[arg-type]
-    logits, kv, batch = make(contexts, heads, kind, seed)
+    logits, kv, batch = make(seq_lens, heads, kind, seed)
     assert chosen(logits, kv, batch, tau, budgets) == expected(logits, kv, batch, tau, budgets)
 
 
