@@ -12,12 +12,8 @@ import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import PagedProblem, make_paged
-from vllm_vsprefill.kernels.attend import paged as attend
-from vllm_vsprefill.kernels.guard import paged as guard
-from vllm_vsprefill.kernels.merge import paged as merge
-from vllm_vsprefill.kernels.sampled import paged as sampled
-from vllm_vsprefill.kernels.score import paged as score
-from vllm_vsprefill.kernels.select import paged as select
+from tests.prefill.operations import REFERENCE
+from vllm_vsprefill.kernels.score.paged import prepare_weights
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, SparsePattern
 from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
 from vllm_vsprefill.prefill.cuda import TRITON, CudaPrefill, PagedOperations, Round
@@ -25,15 +21,6 @@ from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
-REFERENCE = PagedOperations(
-    sampled.sampled,
-    score.score_missing,
-    select.gather,
-    select.select,
-    merge.build_index,
-    guard.guard,
-    attend.attend,
-)
 # The number of each is fixed, so that rounding moves no threshold.
 BUDGETS = Budgets(9, 9, 3, 3)
 LONGEST = 300
@@ -72,7 +59,7 @@ def test_kernels_and_references_take_each_others_place(seed: int, indexer: bool)
         gen = torch.Generator().manual_seed(seed)
         shapes = ((2, 32, 32), (2, 32), (2, 32, 2), (2, 2))
         found = IndexerLayerWeights(*(torch.randn(shape, generator=gen).to(DEVICE) for shape in shapes))
-        weights = score.prepare_weights(found, torch.float32)
+        weights = prepare_weights(found, torch.float32)
     tau = torch.full((2, 2), 0.5, dtype=torch.float64, device=DEVICE)
     limit = rng.choice([0.3, 0.6, 1.0])
     results = []

@@ -13,29 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_vsprefill.kernels.attend import paged as attend
+from tests.prefill import operations
 from vllm_vsprefill.kernels.guard import expected_density
-from vllm_vsprefill.kernels.guard import paged as guard
-from vllm_vsprefill.kernels.merge import paged as merge
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
-from vllm_vsprefill.kernels.sampled import paged as sampled
-from vllm_vsprefill.kernels.score import paged as score
-from vllm_vsprefill.kernels.select import paged as select
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, SparsePattern
 from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
-from vllm_vsprefill.prefill.cuda import CudaPrefill, PagedOperations, Round
+from vllm_vsprefill.prefill.cuda import CudaPrefill, Round
 from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 
-OPERATIONS = PagedOperations(
-    sampled.sampled,
-    score.score_missing,
-    select.gather,
-    select.select,
-    merge.build_index,
-    guard.guard,
-    attend.attend,
-)
 HEADS, BLOCK, TAIL, SCALE = Heads(4, 2, 16), 16, 16, 0.25
 PATTERN = SparsePattern(block_q=32, block_k=8, window=20, sinks=5, dense_last=0)
 BUDGETS = Budgets(9, 9, 3, 3)
@@ -80,7 +66,7 @@ class Problem:
         buffers = DeviceBuffers.allocate(
             shape, PATTERN, max_num_seqs=2, max_tokens=512, device=torch.device("cpu")
         )  # fmt: skip
-        return CudaPrefill(BUDGETS, buffers, max_density=max_density, operations=OPERATIONS)
+        return CudaPrefill(BUDGETS, buffers, max_density=max_density, operations=operations.REFERENCE)
 
     def expected(self, i: int) -> tuple[Tensor, int, float]:
         """The rows of a sequence before its dense last ones, the pairs visited, and the density to expect."""
