@@ -228,6 +228,14 @@ def test_a_worker_with_another_environment_sees_the_same(
     assert trained is True
 
 
+def test_workers_that_find_another_indexer_than_the_server_stop(model: Path) -> None:
+    vllm_config = engine_config(model)
+    startup.check_agreement(vllm_config, trained=False)
+    with pytest.raises(StartupError, match=r"finds a trained indexer .* found none.* on every machine"):
+        startup.check_agreement(vllm_config, trained=True)
+    startup.check_agreement(SimpleNamespace(additional_config={}), trained=True)
+
+
 def test_shipped_options_pickle_with_what_is_beside_them() -> None:
     section = ShippedOptions(preset="fast")
     section.exchange, section.trained = "/somewhere", False

@@ -199,14 +199,7 @@ class Runtime:
         if not self.options.enabled:
             return None
         found = startup.locate_checkpoint(self.options, vllm_config)
-        shipped = startup.shipped(vllm_config)
-        if shipped is not None and shipped.trained is not None and shipped.trained != (found is not None):
-            # Ranks with different estimators would attend to different keys.
-            here, there = ("no", "one") if found is None else ("a", "none")
-            raise RuntimeError(
-                f"VSPREFILL: this worker finds {here} trained indexer for the model, the process that started the "
-                f'server found {there}. Install the same indexers on every machine, or name one with "checkpoint".'
-            )
+        startup.check_agreement(vllm_config, found is not None)
         if found is None:
             return None
         folder, model = found

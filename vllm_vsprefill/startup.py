@@ -179,6 +179,19 @@ def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> tuple[Path,
     return None if found is None else (found, model)
 
 
+def check_agreement(vllm_config: Any, trained: bool) -> None:
+    """Raise :class:`StartupError` where a worker has found a trained indexer and the process that started the server
+    has not, or the other way round: ranks with different estimators would attend to different keys."""
+    section = shipped(vllm_config)
+    if section is None or section.trained in (None, trained):
+        return
+    here, there = ("a", "none") if trained else ("no", "one")
+    raise StartupError(
+        f"VSPREFILL: this worker finds {here} trained indexer for the model, the process that started the server found "
+        f'{there}. Install the same indexers on every machine, or name one with "checkpoint".'
+    )
+
+
 def check(vllm_config: Any) -> None:
     """Refuse a start-up that cannot work, naming every problem. Raises :class:`StartupError`."""
     problems = []
