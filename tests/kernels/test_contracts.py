@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_files_have_the_names_of_the_contracts() -> None:
         found = {file.name for file in FILES if file.parent.name == operation}
         assert found >= {"naive.py"} or found >= {"paged.py"}, f"{operation} has no reference"
         assert "cpu.py" not in found or "naive.py" in found, f"{operation}/cpu.py has no reference"
+
+
+def test_the_table_of_folders_is_right() -> None:
+    """In a checkout: an installed package has no README here."""
+    said = {}
+    for line in (ROOT.resolve() / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            said[cells[0].strip("`")] = {f"{name}.py" for name in re.findall(r"`(\w+)`", cells[2] + cells[3])}
+    there = {
+        name: {file.name for file in FILES if file.parent.name == name and "_" not in file.stem} for name in OPERATIONS
+    }
+    assert said == there
 
 
 def public_functions(module: Any) -> dict[str, inspect.Signature]:

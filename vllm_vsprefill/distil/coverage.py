@@ -90,8 +90,8 @@ class Coverage:
         by_column = levels(columns, COLUMN_GRID, b.min_columns, b.max_columns)
         by_distance = levels(diagonals.flip(-1), DISTANCE_GRID, b.min_diagonals, b.max_diagonals)
         bq, bk = pattern.block_q, pattern.block_k
-        by_column[:, : -(-pattern.sinks // bk) * bk] = 0
-        by_distance[:, : max(pattern.window, 1)] = 0
+        by_column[:, : pattern.sink_keys] = 0
+        by_distance[:, : pattern.reach] = 0
         # A granule is kept for a tile as soon as a diagonal crosses both: the least of a run of diagonals.
         step = math.gcd(bq, bk)
         padded = F.pad(by_distance.double(), (bq - step + bk - 1, bq + bk), value=float(len(DISTANCE_GRID)))
