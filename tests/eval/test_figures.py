@@ -69,6 +69,15 @@ def test_scores_with_interval_and_retention_on_the_same_samples(tmp_path: Path) 
     assert fast["remark"] == ""
 
 
+def test_prompts_with_several_answers(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {})
+    for i, score in enumerate((1.0, 0.5)):
+        journal.add(f"fast/in-prompt/facts/8/{i}", score=score, of=12)
+    (fast,) = summary.summarise(journal, [Cell("in-prompt", "facts", 8, 2)], ["fast"])
+    assert (fast["score"], fast["answers"], fast["samples"]) == (0.75, 24, 2)
+    assert fast["interval"] == [round(x, 4) for x in intervals.wilson(18, 24)]
+
+
 @pytest.mark.parametrize(("score", "remark"), [(0.0, "dense near 0"), (1.0, "dense near 1")])
 def test_dense_at_an_end_is_said(tmp_path: Path, score: float, remark: str) -> None:
     journal = Journal(tmp_path, {})

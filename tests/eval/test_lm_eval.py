@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.eval import tokenizers
+from vllm_vsprefill.eval.draw import Draw
 from vllm_vsprefill.eval.options import EvalCommand
 from vllm_vsprefill.eval.ruler import niah
-from vllm_vsprefill.eval.ruler.draw import Draw
 from vllm_vsprefill.eval.ruler.problem import Problem
 from vllm_vsprefill.eval.ruler.score import score
 from vllm_vsprefill.eval.ruler.suite import Ruler
@@ -47,7 +47,7 @@ def theirs(tokens: LocalTokens) -> Any:
 @pytest.fixture(scope="module")
 def ruler(tokens: LocalTokens) -> Ruler:
     server = {"url": "http://127.0.0.1:1"}
-    options = {"out": "out", "suite": "ruler", "server": server, "ruler": {"template": "plain"}}
+    options = {"out": "out", "suite": "ruler", "server": server, "template": "plain"}
     made = Ruler(EvalCommand.model_validate(options), tokens)
     made._essays = ESSAY
     return made

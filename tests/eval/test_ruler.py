@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.eval import tokenizers
+from vllm_vsprefill.eval.draw import Draw, belongs
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.options import EvalCommand
 from vllm_vsprefill.eval.ruler import sources
-from vllm_vsprefill.eval.ruler.draw import Draw, belongs
 from vllm_vsprefill.eval.ruler.names import TASKS
 from vllm_vsprefill.eval.ruler.niah import sentences
 from vllm_vsprefill.eval.ruler.problem import Problem
@@ -76,12 +76,12 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LocalTok
 
 
 def suite(tokens: LocalTokens, data: Path | None, **options: Any) -> Ruler:
-    given: dict[str, Any] = {"template": "chat" if tokens.has_chat else "plain"}
+    given: dict[str, Any] = {}
     if data is not None:
-        given |= {"essays": data / "essays", "squad": data / "squad.json", "hotpotqa": data / "hotpot.json"}
-    ruler = given | options.pop("ruler", {})
-    command = {"out": "out", "suite": "ruler", "server": {"url": "http://127.0.0.1:1"}, "ruler": ruler} | options
-    return Ruler(EvalCommand.model_validate(command), tokens)
+        given = {"essays": data / "essays", "squad": data / "squad.json", "hotpotqa": data / "hotpot.json"}
+    command = {"out": "out", "suite": "ruler", "server": {"url": "http://127.0.0.1:1"}, "ruler": given}
+    template = "chat" if tokens.has_chat else "plain"
+    return Ruler(EvalCommand.model_validate({**command, "template": template, **options}), tokens)
 
 
 @pytest.mark.parametrize("tokenizer", [make.__name__ for make in tokenizers.ALL])
@@ -290,13 +290,16 @@ def test_what_is_missing_is_skipped_with_a_reason(
         ({"hotpotqa": "squad.json"}, "expected HotpotQA's"),
         ({"squad": "none.json"}, "--squad .*none.json: no such file"),
         ({"essays": "squad"}, "--essays .*squad: no such file"),
-        ({"template": "chat"}, "no chat format; say --template plain"),
     ],
 )
 def test_bad_sources(options: dict[str, str], message: str, data: Path, tokens: Callable[[str], LocalTokens]) -> None:
-    given = {name: value if name == "template" else data / value for name, value in options.items()}
     with pytest.raises(EvalError, match=message):
-        suite(tokens("characters"), data, ruler=given)
+        suite(tokens("characters"), data, ruler={name: data / value for name, value in options.items()})
+
+
+def test_no_chat_format(tokens: Callable[[str], LocalTokens]) -> None:
+    with pytest.raises(EvalError, match="no chat format; say --template plain"):
+        suite(tokens("characters"), None, template="chat")
 
 
 def test_a_length_that_holds_no_problem(bytes_ruler: Ruler) -> None:

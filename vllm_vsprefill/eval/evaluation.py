@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import vllm_vsprefill
 from vllm_vsprefill.eval import report, summary, targets
+from vllm_vsprefill.eval.in_prompt import InPrompt
 from vllm_vsprefill.eval.journal import Journal
 from vllm_vsprefill.eval.options import EvalCommand
 from vllm_vsprefill.eval.ruler.suite import Ruler
@@ -35,7 +36,7 @@ def evaluate(options: EvalCommand, say: Say) -> None:
         EvalError: something cannot start or go on.
         KeyboardInterrupt: from the keyboard; the report of what is finished is written.
     """
-    texts = read_texts(options.fidelity.data) if "fidelity" in options.suite else []
+    texts = read_texts(options.fidelity.data) if {"fidelity", "in-prompt"} & set(options.suite) else []
     plans = targets.plans(options, say)
     tokens, model = _tokens(options)
     suites = _suites(options, texts, tokens)
@@ -81,6 +82,8 @@ def _suites(options: EvalCommand, texts: list[Text], tokens: Tokens) -> list[Mea
             made.append(Fidelity(options, texts, tokens))
         elif suite == "ruler":
             made.append(Ruler(options, tokens))
+        else:
+            made.append(InPrompt(options, texts, tokens))
     return made
 
 
@@ -95,7 +98,7 @@ def _depends_on(options: EvalCommand, model: str, tokens: Tokens, texts: list[Te
         "split": options.split,
         "texts": {text.name: text.digest for text in texts},
         "top": options.fidelity.top,
-        "template": options.ruler.template,
+        "template": options.template,
         "serve_args": list(server.serve_args),
     }
 

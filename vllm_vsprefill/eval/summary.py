@@ -84,15 +84,17 @@ def scores(journal: Journal, cell: Cell, target: str) -> dict[str, Any] | None:
     if not samples:
         return None
     figures = _head(cell, target, len(samples)) | _densities(journal, cell, target)
-    right = sum(sample["score"] for sample in samples)
-    low, high = intervals.wilson(right, len(samples))
-    figures |= {"score": round(right / len(samples), 5), "interval": [round(low, 4), round(high, 4)]}
+    # A sample may be several questions, of each of which the interval counts one answer.
+    count = sum(sample.get("of", 1) for sample in samples)
+    right = sum(sample["score"] * sample.get("of", 1) for sample in samples)
+    low, high = intervals.wilson(right, count)
+    figures |= {"score": round(right / count, 5), "interval": [round(low, 4), round(high, 4)], "answers": count}
     if times := [sample["seconds"] for sample in samples if "seconds" in sample]:
         figures["seconds"] = round(statistics.median(times), 4)
     if tokens := [sample["tokens"] for sample in samples if "tokens" in sample]:
         figures["tokens"] = [min(tokens), max(tokens)]
-    dense = {sample["key"].rsplit("/", 1)[1]: sample["score"] for sample in _samples(journal, cell, DENSE)}
-    pairs = [(s["score"], dense[i]) for s in samples if (i := s["key"].rsplit("/", 1)[1]) in dense]
+    dense = {sample["key"].rsplit("/", 1)[1]: sample for sample in _samples(journal, cell, DENSE)}
+    pairs = [(s["score"], dense[i]["score"]) for s in samples if (i := s["key"].rsplit("/", 1)[1]) in dense]
     if target != DENSE and pairs:
         base = sum(other for _, other in pairs)
         figures["retention"] = round(sum(own for own, _ in pairs) / base, 5) if base else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vllm_vsprefill.eval.ruler.draw import LOWER, Draw
+from vllm_vsprefill.eval.draw import LOWER, Draw
 from vllm_vsprefill.eval.ruler.problem import Problem
 
 CWE_TOKENS, FWE_TOKENS = 120, 50

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+from vllm_vsprefill.eval.draw import Draw, belongs
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.options import Split
-from vllm_vsprefill.eval.ruler.draw import Draw, belongs
 from vllm_vsprefill.eval.ruler.problem import Problem
 from vllm_vsprefill.eval.ruler.sources import Library, Question
 

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_vsprefill.eval.draw import Draw
 from vllm_vsprefill.eval.ruler import sources
-from vllm_vsprefill.eval.ruler.draw import Draw
 from vllm_vsprefill.eval.ruler.problem import NOISE, Haystack, Problem
 
 TOKENS = 128

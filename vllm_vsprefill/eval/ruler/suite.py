@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from vllm_vsprefill.eval.draw import Draw, belongs
 from vllm_vsprefill.eval.errors import EvalError
+from vllm_vsprefill.eval.fit import Fitted, fit
 from vllm_vsprefill.eval.options import EvalCommand
 from vllm_vsprefill.eval.ruler import aggregation, documents, niah, sources, tracing
-from vllm_vsprefill.eval.ruler.draw import Draw, belongs
-from vllm_vsprefill.eval.ruler.fit import Fitted, fit
 from vllm_vsprefill.eval.ruler.problem import Problem
 from vllm_vsprefill.eval.ruler.score import score
 from vllm_vsprefill.eval.suites import Cell
@@ -41,7 +41,7 @@ class Ruler:
     def __init__(self, options: EvalCommand, tokens: Tokens) -> None:
         self._options, self._tokens = options, tokens
         given = options.ruler
-        if given.template == "chat" and not tokens.has_chat:
+        if options.template == "chat" and not tokens.has_chat:
             raise EvalError("the model has no chat format; say --template plain")
         self._essays = sources.essays(given.essays)
         self._libraries = {
@@ -65,7 +65,7 @@ class Ruler:
 
     def notes(self) -> list[str]:
         """The variant, and what was left out."""
-        wrapped = "the model's chat format" if self._options.ruler.template == "chat" else "no chat format"
+        wrapped = "the model's chat format" if self._options.template == "chat" else "no chat format"
         notes = [
             f"RULER: prompts, parameters and metric of NVIDIA/RULER (2025), {wrapped}, the answer's beginning given; "
             "length: prompt and room for the answer. Greedy."
@@ -93,12 +93,12 @@ class Ruler:
 
     def ids(self, problem: Problem) -> list[int]:
         """The prompt of a problem."""
-        if self._options.ruler.template == "plain":
+        if self._options.template == "plain":
             return [*self._tokens.prefix(), *self._tokens.encode(problem.text + problem.prefix.rstrip())]
         turns = [("user", problem.text), ("assistant", problem.prefix.strip())]
         return self._tokens.chat([{"role": role, "content": content} for role, content in turns])
 
-    def sample(self, cell: Cell, index: int) -> Fitted:
+    def sample(self, cell: Cell, index: int) -> Fitted[Problem]:
         """A problem by its number: prompt and answer together have at most the cell's length in tokens."""
         task, length = cell.task, cell.length
         seed, split = self._options.seed, self._options.split

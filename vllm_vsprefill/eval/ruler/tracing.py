@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from vllm_vsprefill.eval.ruler.draw import UPPER, Draw
+from vllm_vsprefill.eval.draw import UPPER, Draw
 from vllm_vsprefill.eval.ruler.problem import NOISE, Problem
 
 TOKENS = 30

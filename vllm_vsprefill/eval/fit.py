@@ -6,16 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from vllm_vsprefill.eval.errors import EvalError
-from vllm_vsprefill.eval.ruler.problem import Problem
+
+Problem = TypeVar("Problem")
 
 ROUNDS = 12
 SLACK = 0.01  # of a length that may stay unused
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(Generic[Problem]):
     """A problem and its prompt's tokens."""
 
     problem: Problem
@@ -28,7 +30,7 @@ def fit(
     limit: int,
     smallest: int,
     largest: int | None = None,
-) -> Fitted:
+) -> Fitted[Problem]:
     """The problem of the greatest size whose prompt has at most ``limit`` tokens, or nearly.
 
     Sizes are found by straight lines through what was tried: prompts grow about evenly. What is returned always fits.
