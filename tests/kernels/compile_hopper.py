@@ -2,13 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Compiles the Hopper kernel for capability 9.0 with the Triton at hand and prints what came out as JSON; no GPU.
 
+``--save FOLDER`` keeps the PTX, for ``same_code``.
+
 A program of its own: it stands in for Triton's driver, which looks for a device when a kernel is launched.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -34,7 +38,7 @@ class NoDevice:
         return 0
 
 
-def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
+def compiled(head_size: int, group: int, dtype: torch.dtype, save: Path | None = None) -> dict[str, Any]:
     """Compiles one shape; facts about its code."""
     from vllm_vsprefill.kernels.attend import hopper
     from vllm_vsprefill.kernels.index import allocate_index
@@ -59,6 +63,8 @@ def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
     visited = torch.zeros(1, dtype=torch.int64)
     hopper.attend(q, kv, index, Batch.from_lists([64], [seq_len]), scale=0.1, visited=visited)
     (kernel,) = found
+    if save is not None:
+        (save / f"hopper_{head_size}_{group}.ptx").write_text(kernel.asm["ptx"])
     code = kernel.asm["ptx"].splitlines()
     arrivals = [i for i, line in enumerate(code) if re.search(r"(?<!cp\.async\.)\bmbarrier\.arrive\.", line)]
     return {
@@ -73,6 +79,9 @@ def compiled(head_size: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", type=Path, help="an existing folder")
+    options = parser.parse_args()
     driver.set_active(NoDevice())
     shapes = ((128, 4, torch.bfloat16), (64, 7, torch.float16))
-    print(json.dumps([compiled(*shape) for shape in shapes]))
+    print(json.dumps([compiled(*shape, options.save) for shape in shapes]))
