@@ -80,6 +80,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         "ruff>=0.9",
         "mypy>=1.13",
+        "types-psutil>=5.9",  # types of psutil, which tests and benchmarks look at processes with
         "pre-commit>=3.8",
         "reuse[charset-normalizer]>=5",  # licence headers; that decoder needs no library of the system
         "matplotlib>=3.8",  # plots of benchmark results

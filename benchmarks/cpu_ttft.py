@@ -99,14 +99,12 @@ def main(
     for column in ("prompt tokens", STOCK, OURS, "ratio", "density"):
         table.add_column(column, justify="right")
     rows = []
-    for length in sizes:
-        stock = statistics.median(collected[STOCK][str(length)]["seconds"])
-        ours = statistics.median(collected[OURS][str(length)]["seconds"])
-        density = statistics.median(collected[OURS][str(length)]["density"])
-        rows.append(
-            {"tokens": length, "stock_s": stock, "vsprefill_s": ours, "ratio": stock / ours, "density": density}
-        )
-        table.add_row(f"{length:,}", f"{stock:.3f} s", f"{ours:.3f} s", f"{stock / ours:.2f}x", f"{density:.1%}")
+    for size in sizes:
+        stock = statistics.median(collected[STOCK][str(size)]["seconds"])
+        ours = statistics.median(collected[OURS][str(size)]["seconds"])
+        density = statistics.median(collected[OURS][str(size)]["density"])
+        rows.append({"tokens": size, "stock_s": stock, "vsprefill_s": ours, "ratio": stock / ours, "density": density})
+        table.add_row(f"{size:,}", f"{stock:.3f} s", f"{ours:.3f} s", f"{stock / ours:.2f}x", f"{density:.1%}")
     Console().print(table)
     if out is not None:
         record = {

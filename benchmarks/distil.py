@@ -424,7 +424,7 @@ def quality_table(rows: list[dict[str, Any]], recalls: dict[str, Any], names: li
         shown = [by_name.get(name, by_name.get("none", "")) for name in names]
         lines.append(f"| {setting} | " + " | ".join(shown) + " |")
     for kind, label in (("mass", "recall"), ("strong", "strong recall")):
-        for density in next(iter(recalls.values()), {}).get(kind, {}):
+        for density in next((recall[kind] for recall in recalls.values() if kind in recall), {}):
             shown = [f"{np.mean(recalls[name][kind][density]):.1%}" if name in recalls else "" for name in names]
             lines.append(f"| {label} at density {float(density):.0%} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -505,7 +505,7 @@ def quality(
         for wanted in density or [0.05, 0.1, 0.2]:
             for metric in ("mass", "strong"):
                 for per_head in (False, True):
-                    goal = calibrate.Goal(density=wanted, metric=metric)  # type: ignore[arg-type]
+                    goal = calibrate.Goal(density=wanted, metric=metric)
                     t = calibrate.choose(table.table, goal, per_head).thresholds
                     assert t.tau_columns is not None
                     assert t.tau_diagonals is not None

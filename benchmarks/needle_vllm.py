@@ -57,8 +57,8 @@ def main(
     table = Table(title=f"{length:,} tokens, chunks of {chunk:,}, density {density:.1%}")
     for column in ("task", "right", "problems"):
         table.add_column(column, justify="right")
-    for task, number in right.items():
-        table.add_row(task, str(number), str(2 * samples))
+    for name, number in right.items():
+        table.add_row(name, str(number), str(2 * samples))
     Console().print(table)
     if out is not None:
         record: dict[str, Any] = {**environment.describe(), "length": length, "chunk": chunk, "seed": seed}

@@ -21,13 +21,16 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from benchmarks import densities, environment
 
-TASKS = ("single", "multi_key", "multi_query", "variable_tracking")
+if TYPE_CHECKING:
+    from examples.needle.tasks import Task
+
+TASKS: tuple[Task, ...] = ("single", "multi_key", "multi_query", "variable_tracking")
 ANSWER = 48
 SPARSE = '{"min_seq_len": 1024, "min_pairs": 0, "min_rows": 0}'  # whatever may be, paying or not
 HARMLESS = ("seed", "Enforce eager", "Sampling", "swap", "max_num_seqs", "deprecated")

@@ -280,7 +280,7 @@ def time_lengths(engine: Engine, results: Results, label: dict[str, Any], length
         engine.set_budgets(length)
         engine.generate([engine.prompt(min(length, 2 * CHUNK))])  # the first run of a length may grow buffers
         before = engine.counts()
-        times = []
+        times: list[float] = []
         wanted = 5 if length <= 16384 else 3
         for _ in range(wanted):
             if times and time.time() + 1.5 * times[-1] > until:

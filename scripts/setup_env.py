@@ -141,7 +141,7 @@ class Runner:
             )
 
             def pump():
-                for line in process.stdout:
+                for line in process.stdout or ():
                     lines.append(line.rstrip("\n"))
                     log.write(line)
 
@@ -245,7 +245,7 @@ print("\\n".join(importlib.metadata.requires(sys.argv[1]) or []))
 
 def requirement_name(requirement):
     """Normalised project name at the start of a requirement line."""
-    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement).group()).lower()
+    return re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]).lower()
 
 
 def wanted_requirements(lines):

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -145,7 +147,7 @@ def test_a_folder_that_cannot_be_made_is_told(
     assert server.is_running()
     assert read_modes(server.folder) == ["sparse"]
     monkeypatch.delenv(STATS_DIR_VARIABLE)
-    monkeypatch.setattr(exchange.tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
     assert open_exchange() == (None, False)
     assert "the temporary folder" in caplog.text
 
@@ -167,7 +169,7 @@ def test_without_locks_a_folder_is_judged_by_its_process(base: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(38, "not implemented")
 
-    monkeypatch.setattr(exchange.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     made()
     assert servers(base)[0].is_running()
     other = base / "vsprefill-999999999-aa"

@@ -67,4 +67,5 @@ def test_chunks_that_become_too_small_beside_other_requests() -> None:
     assert "run sparse from 8192" in found.text
     assert "long_prefill_token_threshold cuts prompts into chunks of 100 tokens" in found.text
     for fine in ({"long_prefill_token_threshold_adaptive": True}, {"long_prefill_token_threshold": 1024}):
-        assert not outlook(config(**{"long_prefill_token_threshold": 100, **fine}), GATE, 6, {}).is_warning
+        scheduler: dict[str, Any] = {"long_prefill_token_threshold": 100, **fine}
+        assert not outlook(config(**scheduler), GATE, 6, {}).is_warning

@@ -63,9 +63,8 @@ def problem(tokens: int, seed: int = 0, task: tasks.Task = "single") -> tasks.Pr
 
 
 def ask(client: openai.OpenAI, asked: tasks.Problem, **settings: Any) -> str:
-    answer = client.chat.completions.create(
-        model="needle", messages=asked.messages(), max_tokens=48, temperature=0, **settings
-    )
+    messages: Any = asked.messages()
+    answer = client.chat.completions.create(model="needle", messages=messages, max_tokens=48, temperature=0, **settings)
     return answer.choices[0].message.content or ""
 
 
@@ -81,8 +80,9 @@ def test_chat_answers_a_long_prompt_sparsely(server: VLLMServer, client: openai.
 
 def test_streaming(client: openai.OpenAI) -> None:
     asked = problem(4000)
+    messages: Any = asked.messages()
     stream = client.chat.completions.create(
-        model="needle", messages=asked.messages(), max_tokens=48, temperature=0, stream=True
+        model="needle", messages=messages, max_tokens=48, temperature=0, stream=True
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert asked.is_correct("".join(pieces))

@@ -67,7 +67,7 @@ class Watchdog:
         self.running.pop(nodeid, None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "???":  # pytest-xdist's word for the test that a process died in
+        if str(report.when) == "???":  # pytest-xdist's word for the test that a process died in
             self.pytest_runtest_logfinish(report.nodeid)
 
     def _watch(self) -> None:

@@ -35,8 +35,8 @@ def curves(runs: list[dict[str, Any]]) -> dict[Place, list[Point]]:
         if "error" not in run and only and keys:
             cells[run["layers"][0], int(only[1]), int(keys[1])].append(run["kl"])
     places: dict[Place, list[Point]] = defaultdict(list)
-    for (layer, head, keys), found in cells.items():
-        places[layer, head].append((float(keys), sum(found) / len(found)))
+    for (layer, head, count), found in cells.items():
+        places[layer, head].append((float(count), sum(found) / len(found)))
     return {place: _hull(sorted(points)) for place, points in sorted(places.items())}
 
 

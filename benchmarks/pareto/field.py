@@ -141,7 +141,7 @@ def _divergence(p: Tensor, q: Tensor) -> float:
     """Square root of the Jensen-Shannon divergence."""
     mean = (p + q) / 2
     parts = [(x * (x.clamp(min=1e-12) / mean.clamp(min=1e-12)).log()).sum() for x in (p, q)]
-    return float((sum(parts) / 2).clamp(min=0).sqrt())
+    return float(((parts[0] + parts[1]) / 2).clamp(min=0).sqrt())
 
 
 @dataclass

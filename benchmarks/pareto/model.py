@@ -113,10 +113,7 @@ class Runner:
         n, first = len(self.tokens), self.dense_first
         causal = n * (n + 1) / 2
         beginning = first * (first + 1) / 2
-        densities = [
-            float(sum(t.pairs)) / (causal - beginning) if t.pairs else 1.0  # type: ignore[arg-type]
-            for t in self.tallies
-        ]
+        densities = [float(sum(t.pairs)) / (causal - beginning) if t.pairs else 1.0 for t in self.tallies]
         mean = sum(densities) / len(densities)
         result = {
             "density": (beginning + mean * (causal - beginning)) / causal,
@@ -132,8 +129,7 @@ class Runner:
         }
         if judge:
             result["layer_error"] = [
-                round(float(sum(t.error) / sum(t.size)) ** 0.5, 5) if t.error else 0.0  # type: ignore[arg-type]
-                for t in self.tallies
+                round(float(sum(t.error) / sum(t.size)) ** 0.5, 5) if t.error else 0.0 for t in self.tallies
             ]
         return result
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +210,7 @@ class NeedleModel(nn.Module):
         start, n = cache.length, cache.length + t
         x = self.model.embed_tokens(ids.reshape(-1)).to(torch.bfloat16)
         cos, sin = (table.repeat(b, 1) for table in self.rope(start, n, ids.device, x.dtype))
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(cast(list[Layer], self.model.layers)):
             q, k, v = layer.before(x, cos, sin)
             cache.k[i][:, :, start:n] = k.view(b, t, -1, layer.d).transpose(1, 2)
             cache.v[i][:, :, start:n] = v.view(b, t, -1, layer.d).transpose(1, 2)

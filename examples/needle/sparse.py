@@ -192,7 +192,7 @@ class SparseAttention:
         selection = self._prefill.select(tau, *OPERATIONS.distributions(self._logits[layer]), 0)
         self.columns[layer] += selection.num_columns.tolist()
         self.diagonals[layer] += selection.num_diagonals.tolist()
-        flat = (x[0].transpose(0, 1) for x in (q, k, v))
-        out, visited = self._prefill.attend(*flat, selection, t, scale=q.shape[-1] ** -0.5)
+        one, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
+        out, visited = self._prefill.attend(one, keys, values, selection, t, scale=q.shape[-1] ** -0.5)
         self.visited[layer] += visited
         return out.transpose(0, 1)[None]

@@ -137,7 +137,7 @@ def _group(rng: np.random.Generator, names: _Names, task: Task, count: int) -> G
     for key, value in zip(keys, values, strict=True):
         answer += [int(_PLACE[key]), int(_COLON[0]), int(_NUMBER[value]), int(_SEMICOLON[0])]
     answer[-1] = int(_DOT[0])
-    rng.shuffle(needles)  # type: ignore[arg-type]
+    rng.shuffle(needles)
     kinds = [KIND_ANSWER, KIND_ANSWER, counted, KIND_ANSWER] * len(keys)
     return Group(index, needles, question, _array(answer), _kinds(kinds), [str(v) for v in values])
 

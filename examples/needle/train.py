@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from examples.needle import vocabulary
 from examples.needle.evaluate import Cell, evaluate, summary
 from examples.needle.modeling import (
+    Layer,
     NeedleConfig,
     NeedleModel,
     after_attention,
@@ -117,7 +118,7 @@ class Batches:
         start = time.perf_counter()
         batch = self._queue.get()
         self.waited += time.perf_counter() - start
-        return batch  # type: ignore[no-any-return]
+        return batch
 
     def close(self) -> None:
         for worker in self._workers:
@@ -251,7 +252,7 @@ class Stepper:
         x = F.embedding(ids.view(-1), m.model.embed_tokens.weight.to(torch.bfloat16))
         cos, sin = self.rotations(b, s)
         attend = self.attend_long if s >= 2048 else self.attend_short
-        for layer in m.model.layers:
+        for layer in cast(list[Layer], m.model.layers):
             q, k, v = self.before(x, cos, sin, *layer.before_weights(), eps=eps)
             q, k, v = (t.view(b, s, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
             attended = attend(q, k, v).transpose(1, 2).reshape(b * s, -1)

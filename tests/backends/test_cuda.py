@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import threading
 import time
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.backends import cuda_limits, cuda_runtime
-from vllm_vsprefill.backends.cuda import VSPrefillFlashBackend, VSPrefillFlashImpl, VSPrefillFlashMetadataBuilder
+from vllm_vsprefill.backends.cuda import VSPrefillFlashBackend, VSPrefillFlashImpl
+from vllm_vsprefill.backends.cuda_builder import VSPrefillFlashMetadataBuilder
 from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.plan import StepPlan
@@ -99,7 +101,7 @@ def test_nothing_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_problems_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_limits, "_capability", lambda: (7, 5))
-    monkeypatch.setattr(cuda_limits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = VSPrefillConfig.from_sources({"block_q": 48, "block_k": 24})
     bad = config(decode_context_parallel_size=2, prefill_context_parallel_size=2, enable_dbo=True)
     bad.model_config = SimpleNamespace(use_mla=True, rswa_window=8, max_model_len=2**22)

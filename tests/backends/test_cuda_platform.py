@@ -33,7 +33,7 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setitem(sys.modules, compiled, ModuleType(compiled))
     cuda = importlib.import_module("vllm.platforms.cuda")
 
-    class Hopper(cuda.CudaPlatformBase):  # type: ignore[misc, name-defined]
+    class Hopper(cuda.CudaPlatformBase):  # type: ignore[name-defined]
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
             return DeviceCapability(9, 0)

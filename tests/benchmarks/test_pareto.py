@@ -100,7 +100,7 @@ def test_a_tile_chooses_what_its_mean_query_looks_at() -> None:
 
 
 @pytest.mark.parametrize("rule", ["floor", "left", "mass", "peak"])
-def test_rules_keep_more_as_their_level_says(rule: str) -> None:
+def test_rules_keep_more_as_their_level_says(rule: Any) -> None:
     c = chunk(block=64)
     c.block = 64
     counts = [int(Structure(window=16, sinks=4, tile=64, rule=rule, level=x).keep(c).keys.sum()) for x in (0.004, 0.5)]
@@ -272,7 +272,7 @@ def test_families_meet_at_one_density() -> None:
 
 
 @pytest.mark.parametrize("lists", ["kv", "query"])
-def test_a_row_keeps_its_own_keys(lists: str) -> None:
+def test_a_row_keeps_its_own_keys(lists: Any) -> None:
     c = chunk(rows=128, n=300, block=64)
     found = RowOracle(window=16, sinks=4, keys=9, lists=lists, block=64).keep(c)
     at = c.first + torch.arange(c.rows)

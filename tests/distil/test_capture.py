@@ -76,13 +76,14 @@ def test_layers_without_full_attention_are_left_out_with_a_reason() -> None:
 
 def test_a_model_that_goes_its_own_way_is_found_out() -> None:
     teacher = wrap(tiny.model("qwen3"), "tiny")
-    teacher.decoder.config._attn_implementation = "eager"
+    config: Any = teacher.decoder.config
+    config._attn_implementation = "eager"
     with pytest.raises(DistilError, match=r"layers \[0, 1\] of the model did not pass through"):
         teacher.run(torch.arange(9), lambda call: None)
 
 
 def test_masks_and_batches_are_refused() -> None:
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.layer_idx = 0
     q = torch.zeros(2, 2, 4, 8)
     with pytest.raises(DistilError, match="one whole causal sequence"):
@@ -102,7 +103,7 @@ def test_too_little_memory_is_said_whoever_listens() -> None:
 
 
 def test_attention_sinks_are_refused() -> None:
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.layer_idx = 3
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(DistilError, match="layer 3 has attention sinks"):

@@ -156,7 +156,7 @@ def test_calibrate_wants_text_that_is_long_enough(trained: Path, model_folder: P
     before = (trained / "config.json").read_text()
     short = tmp_path / "short.txt"
     short.write_text("The code of the kettle is 4711. " * 40)
-    calibrating = ("calibrate", "--model", model_folder, "--checkpoint", trained, "--data", short)
+    calibrating: tuple[Any, ...] = ("calibrate", "--model", model_folder, "--checkpoint", trained, "--data", short)
     code, output = run(*calibrating, "--length", 4096)
     assert code == 1
     assert "too little text" in output
@@ -340,8 +340,8 @@ def test_settings_of_the_model_are_replaced(model_folder: Path, text: Path, tmp_
     stored = read_config(tmp_path / "out")
     assert stored.fingerprint.rope_scaling is not None
     assert stored.fingerprint.rope_scaling["factor"] == 4.0
-    calibrating = ("calibrate", "--model", model_folder, "--checkpoint", tmp_path / "out", "--data", "synthetic")
-    calibrating = (*calibrating, "--length", 128, "--sequences", 1, "--chunk-lengths", 0)
+    given = ("calibrate", "--model", model_folder, "--checkpoint", tmp_path / "out", "--data", "synthetic")
+    calibrating = (*given, "--length", 128, "--sequences", 1, "--chunk-lengths", 0)
     code, output = run(*calibrating)
     assert code == 1
     assert "trained for another model" in output

@@ -86,7 +86,7 @@ def test_a_run_leaves_a_checkpoint_logs_and_a_report(
     assert loaded.config.layers == (0, 1)
     assert set(loaded.config.thresholds) == {"accurate", "balanced", "fast"}
     assert loaded.config.training["steps"] == 6
-    assert 0 < loaded.config.training["validation_recall"] <= 1
+    assert 0 < float(loaded.config.training["validation_recall"]) <= 1
     log = history(out)
     assert [e["step"] for e in log if "loss" in e] == [1, 2, 3, 4, 5, 6]
     checked = [e for e in log if "validation" in e]
@@ -263,7 +263,7 @@ def test_nan_stops_the_run_before_it_reaches_the_weights(teacher: Teacher, tmp_p
             figures[:, 1] = float("nan")
         return figures
 
-    made.distiller.learn = poisoned  # type: ignore[method-assign]
+    made.distiller.learn = poisoned  # type: ignore[method-assign, assignment]
     with pytest.raises(DistilError, match=r"not a number at step 4 \(layers \[1\]\).*--learning-rate"):
         made.run()
     loaded = load_checkpoint(tmp_path)  # the one of step 2
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_not_finite_is_found_as_well(teacher: Teacher, tmp_pa
         next(iter(made.student.parameters())).grad[0] = float("inf")  # type: ignore[index]
         return figures
 
-    made.distiller.learn = poisoned  # type: ignore[method-assign]
+    made.distiller.learn = poisoned  # type: ignore[method-assign, assignment]
     with pytest.raises(DistilError, match="only a gradient"):
         made.run()
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_weights_equal_the_reference(seed: int) -> None:
         # Rows outside the range are not read.
         lse[:start] = float("nan")
     config = Settings(choose.choice([16, 32, 64]), choose.choice([16, 32, 64]), 4, 1)
-    options = {"scale": 0.3, "reduce": reduce, "min_distance": near, "row_start": start, "row_end": end}
+    options: dict[str, Any] = {"scale": 0.3, "reduce": reduce, "min_distance": near, "row_start": start, "row_end": end}
     found = column_weights(q, k, **options, lse=lse, config=config)
     torch.testing.assert_close(found, naive.column_weights(q, k, **options), rtol=2e-4, atol=1e-7)
 

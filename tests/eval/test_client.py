@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from tests.eval.fake import MODELS, serving
-from vllm_vsprefill.eval import client as module
 from vllm_vsprefill.eval.client import Client, is_loopback
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.server import free_port
@@ -18,7 +18,7 @@ from vllm_vsprefill.eval.tokens import ServerTokens, check_tokens, open_tokens
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def test_nobody_there() -> None:
@@ -113,7 +113,7 @@ class Characters:
 
 
 def test_a_tokenizer_that_is_not_the_servers() -> None:
-    replies = {"/v1/models": (200, MODELS), "/tokenize": (200, {"tokens": [1, 2, 3]})}
+    replies: dict[str, Any] = {"/v1/models": (200, MODELS), "/tokenize": (200, {"tokens": [1, 2, 3]})}
     with (
         serving(replies) as url,
         Client(url) as client,

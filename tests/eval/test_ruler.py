@@ -159,9 +159,8 @@ def test_a_haystack_of_needles_with_uuids(bytes_ruler: Ruler) -> None:
     problem = sample(bytes_ruler, "niah_multikey_3")
     uuid = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
     lines = problem.text.split("\n")[1:-1]
-    pairs = dict(
-        re.fullmatch(rf"One of the special magic uuids for ({uuid}) is: ({uuid})\.", x).groups() for x in lines
-    )
+    found = [re.fullmatch(rf"One of the special magic uuids for ({uuid}) is: ({uuid})\.", line) for line in lines]
+    pairs = {match[1]: match[2] for match in found if match}
     assert len(pairs) == len(lines) > 20
     assert pairs[problem.text.rsplit(" for ", 1)[1].split()[0]] == problem.answers[0]
 

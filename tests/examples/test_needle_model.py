@@ -137,7 +137,7 @@ def test_transformers_answers_greedily(tokenizer: Any) -> None:
 
     theirs = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     for task in ("multi_value", "variable_tracking"):
-        p = make_problem(np.random.default_rng(9), task, "words", 1024)  # type: ignore[arg-type]
+        p = make_problem(np.random.default_rng(9), task, "words", 1024)
         ids = torch.from_numpy(p.prompt_ids.astype(np.int64))[None]
         out = theirs.generate(ids, max_new_tokens=32, do_sample=False)
         assert p.is_correct(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
@@ -284,7 +284,7 @@ def test_sparse_prefill_answers_and_counts(model: NeedleModel) -> None:
     settings = SparseSettings(tau_columns=0.05, tau_diagonals=0.01, window=64, min_seq_len=512, max_diagonals=2)
     attention = SparseAttention(loaded.layers, settings)
     for task in ("multi_query", "variable_tracking"):
-        p = make_problem(np.random.default_rng(8), task, "repeat", 1536)  # type: ignore[arg-type]
+        p = make_problem(np.random.default_rng(8), task, "repeat", 1536)
         assert p.is_correct(answer_all(model, [p], attention=attention, chunk=512)[0])
     assert 0.1 < attention.density < 0.6
     assert len(attention.layer_densities()) == 6

@@ -524,8 +524,9 @@ def solve_attend(
             stock = stock_attention(part, k, v, mask, scale * k_scale).double() * v_scale
             stock_off += float((stock - wanted).square().sum())
         if count * n * q.shape[1] <= 300_000 and rng.random() < 0.3:
+            exact_q, exact_k, exact_v = (x.double().cpu() for x in (part, k, v))
             by_naive, naive_pairs = naive_attend.attend(
-                *(x.double().cpu() for x in (part, k, v)),
+                exact_q, exact_k, exact_v,
                 Selection(*(x.cpu() for x in chosen[i].selection)).below(n), pattern, scale=scale * k_scale,
             )  # fmt: skip
             check.equal("pairs of the two references", pairs[-1] - 5, naive_pairs)
@@ -984,7 +985,7 @@ def make_sequence(
         lse = masked_attention(q, k, k, causal, options["scale"])[1].float()
         lse[:start] = float("nan")  # rows outside the range are not read
         lse[n if end is None else end :] = float("nan")
-    tiles = None if config["tiles"] is None else Settings(*config["tiles"], 4, 1)
+    tiles = None if config["tiles"] is None else Settings(config["tiles"][0], config["tiles"][1], 4, 1)
     return q, k, options, lse, tiles
 
 
@@ -1072,7 +1073,7 @@ def solve(name: str, seed: int, tiny: bool) -> Result:
     try:
         config = operation.draw(random.Random(f"{name} {seed // PER_CONFIG}"), tiny)
         result.params = {"config": config, "problem": told}
-        result.dtype = config.get("cache", config.get("dtype", ""))
+        result.dtype = str(config.get("cache", config.get("dtype", "")))
         gen = torch.Generator(DEVICE).manual_seed(seed)
         operation.run(config, random.Random(f"{name} problem {seed}"), gen, check, told)
     except Exception as error:  # what a kernel may raise is open: compilers, drivers, checks

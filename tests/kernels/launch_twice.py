@@ -67,7 +67,7 @@ def main() -> None:
         device.get_device_capability = lambda _: (9, 0)
         driver.set_active(device)
         settings_module.capability = lambda _: 90  # type: ignore[assignment]
-        compile_table.attend_module.capability = lambda _: 90  # type: ignore[assignment]
+        compile_table.attend_module.capability = lambda _: 90  # type: ignore[attr-defined]
         compile_table.take_host_tensors()
 
         sizes: dict[int, list[int]] = {}
@@ -82,7 +82,7 @@ def main() -> None:
 
         @ctypes.CFUNCTYPE(None, ctypes.POINTER(LaunchConfig), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
         def observe(config: Any, function: int, params: Any) -> None:
-            about = {name: getattr(config.contents, name) for name, _ in LaunchConfig._fields_ if name != "attributes"}
+            about = {name: getattr(config.contents, name) for name, *_ in LaunchConfig._fields_ if name != "attributes"}
             about["function"] = function
             about["params"] = [ctypes.string_at(params[i], size).hex() for i, size in enumerate(sizes[function])]
             seen.append(about)

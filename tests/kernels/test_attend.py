@@ -106,7 +106,8 @@ def test_diagonals_and_all_remaining_columns_are_dense(attend: Attend, problem: 
 def test_everything_selected_is_dense(attend: Attend, everything: str) -> None:
     problem = make_problem(n=150, num_rows=100, dtype=torch.float64, num_columns=0, num_diagonals=0)
     if everything in ("columns", "diagonals"):
-        problem = replace(problem, **{everything: [list(range(150))] * 2})
+        change: dict[str, Any] = {everything: [list(range(150))] * 2}
+        problem = replace(problem, **change)
     else:
         problem = problem.with_pattern(**{everything: 1000})
     out, visited = run(attend, problem)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -210,7 +210,7 @@ P = torch.full((2, 4), 0.25)
         ({"tau_columns": float("nan")}, "tau_columns must not be NaN"),
         ({"tau_diagonals": torch.tensor([0.5, 0.5, 0.5])}, "tau_diagonals must be a number or have shape"),
         ({"budgets": Budgets(min_columns=-1)}, "min_columns must be a non-negative int"),
-        ({"budgets": Budgets(max_columns=1.5)}, "max_columns must be a non-negative int"),
+        ({"budgets": Budgets(max_columns=cast(int, 1.5))}, "max_columns must be a non-negative int"),
         ({"budgets": Budgets(min_diagonals=5, max_diagonals=4)}, "min_diagonals is 5, above max_diagonals"),
         ({"budgets": Budgets(max_diagonals=True)}, "max_diagonals must be a non-negative int"),
     ],

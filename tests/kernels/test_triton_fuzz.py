@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from tests.kernels.interpreted import REASON, USABLE
+from tests.kernels.interpreted import DEVICE, REASON, USABLE
 
 if USABLE:
     from tests.kernels import fuzz
+    from vllm_vsprefill.kernels.attend import naive as naive_attend
+    from vllm_vsprefill.kernels.attend.triton import attend
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
@@ -25,11 +28,11 @@ def test_a_problem(name: str) -> None:
 
 
 def test_a_wrong_row_is_found_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = fuzz.attend
+    good = attend
 
-    def wrong(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    def wrong(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         out = good(q, *args, **options)
-        row = int(args[2].row_start[0])  # type: ignore[attr-defined]
+        row = int(args[2].row_start[0])
         out[row, 0] *= 1.03
         return out
 
@@ -55,7 +58,7 @@ def test_an_exception_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_masks_equal_the_definition() -> None:
     """``visible`` against ``attend.naive`` on more shapes than problems would compare."""
-    rng, gen = random.Random(0), torch.Generator(fuzz.DEVICE).manual_seed(0)
+    rng, gen = random.Random(0), torch.Generator(DEVICE).manual_seed(0)
     for _ in range(20):
         n = rng.randint(1, 120)
         rows = rng.randint(1, n)
@@ -65,7 +68,7 @@ def test_masks_equal_the_definition() -> None:
         found = fuzz.visible(one.columns, one.diagonals, pattern, rows)
         selection = one.selection.below(n)
         for head in range(2):
-            wanted = fuzz.naive_attend.visible(
-                selection, pattern, head=head, num_rows=rows, seq_len=n, device=torch.device(fuzz.DEVICE)
+            wanted = naive_attend.visible(
+                selection, pattern, head=head, num_rows=rows, seq_len=n, device=torch.device(DEVICE)
             )
             assert torch.equal(found[head], wanted), (pattern, n, rows)

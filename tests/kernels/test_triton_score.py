@@ -50,13 +50,13 @@ def test_slots_and_missing(seed: int) -> None:
     logits = torch.full((kv.cache.shape[0] * block, 2 * heads), float("nan"), device=DEVICE)
     expected = logits.clone()
     config = Settings(choose.choice([16, 64]), choose.choice([16, 32]), 4, 1)
-    tolerance = {"rtol": 1e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-4}
+    rtol, atol = (1e-3, 2e-3) if dtype == torch.float16 else (1e-4, 1e-4)
 
     # Some slots, and padding.
     some = torch.cat((every[::2], torch.tensor([-1, -1], device=DEVICE)))
     score_slots(kv, some, weights, logits, config=config)
     paged.score_slots(kv, some, weights, expected)
-    torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
+    torch.testing.assert_close(logits, expected, equal_nan=True, rtol=rtol, atol=atol)
     # What is missing, and nothing else.
     logits[every[0]] = 5.0
     expected[every[0]] = 5.0
@@ -65,7 +65,7 @@ def test_slots_and_missing(seed: int) -> None:
     score_missing(kv, batch, weights, logits, missing, config=config)
     paged.score_missing(kv, batch, weights, expected, missing)
     assert float(expected[every[0], 0]) == 5.0
-    torch.testing.assert_close(logits, expected, equal_nan=True, **tolerance)
+    torch.testing.assert_close(logits, expected, equal_nan=True, rtol=rtol, atol=atol)
 
 
 def test_a_broken_token_is_not_missing_afterwards() -> None:

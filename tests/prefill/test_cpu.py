@@ -86,10 +86,11 @@ def test_prefill_is_attention_under_its_mask(seed: int, operations: Operations, 
 
 def test_logits_are_kept_and_missing_ones_computed() -> None:
     layer, query, key, value = problem(0, indexer=True)
-    assert layer.weights is not None
+    weights = layer.weights
+    assert weights is not None
     kept = torch.full((400, 4), float("nan"))
     slots = torch.randperm(400, generator=torch.Generator().manual_seed(1))[:N]
-    layer = SparseLayer(0, 0, HEADS, layer.weights, layer.tau, SimpleNamespace(slots=kept))
+    layer = SparseLayer(0, 0, HEADS, weights, layer.tau, SimpleNamespace(slots=kept))
     calls: list[int] = []
 
     def counting(k: Tensor, v: Tensor, weights: IndexerLayerWeights) -> Tensor:
@@ -100,7 +101,7 @@ def test_logits_are_kept_and_missing_ones_computed() -> None:
     for forgotten in (slots, slots[:0], slots[100:], slots[3::7]):
         kept[forgotten] = float("nan")
         prefill.choose(layer, query, key, value, ROWS, scale=0.25, slots=slots)
-        torch.testing.assert_close(kept[slots].view(N, 2, 2), score(key, value, layer.weights))
+        torch.testing.assert_close(kept[slots].view(N, 2, 2), score(key, value, weights))
     with pytest.raises(ValueError, match="slots must say where"):
         prefill.choose(layer, query, key, value, ROWS, scale=0.25)
     assert calls == [N, N - 100, len(slots[3::7])]
