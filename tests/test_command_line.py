@@ -53,6 +53,25 @@ def test_values_reach_the_model() -> None:
     ]
 
 
+def test_defaults_of_a_model_within_are_those_of_the_model_around_it() -> None:
+    class Around(BaseModel):
+        inner: Inner = Inner(colour="blue", parts=(7,))
+
+    seen: list[Around] = []
+    app = typer.Typer()
+    app.command()(takes(Around)(seen.append))
+    runner = CliRunner()
+    assert "[default: blue]" in runner.invoke(app, ["--help"]).output
+    assert runner.invoke(app, []).exit_code == 0
+    assert runner.invoke(app, ["--size-of", "2"]).exit_code == 0
+    assert runner.invoke(app, ["--colour", "red"]).exit_code == 0
+    assert seen == [
+        Around(),
+        Around(inner=Inner(colour="blue", parts=(7,), size_of=2)),
+        Around(inner=Inner(colour="red", parts=(7,))),
+    ]
+
+
 def test_help_says_what_the_fields_say() -> None:
     code, output = run("--help")
     assert code == 0

@@ -26,14 +26,23 @@ class _Field(NamedTuple):
     path: tuple[str, ...]
     info: FieldInfo
     heading: str
+    preset: dict[str, Any]  # its value, where a default of a model around it says another one than it does itself
 
 
-def _fields(model: type[BaseModel], path: tuple[str, ...] = (), heading: str = "Options") -> Iterator[_Field]:
+def _fields(
+    model: type[BaseModel],
+    path: tuple[str, ...] = (),
+    heading: str = "Options",
+    default: BaseModel | None = None,
+) -> Iterator[_Field]:
     for name, info in model.model_fields.items():
+        said = default is not None and name in default.model_fields_set
+        value = getattr(default, name) if said else info.default
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _fields(info.annotation, (*path, name), info.description or name.capitalize())
+            inner = value if isinstance(value, BaseModel) else None
+            yield from _fields(info.annotation, (*path, name), info.description or name.capitalize(), inner)
         else:
-            yield _Field((*path, name), info, heading)
+            yield _Field((*path, name), info, heading, {name: value} if said else {})
 
 
 def flag(name: str) -> str:
@@ -91,9 +100,9 @@ def _shown(default: Any) -> str | None:
 
 def _parameter(field: _Field) -> inspect.Parameter:
     name, info = field.path[-1], field.info
-    needed = info.is_required()
+    needed = info.is_required() and not field.preset
     text = (info.description or "") + (" (needed)" if needed else "")
-    default = None if needed or info.default_factory is not None else info.default
+    default = field.preset.get(name, None if needed or info.default_factory is not None else info.default)
     if _plain(info.annotation) is bool:
         declared = flag(name) if default is False else f"{flag(name)}/--no-{flag(name)[2:]}"
         kind, option = bool, typer.Option(declared, help=text, rich_help_panel=field.heading)
@@ -103,12 +112,15 @@ def _parameter(field: _Field) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def takes(model: type[Options], *errors: type[Exception]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+def takes(
+    model: type[Options], *errors: type[Exception], program: str = "vsprefill"
+) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Make a function of a pydantic model a command for typer.
 
     Args:
         model: whose fields are the options.
         errors: exceptions whose message is all that their reader needs: it is printed, and the exit status is 1.
+        program: what messages begin with.
 
     Raises:
         TypeError: two fields would be the same option.
@@ -128,18 +140,19 @@ def takes(model: type[Options], *errors: type[Exception]) -> Callable[[Callable[
                 at = values  # Models within are made even where empty: what they lack is to be found.
                 for part in field.path[:-1]:
                     at = at.setdefault(part, {})
+                at.update(field.preset)
                 if (value := given[field.path[-1]]) != defaults[field.path[-1]]:
                     at[field.path[-1]] = value
             try:
                 options = model.model_validate(values)
             except ValidationError as error:
                 lines = [f"  - {problem}" for problem in option_problems(model, error)]
-                typer.echo("vsprefill: options that cannot be used:\n" + "\n".join(lines), err=True)
+                typer.echo(f"{program}: options that cannot be used:\n" + "\n".join(lines), err=True)
                 raise typer.Exit(1) from None
             try:
                 run(options)
             except errors as error:
-                typer.echo(f"vsprefill: {error}", err=True)
+                typer.echo(f"{program}: {error}", err=True)
                 raise typer.Exit(1) from None
 
         command.__name__, command.__doc__ = run.__name__, run.__doc__

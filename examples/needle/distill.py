@@ -14,15 +14,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import typer
+from pydantic import BaseModel, Field
 
 from examples.needle.tasks import HAYSTACKS, TASKS, make_problem, training_sequence
+from vllm_vsprefill.command_line import takes
 from vllm_vsprefill.distil.calibrate import Goal
 from vllm_vsprefill.distil.data import Ids
 from vllm_vsprefill.distil.errors import DistilError
+from vllm_vsprefill.distil.options import ModelOptions, StudentOptions, train_options
 
 MODEL = Path(__file__).parent / "model"
 # What the presets are calibrated to, by the recall of entries weighted by their own probability: a row that looks for
@@ -65,98 +67,72 @@ def write_prompts(file: Path, count: int, length: int, seed: int) -> None:
             out.write(json.dumps({"input_ids": prompts.sequence(i, length).tolist()}) + "\n")
 
 
-def main(
-    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder of the run; by default OUT.run.")] = None,
-    steps: Annotated[int, typer.Option()] = 2000,
-    learning_rate: Annotated[float, typer.Option()] = 2e-3,
-    hidden_size: Annotated[int, typer.Option()] = 256,
-    target: Annotated[str, typer.Option(help="mass, peak or mixed.")] = "peak",
-    peak_power: Annotated[float, typer.Option(help="Power that peaks are raised to.")] = 2.0,
-    exclude_window: Annotated[int, typer.Option(help="Diagonals below this do not count.")] = 256,
-    max_length: Annotated[int, typer.Option()] = 32768,
-    min_length: Annotated[int, typer.Option()] = 2048,
-    validate_every: Annotated[int, typer.Option()] = 250,
-    calibration_length: Annotated[int, typer.Option()] = 32768,
-    calibration_prompts: Annotated[int, typer.Option()] = 6,
-    per_head: Annotated[bool, typer.Option("--per-head", help="Calibrate thresholds for each KV head.")] = False,
-    seed: Annotated[int, typer.Option()] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
-    write: Annotated[Path | None, typer.Option(help="Only write prompts to this .jsonl file.")] = None,
-    prompts: Annotated[int, typer.Option(help="How many --write writes, of MAX_LENGTH tokens.")] = 100,
-) -> None:
-    """Train, calibrate and store the indexer."""
-    if write is not None:
-        write_prompts(write, prompts, max_length, seed)
+class DistilOptions(BaseModel):
+    """Options of this command. Lengths in tokens."""
+
+    out: Path | None = Field(None, description="Folder for the checkpoint.")
+    work: Path | None = Field(None, description="Folder of the run; by default OUT.run.")
+    student: StudentOptions = Field(
+        StudentOptions(hidden_size=256, target="peak", peak_power=2.0, exclude_window=256), description="Indexer"
+    )
+    steps: int = Field(2000, ge=1, description="Optimiser steps.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
+    max_length: int = Field(32768, ge=16, description="Longest sequence.")
+    min_length: int = Field(2048, ge=16, description="Shortest sequence.")
+    validate_every: int = Field(250, ge=1, description="Steps between validations.")
+    calibration_length: int = Field(32768, ge=16, description="Tokens of a prompt to calibrate with.")
+    calibration_prompts: int = Field(6, ge=1, description="Prompts to calibrate with.")
+    per_head: bool = Field(False, description="Calibrate thresholds for each KV head.")
+    seed: int = Field(1, ge=0, description="Of weights and prompts.")
+    resume: bool = Field(False, description="Go on with the run.")
+    write: Path | None = Field(None, description="Only write prompts to this .jsonl file.")
+    prompts: int = Field(100, ge=1, description="How many --write writes, of --max-length tokens.")
+
+
+@takes(DistilOptions, DistilError, program="distill")
+def main(options: DistilOptions) -> None:
+    """Train, calibrate and store the needle model's indexer."""
+    if options.write is not None:
+        write_prompts(options.write, options.prompts, options.max_length, options.seed)
         return
-    if out is None:
-        raise typer.BadParameter("say where the checkpoint goes", param_hint="--out")
-    folder = work or out.with_name(out.name + ".run")
+    if options.out is None:
+        raise DistilError("--out: say where the checkpoint goes")
     from vllm_vsprefill.distil.trainer import Interrupted
 
     try:
-        _run(
-            out, folder, steps, learning_rate, hidden_size, target, peak_power, exclude_window, max_length, min_length,
-            validate_every, calibration_length, calibration_prompts, per_head, seed, resume,
-        )  # fmt: skip
-    except DistilError as error:
-        typer.echo(f"distill: {error}", err=True)
-        raise typer.Exit(1) from None
+        _run(options, options.out)
     except Interrupted as stop:
         typer.echo(f"distill: {stop}", err=True)
         raise typer.Exit(130) from None
 
 
-def _run(
-    out: Path,
-    folder: Path,
-    steps: int,
-    learning_rate: float,
-    hidden_size: int,
-    target: str,
-    peak_power: float,
-    exclude_window: int,
-    max_length: int,
-    min_length: int,
-    validate_every: int,
-    calibration_length: int,
-    calibration_prompts: int,
-    per_head: bool,
-    seed: int,
-    resume: bool,
-) -> None:
+def _run(options: DistilOptions, out: Path) -> None:
     import torch
     from accelerate import Accelerator
 
     from vllm_vsprefill.checkpoint import load_checkpoint
     from vllm_vsprefill.distil import calibrate
     from vllm_vsprefill.distil.model import load
-    from vllm_vsprefill.distil.options import ModelOptions, train_options
     from vllm_vsprefill.distil.trainer import Trainer
     from vllm_vsprefill.tuning import CPU
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    student: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        "target": target,
-        "peak_power": peak_power,
-        "exclude_window": exclude_window,
-    }
-    options = train_options(
-        student,
-        max_length=max_length,
-        min_length=min(min_length, max_length),
-        steps=steps,
-        learning_rate=learning_rate,
+    folder = options.work or out.with_name(out.name + ".run")
+    seed = options.seed
+    run = train_options(
+        options.student.model_dump(),
+        max_length=options.max_length,
+        min_length=min(options.min_length, options.max_length),
+        steps=options.steps,
+        learning_rate=options.learning_rate,
         seed=seed,
-        compute_dtype="bfloat16" if torch.cuda.is_available() else "float32",
-        validate_every=validate_every,
-        save_every=validate_every,
+        validate_every=options.validate_every,
+        save_every=options.validate_every,
         calibrate=False,
     )
     teacher = load(ModelOptions(model=str(MODEL)), accelerator.device)
     Trainer(
-        options, teacher, Prompts(seed), Prompts(seed, held_out=True), folder, accelerator, resume=resume,
+        run, teacher, Prompts(seed), Prompts(seed, held_out=True), folder, accelerator, resume=options.resume,
         log=typer.echo,
     ).run()  # fmt: skip
     loaded = load_checkpoint(folder)
@@ -164,14 +140,14 @@ def _run(
     tables = calibrate.measure(
         teacher,
         {i: [w.to(teacher.device) for w in weights] for i, weights in loaded.layers.items()},
-        [held_out.sequence(i, calibration_length) for i in range(calibration_prompts)],
+        [held_out.sequence(i, options.calibration_length) for i in range(options.calibration_prompts)],
         # The CPU's tiles, the larger ones: a density found with them is not exceeded elsewhere.
         {preset: calibrate.preset_budgets(preset, CPU) for preset in GOALS},
         chunks=(8192, 2048),
         min_seq_len=calibrate.MIN_SEQ_LEN,
         seed=seed,
     )
-    found = calibrate.calibrate(tables, GOALS, per_head)
+    found = calibrate.calibrate(tables, GOALS, options.per_head)
     calibrate.store(loaded, {preset: c.thresholds for preset, c in found.items()})
     for preset, c in found.items():
         typer.echo(f"{preset}: recall {c.recall.mean():.1%} ({GOALS[preset].metric}), density {c.density.mean():.1%}")
