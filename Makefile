@@ -16,7 +16,7 @@ export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz versions docs lint format bench-cpu clean distclean
+.PHONY: help setup demo test fuzz versions docs lint format bench-cpu eval clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,7 @@ demo: setup  ## serve the needle model, ask a question about a long text (PROMPT
 	@$(PY) -m examples.demo $${PROMPT:+--prompt "$$PROMPT"} $${MODEL:+--model "$$MODEL"} $(DEMO_ARGS)
 
 test:  ## run the whole test suite (PYTEST_ARGS="-k select -x", WORKERS=0 for one process)
-	@$(SETUP) --extras demo,test,train
+	@$(SETUP) --extras demo,test,train,eval
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
 fuzz:  ## random problems for the kernels, in Triton's interpreter (FUZZ_ARGS="--seconds 60 --seed 0")
@@ -45,13 +45,19 @@ versions:  ## the plugin on the other releases of vLLM that it supports (downloa
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)
 
+EVAL_ARGS ?= --lengths 12k --samples 2
+eval:  ## sparse against dense prefill on a text, with a model of yours (MODEL=path-or-id EVAL_ARGS="--data book.txt")
+	@$(SETUP) --extras demo,test,eval
+	@$(PY) -m vllm_vsprefill.cli eval --model "$${MODEL:-examples/needle/model}" \
+		--out "build/eval/$(or $(notdir $(MODEL:/=)),needle)" $(EVAL_ARGS)
+
 docs:  ## the pages of docs/ as a site in build/site, their tables written anew
 	@$(SETUP) --extras docs
 	@$(PY) scripts/make_docs.py
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint:  ## format and lint checks, types, licence headers
-	@$(SETUP) --extras dev,demo,test,train
+	@$(SETUP) --extras dev,demo,test,train,eval
 	@status=0; \
 	for check in "-m ruff check ." "-m ruff format --check ." "-m reuse lint --quiet" scripts/check_sources.py \
 			"scripts/make_docs.py --check" "-m mypy"; do \
@@ -60,7 +66,7 @@ lint:  ## format and lint checks, types, licence headers
 	exit $$status
 
 format:  ## rewrite sources in the project's format
-	@$(SETUP) --extras dev,demo,test,train
+	@$(SETUP) --extras dev,demo,test,train,eval
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
