@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,16 @@ def test_every_line_of_a_plan_is_a_method(plan: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for mean in (512, 1024, 2048):
         (tmp_path / f"budgets_{mean}.json").write_text("[[100, 200]]")
+    seen = set()
     for line in read_plan(plan):
         for method, layers in expand(line, 3):
-            kept = make(method).keep(chunk(rows=300, n=940, block=make(method).block))
-            assert kept is None or isinstance(kept, Computed) or kept.keys.shape[2] == 940
             assert layers is None or all(0 <= layer < 3 for layer in layers)
+            estimator = make(method)
+            kind = re.sub(r"=[\d.e-]+", "=", method)  # one of those that differ in a number only is looked at
+            if kind not in seen:
+                kept = estimator.keep(chunk(rows=300, n=940, block=estimator.block))
+                assert kept is None or isinstance(kept, Computed) or kept.keys.shape[2] == 940
+            seen.add(kind)
 
 
 def test_lines_expand() -> None:
