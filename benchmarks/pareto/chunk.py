@@ -107,7 +107,7 @@ class Chunk:
             end = self.first + r1
             for h in range(self.k.shape[0]):
                 q = self.q[h * self.group : (h + 1) * self.group, r0:r1]
-                logits = (q @ self.k[h, :end].T).float() * self.scale
+                logits = products(q, self.k[h, :end]) * self.scale
                 logits[..., self.first + r0 :] += _causal(r1 - r0, logits)
                 probs = torch.softmax(logits, dim=-1)
                 mass[h, b, :end] = probs.amax((0, 1)) if over == "max" else probs.sum((0, 1)) / self.group
@@ -144,6 +144,14 @@ class Computed:
 def _causal(rows: int, like: Tensor) -> Tensor:
     """float32 ``[rows, rows]``: minus infinity where a key lies behind its row."""
     return torch.full((rows, rows), float("-inf"), device=like.device).triu(1)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """float32 ``q @ k`` transposed. The products must not be rounded to the model's dtype: logits reach hundreds.
+
+    On CUDA the caller allows TF32, which holds bfloat16 exactly and sums in float32.
+    """
+    return q.float() @ k.float().mT
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -194,7 +202,7 @@ def attend(chunk: Chunk, kept: Kept) -> Tensor:
             index = where[at : at + counts[h][b]]
             at += counts[h][b]
             q = chunk.q[h * heads : (h + 1) * heads, r0:r1]
-            logits = (q @ chunk.k[kv, index].T).float() * chunk.scale
+            logits = products(q, chunk.k[kv, index]) * chunk.scale
             distance = (chunk.first + torch.arange(r0, r1, device=q.device))[:, None] - index
             hidden = distance < 0
             if kept.diagonals is not None:
@@ -203,7 +211,7 @@ def attend(chunk: Chunk, kept: Kept) -> Tensor:
             values = chunk.v[kv, index]
             if kept.residual:
                 k_mean, v_mean, bias = _left_out(chunk, kept.keys[h, b], kv, chunk.first + r0, kept.residual)
-                rest = (q @ k_mean.T).float() * chunk.scale + bias
+                rest = products(q, k_mean) * chunk.scale + bias
                 logits, values = torch.cat((logits, rest), -1), torch.cat((values, v_mean))
             probs = torch.softmax(logits, dim=-1).to(values.dtype)
             out[h * heads : (h + 1) * heads, r0:r1] = probs @ values

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.pareto.chunk import Chunk, Kept
+from benchmarks.pareto.chunk import Chunk, Kept, products
 from benchmarks.pareto.structures import UNWANTED, residual_pairs, smallest_set, top_keys
 
 
@@ -52,7 +52,7 @@ def _pooled_queries(chunk: Chunk) -> Tensor:
 def _last_rows(chunk: Chunk, h: int, count: int) -> Tensor:
     """Attention of a head's last rows, float32 ``[count, n]``."""
     q = chunk.q[h, -count:]
-    logits = (q @ chunk.k[h // chunk.group].T).float() * chunk.scale
+    logits = products(q, chunk.k[h // chunk.group]) * chunk.scale
     at = chunk.seq_len - len(q) + torch.arange(len(q), device=chunk.device)[:, None]
     return torch.softmax(logits.masked_fill_(chunk.positions > at, float("-inf")), -1)
 
@@ -118,7 +118,7 @@ class FlexPrefill:
         chosen = ((j == own[:, None]) | (j == 0)).expand(chunk.q.shape[0], -1, -1).clone()
         least = self.min_budget // self.block
         for h in range(chunk.q.shape[0]):
-            pooled = (queries[h] @ keys[h // chunk.group].T).float() * chunk.scale
+            pooled = products(queries[h], keys[h // chunk.group]) * chunk.scale
             pooled = torch.softmax(pooled.masked_fill(~causal, float("-inf")), -1)
             probs = _last_rows(chunk, h, self.block)
             true = F.pad(probs.mean(0), (0, -chunk.seq_len % self.block)).unflatten(0, (-1, self.block)).sum(1)
@@ -167,7 +167,7 @@ class XAttention:
         always = (j == own[:, None]) | (j == 0)
         chosen = always.expand(chunk.q.shape[0], -1, -1).clone()
         for h in range(chunk.q.shape[0]):
-            logits = (q[h] @ k[h // chunk.group].T).float() * (chunk.scale / s)
+            logits = products(q[h], k[h // chunk.group]) * (chunk.scale / s)
             probs = torch.softmax(logits.masked_fill_(hidden, float("-inf")), -1)
             mass = probs.unflatten(0, (-1, self.block // s)).sum(1).unflatten(1, (-1, self.block // s)).sum(2)
             may_leave = (1 - self.threshold) * mass.sum(1)
@@ -198,11 +198,11 @@ class Anchor:
         groups = (chunk.starts // (self.block * self.step)).tolist()
         for h in range(chunk.q.shape[0]):
             k = chunk.k[h // chunk.group]
-            logits = (queries[h] @ k.T).float() * chunk.scale
+            logits = products(queries[h], k) * chunk.scale
             for b in range(chunk.blocks):
                 r0, r1 = chunk.bounds(b)
                 index = near[b].nonzero()[:, 0]
-                local = (chunk.q[h, r0:r1] @ k[index].T).float() * chunk.scale
+                local = products(chunk.q[h, r0:r1], k[index]) * chunk.scale
                 at = chunk.first + torch.arange(r0, r1, device=chunk.device)[:, None]
                 anchor = local.masked_fill_(index > at, float("-inf")).amax(1).mean()
                 keys[h, b] |= (logits[b] >= anchor - self.theta) & (j < group_start[b])
@@ -239,7 +239,7 @@ class FlashPrefill:
         at = chunk.first + torch.arange(chunk.rows, device=chunk.device)[:, None]
         hidden = (j + 1) * self.block - 1 > at
         for h in range(chunk.q.shape[0]):
-            logits = (chunk.q[h] @ pooled[h // chunk.group].T).float() * chunk.scale
+            logits = products(chunk.q[h], pooled[h // chunk.group]) * chunk.scale
             logits = F.pad(
                 logits.masked_fill_(hidden, float("-inf")), (0, 0, 0, -chunk.rows % self.block), value=-torch.inf
             )

@@ -74,6 +74,7 @@ class Runner:
         self._judge = False
         self._first = 0
         _register()
+        torch.set_float32_matmul_precision("high")  # TF32 holds what bfloat16 does
         model.set_attn_implementation(IMPLEMENTATION)
         with torch.inference_mode():
             self._pass(0, dense_first)

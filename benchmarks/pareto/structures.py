@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.pareto.chunk import Chunk, Computed, Kept
+from benchmarks.pareto.chunk import Chunk, Computed, Kept, products
 from vllm_vsprefill.kernels.sampled.naive import sampled
 from vllm_vsprefill.kernels.select.naive import select
 from vllm_vsprefill.kernels.types import Budgets
@@ -79,10 +79,10 @@ def mean_query_mass(
         size = (chunk.rows - rows).clamp(min=1, max=part)[:, None]
         mean = rows_q.sum(2) / size
         k = chunk.k[h * per_list // chunk.group]
-        logits = (_rounded(mean.to(k.dtype), score) @ _rounded(k, score).T).float() * chunk.scale
+        logits = products(_rounded(mean.to(k.dtype), score), _rounded(k, score)) * chunk.scale
         if spread:
             variance = (rows_q.square().sum(2) / size - mean.square()).clamp(min=0)
-            logits += (variance.to(k.dtype) @ k.square().T).float() * (spread * chunk.scale**2 / 2)
+            logits += products(variance.to(k.dtype), k.square()) * (spread * chunk.scale**2 / 2)
         mass = torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
         mass[:, empty] = 0.0
         mass = mass.unflatten(1, (tiles, probes))
@@ -146,7 +146,7 @@ def output_errors(chunk: Chunk, options: list[Tensor], num_rows: int = 64) -> Te
     total = torch.zeros((), device=chunk.device)
     for h in range(lists):
         kv = h * heads // chunk.group
-        logits = (chunk.q[h * heads : (h + 1) * heads, rows] @ chunk.k[kv].T).float() * chunk.scale
+        logits = products(chunk.q[h * heads : (h + 1) * heads, rows], chunk.k[kv]) * chunk.scale
         probs = torch.softmax(logits.masked_fill_(later, float("-inf")), -1)
         values = chunk.v[kv].float()
         true = probs @ values
@@ -350,7 +350,7 @@ def sampled_mass(chunk: Chunk, window: int, num_rows: int = 64) -> Tensor:
     mass = torch.empty(chunk.k.shape[0], chunk.seq_len, device=chunk.device)
     for h in range(chunk.k.shape[0]):
         q = chunk.q[h * chunk.group : (h + 1) * chunk.group, rows]
-        logits = (q @ chunk.k[h].T).float() * chunk.scale
+        logits = products(q, chunk.k[h]) * chunk.scale
         probs = torch.softmax(logits.masked_fill_(chunk.positions > at, float("-inf")), dim=-1)
         mass[h] = probs.masked_fill_(chunk.positions > at - window, 0.0).sum((0, 1))
     return mass
@@ -426,7 +426,7 @@ class RowOracle:
             for b in range(chunk.blocks):
                 r0, r1 = chunk.bounds(b)
                 end = chunk.first + r1
-                logits = (chunk.q[heads, r0:r1] @ chunk.k[h, :end].T).float() * chunk.scale
+                logits = products(chunk.q[heads, r0:r1], chunk.k[h, :end]) * chunk.scale
                 at = chunk.first + torch.arange(r0, r1, device=chunk.device)[:, None]
                 later = chunk.positions[:end] > at
                 probs = torch.softmax(logits.masked_fill_(later, float("-inf")), -1)
