@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Options set in the caller's shell would change what the tests see.
 for _name in [name for name in os.environ if name.startswith("VSPREFILL_")]:
     del os.environ[_name]
+# Servers of the tests are by themselves: nobody else on the machine counts them or switches them, nor they others.
+os.environ["VSPREFILL_STATS_DIR"] = tempfile.mkdtemp(prefix="vsprefill-tests-")
+atexit.register(shutil.rmtree, os.environ["VSPREFILL_STATS_DIR"], ignore_errors=True)
 
 # No deadline: on a busy machine the first example of a test also pays for imports. The examples are the same on every
 # run, so that a failure seen in continuous integration can be had again elsewhere.

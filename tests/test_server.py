@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -195,7 +195,7 @@ def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
         assert running.process is not None
         client = running.client()
         ask(client, problem(3000))
-        exchange = Path(tempfile.gettempdir()), f"vsprefill-{running.process.pid}-*"
+        exchange = Path(os.environ["VSPREFILL_STATS_DIR"]), f"vsprefill-{running.process.pid}-*"
         assert list(exchange[0].glob(exchange[1]))
         body = {"model": "needle", "prompt": problem(8000, 7).prompt_ids.tolist(), "max_tokens": 4}
         sender = threading.Thread(target=lambda: _swallow(running.url, body))
