@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.test_packaging import ROOT, copy_of_the_project, sources
+from tests.test_packaging import ROOT, copy_of_the_project
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +29,6 @@ MODULES = {
     "kernels": "vllm_vsprefill/kernels",
     "indexer_ckpts": "vllm_vsprefill/indexer_ckpts",
 }
-DATA = (
-    "vllm_vsprefill/py.typed",
-    "vllm_vsprefill/kernels/settings.json",
-    "vllm_vsprefill/indexer_ckpts/needle/config.json",
-    "vllm_vsprefill/indexer_ckpts/needle/indexer.safetensors",
-)
 SITE = Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
 
 
@@ -122,7 +116,13 @@ def test_both_distributions_hold_every_module_as_a_file_and_nothing_else(wheel: 
         members = archive.getmembers()
     assert [member.name for member in members if not (member.isfile() or member.isdir())] == []
     in_sdist = {member.name.partition("/")[2] for member in members if member.isfile()}
-    expected = {f"{package}/{name}" for folder, package in MODULES.items() for name in sources(folder)} | {*DATA}
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for folder, package in MODULES.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".md", ".pyc")
+    }
+    assert {"vllm_vsprefill/py.typed", "vllm_vsprefill/kernels/settings.json"} <= expected
     assert expected - names == set()
     assert expected - in_sdist == set()
     for held in (names, in_sdist):
