@@ -411,6 +411,23 @@ def test_a_model_that_is_no_decoder(tmp_path: Path, text: Path) -> None:
     assert "not a decoder" in output
 
 
+def test_what_cannot_be_trained_for_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    import transformers
+
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+    for made, message in (
+        (transformers.GptOssConfig, "no indexer can be trained for a gpt_oss model: layer 0 has attention sinks"),
+        (transformers.DeepseekV3Config, "a deepseek_v3 model has multi-head latent attention (MLA)"),
+    ):
+        folder = tmp_path / made.model_type
+        made(**small).save_pretrained(folder)
+        code, output = run("train", "--model", folder, "--data", "missing.txt", "--out", tmp_path / "out", *SMALL)
+        assert code == 1
+        assert message in output
+        assert "missing.txt" not in output
+        assert not (tmp_path / "out").exists()
+
+
 def test_no_traceback_for_unknown_flags() -> None:
     done = CliRunner().invoke(cli.app, ["train", "--modle", "x"])
     assert done.exit_code == 2
