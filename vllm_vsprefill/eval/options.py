@@ -83,7 +83,10 @@ class ServerOptions(_Frozen):
     start_timeout: float = Field(900, gt=0, description="Seconds that a server may take to start.")
     tokenizer: str | None = Field(None, description="Folder or id; by default the model's, or the server's own.")
     concurrency: int = Field(
-        1, ge=1, le=256, description="Requests at a time. Above 1, chunks and so scores differ a little between runs."
+        1,
+        ge=1,
+        le=256,
+        description="RULER's requests at a time. Above 1, chunks and so scores differ a little between runs.",
     )
 
     @model_validator(mode="after")

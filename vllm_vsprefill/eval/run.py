@@ -25,7 +25,7 @@ class Runner:
     Args:
         journal: what is finished.
         suites: what to measure.
-        concurrency: samples at a time.
+        concurrency: samples of RULER at a time.
     """
 
     def __init__(self, journal: Journal, suites: list[Measures], concurrency: int) -> None:
@@ -73,7 +73,8 @@ class Runner:
             self.journal.add(f"{cell.key(target.name)}/{index}", **values)
             progress.update()
 
-        if self.concurrency == 1:
+        # Rows and times are to be those of a prompt by itself.
+        if self.concurrency == 1 or cell.suite != "ruler":
             for index in indices:
                 one(index)
             return
