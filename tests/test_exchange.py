@@ -7,15 +7,18 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vllm_vsprefill import exchange
+from vllm_vsprefill.eval.server import free_port
 from vllm_vsprefill.exchange import EXCHANGE_VARIABLE, OWNER_FILE, STATS_DIR_VARIABLE, open_exchange, servers
 from vllm_vsprefill.stats import Recorder, read_modes
 
@@ -75,6 +78,34 @@ def test_a_killed_server_is_known_and_removed_by_the_next(base: Path) -> None:
     assert not reused.exists()
     assert [one.folder for one in servers(base)] == [fresh]
     assert not (fresh / "mode").exists()
+
+
+def test_which_port_a_server_listens_on(base: Path) -> None:
+    """In the process itself or, as with several API servers, in a child."""
+    text = (
+        "import socket\n"
+        "exchange.open_exchange()\n"
+        "own, other = (socket.create_server(('127.0.0.1', 0)) for _ in range(2))\n"
+        "print(own.getsockname()[1], other.getsockname()[1], flush=True)\n"
+        "if os.fork(): other.close()\n"
+        "else: own.close()\n"
+        "time.sleep(60)\n"
+    )
+    process = program(text, base)
+    assert process.stdout is not None
+    ports = [int(port) for port in process.stdout.readline().split()]
+    (server,) = servers(base)
+    try:
+        assert all(server.listens_on(port) for port in ports)
+        assert server.listens_on(free_port()) is False
+        with socket.create_server(("127.0.0.1", 0)) as another:
+            assert server.listens_on(another.getsockname()[1]) is False
+    finally:
+        for one in psutil.Process(process.pid).children():
+            one.kill()
+        process.kill()
+        process.wait()
+    assert server.listens_on(ports[0]) is None
 
 
 def test_removed_at_exit(base: Path) -> None:

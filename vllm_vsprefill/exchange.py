@@ -79,6 +79,24 @@ class Server:
         locked = self._is_locked()
         return _is_alive(self.pid) if locked is None else locked
 
+    def listens_on(self, port: int) -> bool | None:
+        """Whether the server accepts connections on a port of this machine; None where that cannot be seen."""
+        try:
+            import psutil  # comes with vLLM
+
+        except ImportError:
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            connections = [
+                connection
+                for one in (process, *process.children(recursive=True))
+                for connection in one.net_connections(kind="inet")
+            ]
+        except psutil.Error:
+            return None
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
+
     def is_certainly_gone(self) -> bool:
         """Whether nothing in the folder can be of use to anybody any more."""
         locked = self._is_locked()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vllm_vsprefill import stats
 from vllm_vsprefill.control import find_servers
@@ -130,6 +131,10 @@ def _local_server(wanted: ServerOptions) -> Server:
     if not is_loopback(wanted.url):
         raise EvalError(f"{wanted.url} is another machine's and cannot be switched to dense attention from here; {how}")
     found = [one for one in find_servers() if wanted.server in (None, str(one.pid), one.name)]
+    if wanted.server is None and (port := urlsplit(wanted.url).port) is not None:
+        # Another one on this machine would be switched in its place, and the wrong attention be measured.
+        there = {one: one.listens_on(port) for one in found}
+        found = [one for one in found if there[one]] or [one for one in found if there[one] is None]
     if len(found) > 1:
         listed = ", ".join(str(one.pid) for one in found)
         raise EvalError(f"several servers with VSPREFILL run here ({listed}); say which one --url is with --server")
