@@ -128,3 +128,15 @@ def test_a_setting_keeps_its_meaning(tmp_path: Path) -> None:
 def test_prompts_longer_than_the_server_allows(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"prompts of 64 tokens do not fit the server's 63 \(--max-model-len\)"):
         Runner(Journal(tmp_path, {}), [Suite()], 1).run(plan("fast", Client("fast", 63))[0], Bar())
+
+
+def test_a_tokenizer_that_is_not_the_servers_stops_before_anything_is_asked(tmp_path: Path) -> None:
+    def check(client: Any) -> None:
+        raise EvalError("not the server's")
+
+    opened, seen = plan("fast")
+    journal = Journal(tmp_path, {})
+    with pytest.raises(EvalError, match="not the server's"):
+        Runner(journal, [Suite()], 1, check).run(opened, Bar())
+    assert seen == ["open", "closed"]
+    assert list(journal.records) == ["setting/fast"]

@@ -41,7 +41,8 @@ def evaluate(options: EvalCommand, say: Say) -> None:
     tokens, model = _tokens(options)
     suites = _suites(options, texts, tokens)
     journal = Journal(options.out, _depends_on(options, model, tokens, texts))
-    runner = Runner(journal, suites, options.server.concurrency)
+    name = options.server.tokenizer or model
+    runner = Runner(journal, suites, options.server.concurrency, lambda client: check_tokens(tokens, client, name))
     for suite in suites:
         for cell in suite.cells():
             suite.check(cell)
@@ -67,12 +68,7 @@ def _tokens(options: EvalCommand) -> tuple[Tokens, str]:
         assert server.model is not None
         return LocalTokens(server.tokenizer or server.model), Path(server.model).name
     with targets.connect(server.url, server.model) as client:
-        tokens = open_tokens(client, server.tokenizer)
-        if server.dense_url is not None:
-            with targets.connect(server.dense_url, None) as other:
-                check_tokens(tokens, other, "--url")
-        name = Path(client.model).name
-    return tokens, name
+        return open_tokens(client, server.tokenizer), Path(client.model).name
 
 
 def _suites(options: EvalCommand, texts: list[Text], tokens: Tokens) -> list[Measures]:

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_vsprefill.eval.client import Client
 from vllm_vsprefill.eval.density import Densities
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.journal import Journal
@@ -26,10 +27,17 @@ class Runner:
         journal: what is finished.
         suites: what to measure.
         concurrency: samples of RULER at a time.
+        check: raises EvalError if a server cannot be asked with these prompts.
     """
 
-    def __init__(self, journal: Journal, suites: list[Measures], concurrency: int) -> None:
-        self.journal, self.suites, self.concurrency = journal, suites, concurrency
+    def __init__(
+        self,
+        journal: Journal,
+        suites: list[Measures],
+        concurrency: int,
+        check: Callable[[Client], None] = lambda client: None,
+    ) -> None:
+        self.journal, self.suites, self.concurrency, self.check = journal, suites, concurrency, check
 
     def missing(self, target: str) -> list[tuple[Measures, Cell, list[int]]]:
         """Samples of a target that are not finished, by cell."""
@@ -61,6 +69,7 @@ class Runner:
                 "for --out or another name"
             )
         with plan.open() as target:
+            self.check(target.client)
             self._check_lengths(target, [cell for _, cell, _ in missing])
             for suite, cell, indices in missing:
                 progress.set_description(f"{target.name} {cell.suite} {cell.task} {cell.length}")
