@@ -103,6 +103,7 @@ def test_where_dense_attention_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "cannot be switched" in said[0]
     other = {"url": "http://10.0.0.1:1", "dense_url": "http://10.0.0.2:1"}
     assert [plan.name for plan in targets.plans(command(server=other), said.append)] == ["dense", "floor", "sparse"]
+    monkeypatch.setattr(Server, "listens_on", lambda self, port: None)  # nobody can say
     found += [Server(i, f"{i}a", tmp_path) for i in (1, 2)]
     with pytest.raises(EvalError, match=r"several servers with VSPREFILL run here \(1, 2\); say which one"):
         targets.plans(command(), said.append)

@@ -25,9 +25,11 @@ ARGUMENTS = ["--max-model-len", "4200", "--max-num-batched-tokens", "1024", "--e
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Small servers, and none in sight but those of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VSPREFILL_STATS_DIR", str(tmp_path_factory.mktemp("exchange")))
         yield
 
 
