@@ -164,8 +164,8 @@ class DataOptions(_Frozen):
     """Where text comes from and how it is read."""
 
     data: str = Field(
-        description="Text file, .jsonl file, folder of such files, id of a Hugging Face dataset, or 'synthetic' for "
-        "generated long documents."
+        description="Text, .jsonl or .parquet file, folder of such files, id of a Hugging Face dataset, or 'synthetic' "
+        "for generated long documents."
     )
     text_field: str = Field("text", description="Column or key that holds the text.")
     split: str = Field("train", description="Split of a dataset.")
