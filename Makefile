@@ -45,7 +45,7 @@ versions:  ## the plugin on the other releases of vLLM that it supports (downloa
 bench-cpu: setup  ## time to first token against the stock CPU backend
 	@$(PY) -m benchmarks.cpu_ttft $(BENCH_ARGS)
 
-EVAL_ARGS ?= --lengths 12k --samples 2
+EVAL_ARGS ?= --lengths 12k --samples 1
 eval:  ## sparse against dense prefill on a text, with a model of yours (MODEL=path-or-id EVAL_ARGS="--data book.txt")
 	@$(SETUP) --extras demo,test,eval
 	@$(PY) -m vllm_vsprefill.cli eval --model "$${MODEL:-examples/needle/model}" \

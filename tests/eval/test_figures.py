@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,6 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["figures"] == figures
     for name in ("fidelity.png", "ruler.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        (tmp_path / name).unlink()
+    subprocess.run([sys.executable, "-m", "vllm_vsprefill.eval.plots", str(tmp_path)], check=True)  # and once more
+    assert (tmp_path / "fidelity.png").exists()

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Plots of an evaluation: fidelity by position and against density, scores by length. Needs matplotlib."""
+"""Plots of an evaluation: fidelity by position and against density, scores by length. Needs matplotlib.
+
+``python -m vllm_vsprefill.eval.plots FOLDER...`` draws those of figures that were measured where it is not installed.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +84,8 @@ def _scores(file: Path, figures: Figures) -> Path:
     grid.flat[0].legend(fontsize="x-small")
     figure.tight_layout()
     return _save(figure, file)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        draw(Path(name), json.loads((Path(name) / "results.json").read_text(encoding="utf-8"))["figures"])

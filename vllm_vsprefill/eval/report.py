@@ -47,12 +47,13 @@ def _fidelity(figures: Figures) -> list[str]:
         "rest together, a lower bound. *floor*: what rounding alone changes.",
         "",
     ]
-    lines += ["Density of single layers:", ""]
-    for f in figures:
-        if f["density_per_layer"] and f["target"] != DENSE:
-            layers = " ".join(f"{layer}:{d:.1%}" for layer, d in f["density_per_layer"].items())
-            lines.append(f"- {f['target']}, {f['length']:,} tokens: {layers}")
-    return [*lines, ""]
+    layers = [
+        f"- {f['target']}, {f['length']:,} tokens: "
+        + " ".join(f"{layer}:{share:.1%}" for layer, share in f["density_per_layer"].items())
+        for f in figures
+        if f["density_per_layer"] and f["target"] != DENSE
+    ]
+    return [*lines, *(["Density of single layers:", "", *layers, ""] if layers else [])]
 
 
 def _scores(title: str, figures: Figures) -> list[str]:

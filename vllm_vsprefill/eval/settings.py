@@ -23,8 +23,8 @@ KNOWN: Settings = {
     "balanced": {"preset": "balanced"},
     "fast": {"preset": "fast"},
     "sampled": {"estimator": "sampled"},
-    # No column but the sinks, no diagonal but the window: what any selection has to beat.
-    "window": {
+    # Sinks and a window (StreamingLLM's A-shape), and a single column: what any selection has to beat.
+    "streaming": {
         "estimator": "sampled",
         "preset": "fast",
         "tau_columns": 1e-9,
