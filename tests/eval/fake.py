@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,7 +17,7 @@ MODELS = {"data": [{"id": "m", "root": "nowhere/m", "max_model_len": 4096}]}
 
 
 @contextmanager
-def serving(replies: dict[str, Reply | Callable[[dict[str, Any]], Reply]]) -> Iterator[str]:
+def serving(replies: Mapping[str, Reply | Callable[[dict[str, Any]], Reply]]) -> Iterator[str]:
     """Serve a status and JSON (or text) by path, or what a function makes of the request; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):

@@ -133,3 +133,9 @@ def test_the_servers_tokenizer_where_there_is_none_here() -> None:
         assert tokens.prefix() == [7]
         assert tokens.encode("ab") == [97, 98]
         check_tokens(Characters(), client, "mine")
+
+
+def test_another_kind_of_tokenize() -> None:
+    replies = {"/v1/models": (200, MODELS), "/tokenize": (200, {"ids": []})}
+    with serving(replies) as url, Client(url) as client, pytest.raises(EvalError, match="not answer as vLLM's; name a"):
+        ServerTokens(client).encode("a")

@@ -82,6 +82,8 @@ def test_rows_survive_a_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     again = Rows.load(tmp_path / "a" / "rows.npz")
     for name in ("ids", "logprobs", "actual", "rank"):
         np.testing.assert_array_equal(getattr(rows, name), getattr(again, name))
+    with pytest.raises(EvalError, match=r"rows.npz/more.npz cannot be written"):
+        rows.save(tmp_path / "a" / "rows.npz" / "more.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK")
     with pytest.raises(EvalError, match=r"bad.npz cannot be read"):
         Rows.load(tmp_path / "bad.npz")

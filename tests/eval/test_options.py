@@ -116,3 +116,16 @@ def test_dense_is_added_where_it_is_needed() -> None:
     assert [plan.name for plan in targets.plans(command(server=given), print)] == ["dense", "fast", "sampled"]
     plans = targets.plans(command(server=given, suite="ruler"), print)
     assert [plan.options for plan in plans] == [{"preset": "fast"}, {"estimator": "sampled"}]
+
+
+def test_stopped_from_the_keyboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm_vsprefill.eval import evaluation
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    words = ["eval", "--out", str(tmp_path / "o"), "--url", "http://127.0.0.1:1"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 130
+    assert "stopped; what is finished is in" in result.output

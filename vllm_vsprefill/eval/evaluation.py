@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import vllm_vsprefill
 from vllm_vsprefill.eval import report, summary, targets
+from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.in_prompt import InPrompt
 from vllm_vsprefill.eval.journal import Journal
 from vllm_vsprefill.eval.options import EvalCommand
@@ -119,7 +120,10 @@ def _write(
         "complete": not any(runner.missing(name) for name in names),
         "figures": summary.summarise(journal, cells, names),
     }
-    report.write(options.out, results, say)
+    try:
+        report.write(options.out, results, say)
+    except OSError as error:
+        raise EvalError(f"the report cannot be written to {options.out} ({error.strerror or error})") from None
 
 
 def _command() -> str:

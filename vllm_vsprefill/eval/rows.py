@@ -58,12 +58,19 @@ class Rows:
         return cls(ids, logprobs, actual, rank)
 
     def save(self, file: Path) -> None:
-        """Write to a file, whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """Write to a file, whole or not at all.
+
+        Raises:
+            EvalError: it cannot be written.
+        """
         partial = file.with_suffix(".partial")
-        with partial.open("wb") as out:
-            np.savez(out, ids=self.ids, logprobs=self.logprobs, actual=self.actual, rank=self.rank)
-        partial.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as out:
+                np.savez(out, ids=self.ids, logprobs=self.logprobs, actual=self.actual, rank=self.rank)
+            partial.replace(file)
+        except OSError as error:
+            raise EvalError(f"{file} cannot be written ({error.strerror or error})") from None
 
     @classmethod
     def load(cls, file: Path) -> Rows:

@@ -86,7 +86,10 @@ class ServerTokens:
         self._chat: bool | None = None
 
     def _ask(self, **body: Any) -> list[int]:
-        return [int(token) for token in self._client.post("/tokenize", {"model": self._client.model, **body})["tokens"]]
+        found = self._client.post("/tokenize", {"model": self._client.model, **body}).get("tokens")
+        if not isinstance(found, list):
+            raise EvalError(f"{self._client.url}/tokenize does not answer as vLLM's; name a tokenizer with --tokenizer")
+        return [int(token) for token in found]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special ones around it."""
