@@ -6,6 +6,9 @@ A question at the end of a prompt is answered by rows that attend to everything,
 Here the prompt is a long conversation with many questions and their answers, and the model is asked how likely it finds
 each token of it. The share of retrieved answer tokens that it ranks first, among rows that run sparse, falls as soon as
 a key that they need is left out. Runs in stock vLLM, dense and with each preset, the same prompts.
+
+These are all tasks of the needle model, in one process. ``vsprefill eval --suite in-prompt`` does the like with any
+model, on servers.
 """
 
 from __future__ import annotations
