@@ -243,3 +243,26 @@ def test_layer_is_found_by_name(make_layer: Any) -> None:
     layer = make_layer()
     assert layer.impl._sparse.index == 1
     assert LAYER in layer.impl._runtime.layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"engine": {"kv_cache_dtype": "fp8"}, "dtype": "bfloat16"}, "its KV cache is quantised (1 layer)"),
+        ({"options": {"dense_layers": "0-1"}}, "the layer is listed in dense_layers (1 layer)"),
+        ({"options": {"min_seq_len": 2**20}}, "it pays from 1048576 tokens of context"),
+        ({}, None),
+    ],
+    ids=["FP8 cache", "dense layers", "gate", "nothing"],
+)
+def test_what_keeps_prompts_from_running_sparse_is_told_once(
+    make_layer: Any, plugin_log: list[str], changes: dict[str, Any], reason: str | None
+) -> None:
+    """With all reasons, when the metadata builder is made: after the last layer is known."""
+    make_layer(**changes)
+    (told,) = [line for line in plugin_log if "run sparse" in line]
+    if reason is None:
+        assert "in 1 of 1 layers" in told
+    else:
+        assert "no prompt will run sparse" in told
+        assert reason in told
