@@ -23,6 +23,12 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def _layers(densities: dict[str, float]) -> str:
+    if min(densities.values()) == 1:
+        return "100 % in all"
+    return " ".join(f"{layer}:{share:.1%}" for layer, share in densities.items())
+
+
 def _fidelity(figures: Figures) -> list[str]:
     lines = ["## Fidelity: against dense attention, all rows", ""]
     times = {f["length"]: f.get("ttft") for f in figures if f["target"] == DENSE}
@@ -48,8 +54,7 @@ def _fidelity(figures: Figures) -> list[str]:
         "",
     ]
     layers = [
-        f"- {f['target']}, {f['length']:,} tokens: "
-        + " ".join(f"{layer}:{share:.1%}" for layer, share in f["density_per_layer"].items())
+        f"- {f['target']}, {f['length']:,} tokens: {_layers(f['density_per_layer'])}"
         for f in figures
         if f["density_per_layer"] and f["target"] != DENSE
     ]
