@@ -15,6 +15,7 @@ from tests.backends import oracle
 from tests.backends.oracle import check, dense
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
 from vllm_vsprefill.kernels.score.cpu import score
+from vllm_vsprefill.stats import TELL
 
 OPTIONS: dict[str, Any] = {
     "min_seq_len": 256,
@@ -266,3 +267,13 @@ def test_what_keeps_prompts_from_running_sparse_is_told_once(
     else:
         assert "no prompt will run sparse" in told
         assert reason in told
+
+
+def test_everything_handed_back_is_told_the_first_times(make_layer: Any, plugin_log: list[str]) -> None:
+    layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
+    for _ in range(TELL + 2):
+        layer.step([(layer.request(400), 400)])
+    assert sum("gave a prompt's rows back" in line for line in plugin_log) == TELL
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.handed_back == counts.dense_chunks == TELL + 2
+    assert not counts.sparse_chunks
