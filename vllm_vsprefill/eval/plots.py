@@ -66,11 +66,12 @@ def _scores(file: Path, figures: Figures) -> Path:
         axes.set_visible(False)
     targets = list(dict.fromkeys(f["target"] for f in figures))
     for axes, task in zip(grid.flat, tasks, strict=False):
-        for target in targets:
+        for number, target in enumerate(targets):
             here = sorted(
                 (f for f in figures if f["task"] == task and f["target"] == target), key=lambda f: f["length"]
             )
-            x, y = [f["length"] for f in here], [f["score"] for f in here]
+            aside = 1 + 0.04 * (number - (len(targets) - 1) / 2)  # intervals would lie on top of each other
+            x, y = [f["length"] * aside for f in here], [f["score"] for f in here]
             low = [max(0.0, f["score"] - f["interval"][0]) for f in here]
             high = [max(0.0, f["interval"][1] - f["score"]) for f in here]
             style = "--" if target == DENSE else "-"
