@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 #
 # `make help` lists the targets. Variables: PYTHON (interpreter for the environment), VENV, PIP_ARGS (extra arguments
-# of every pip call), VLLM_TARGET (cpu, cuda, auto), WORKERS (processes of `make test`).
+# of every pip call), INSTALLER (pip: without uv), VLLM_TARGET (cpu, cuda, auto), WORKERS (processes of `make test`).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 # Passed on through the environment, so that no quoting can go wrong.
-export PIP_ARGS VLLM_TARGET PROMPT MODEL
+export PIP_ARGS INSTALLER VLLM_TARGET PROMPT MODEL
 export MAKE_GOAL := $(firstword $(MAKECMDGOALS))
 
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)

@@ -12,6 +12,7 @@ stamp in the environment says that it was done with the same inputs, so a second
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -40,6 +41,8 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 # vLLM pins setuptools itself; this range satisfies its pins and builds editable installs without a `wheel` package.
 SETUPTOOLS = "setuptools>=77.0.3,<81"
+
+UV = "uv>=0.6"  # installs the same packages several times as fast
 
 STAMP = "vsprefill-setup.json"
 LOG = "vsprefill-setup.log"
@@ -108,7 +111,60 @@ def pick_interpreter():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# running pip
+# running uv and pip
+
+# Where packages come from is what pip is told, by its configuration and PIP_ARGS: uv reads neither.
+UV_PLACES = {
+    "constraint": "--constraint",
+    "index-url": "--index-url",
+    "extra-index-url": "--extra-index-url",
+    "find-links": "--find-links",
+    "trusted-host": "--allow-insecure-host",
+}
+# Of pip's settings these change nothing that is installed.
+WITHOUT_EFFECT = {
+    "args",  # the variable PIP_ARGS, which pip takes for a setting
+    "cert", "default-timeout", "timeout", "retries", "disable-pip-version-check", "no-input", "progress-bar", "quiet",
+    "verbose", "cache-dir", "no-cache-dir", "root-user-action", "prefer-binary", "no-warn-script-location", "log",
+}  # fmt: skip
+
+
+def uv_settings(configuration, pip_args):
+    """(arguments, environment) for uv that mean what pip is told, or None if there is something that uv does not know.
+
+    `configuration` is what `pip config list` prints, `pip_args` a list of arguments.
+    """
+    found = {}
+    for line in configuration.splitlines():
+        key, _, text = line.partition("=")
+        section, _, name = key.rpartition(".")
+        if section in ("global", "install", ":env:"):  # from the least to the most important
+            try:
+                found[name] = str(ast.literal_eval(text))
+            except (ValueError, SyntaxError):
+                return None
+    arguments = ["--index-strategy", "unsafe-best-match"]  # of all indexes the best version, as pip does
+    for name, value in found.items():
+        if name in UV_PLACES:
+            for place in value.split():
+                # pip passes over a folder that is not there.
+                if not place.startswith("file://") or os.path.isdir(place[len("file://") :]):
+                    arguments += [UV_PLACES[name], place]
+        elif name not in WITHOUT_EFFECT:
+            return None
+    given = list(pip_args)
+    while given:
+        name, _, value = given.pop(0).partition("=")
+        if not name.startswith("--") or name[2:] not in UV_PLACES or not (value or given):
+            return None
+        arguments += [UV_PLACES[name[2:]], value or given.pop(0)]
+    return arguments, ({"SSL_CERT_FILE": found["cert"]} if "cert" in found else {})
+
+
+PIP_CONFIGURATION = """
+import subprocess, sys
+sys.stdout.write(subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], universal_newlines=True))
+"""
 
 
 class Runner:
@@ -119,6 +175,8 @@ class Runner:
         self.python = venv / "bin" / "python"
         self.log = venv / LOG
         self.pip_args = shlex.split(os.environ.get("PIP_ARGS", ""))
+        self.uv = None  # the command, once it was looked for; empty: pip does everything
+        self.env = {}
         self.live = sys.stdout.isatty()
 
     def run(self, command, title):
@@ -137,7 +195,9 @@ class Runner:
                 cwd=str(ROOT),
                 universal_newlines=True,
                 errors="replace",
-                env=dict(os.environ, PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONUNBUFFERED="1"),
+                env=dict(
+                    os.environ, PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONUNBUFFERED="1", **self.env
+                ),
             )
 
             def pump():
@@ -179,9 +239,33 @@ class Runner:
             sys.stdout.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
 
     def pip(self, arguments, title):
-        """`pip install` with the user's PIP_ARGS."""
-        command = [self.python, "-m", "pip", "install", "--progress-bar", "off"]
-        return self.run(command + self.pip_args + list(arguments), title)
+        """`pip install` with the user's PIP_ARGS, by uv where that can take them, and by pip where it fails."""
+        command = [self.python, "-m", "pip", "install", "--progress-bar", "off"] + self.pip_args
+        if self.uv is None:
+            self.uv = self._find_uv(command)
+        if self.uv:
+            try:
+                return self.run(self.uv + list(arguments), title)
+            except SetupError as error:
+                say("{}\n   once more, with pip".format(error))
+                self.uv = []
+        return self.run(command + list(arguments), title)
+
+    def _find_uv(self, pip):
+        if os.environ.get("INSTALLER", "") == "pip":
+            return []
+        settings = uv_settings(self.ask(PIP_CONFIGURATION), self.pip_args)
+        if settings is None:
+            say("-- pip's configuration or PIP_ARGS has what uv does not know: installing with pip")
+            return []
+        try:
+            self.run(pip + [UV], "Installing {}".format(UV))
+        except SetupError:
+            say("   not to be had: installing with pip")
+            return []
+        arguments, self.env = settings
+        where = ["--no-config", "--python", self.python]
+        return [self.venv / "bin" / "uv", "pip", "install"] + where + arguments
 
     def ask(self, code, *arguments):
         """Output of a few lines of Python run in the environment."""

@@ -134,6 +134,72 @@ def test_unfit_interpreters_are_named() -> None:
     assert "python3.12-venv" in problem((3, 12), False)
 
 
+def test_uv_is_told_what_pip_is_told(tmp_path: Path) -> None:
+    settings = script("setup_env").uv_settings
+    best = ["--index-strategy", "unsafe-best-match"]
+    assert settings("", []) == (best, {})
+    configuration = f"""global.extra-index-url='https://a/simple file://{tmp_path} file:///not/there'
+global.find-links='/old'
+freeze.exclude='x'
+:env:.args=''
+:env:.cert='/ca.pem'
+:env:.default-timeout='180'
+:env:.find-links='/wheels'
+"""
+    arguments, environment = settings(configuration, ["--extra-index-url", "https://b", "--find-links=/c"])
+    places = ["--extra-index-url", "https://a/simple", "--extra-index-url", f"file://{tmp_path}"]
+    places += ["--find-links", "/wheels", "--extra-index-url", "https://b", "--find-links", "/c"]
+    assert arguments == best + places
+    assert environment == {"SSL_CERT_FILE": "/ca.pem"}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "pip_args"),
+    [
+        ("global.require-hashes='true'", []),
+        ("global.index-url=", []),
+        ("", ["--pre"]),
+        ("", ["--extra-index-url"]),
+        ("", ["something"]),
+    ],
+)
+def test_pip_does_what_uv_does_not_know(configuration: str, pip_args: list[str]) -> None:
+    assert script("setup_env").uv_settings(configuration, pip_args) is None
+
+
+def test_pip_takes_over_where_uv_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_env = script("setup_env")
+    monkeypatch.setenv("PIP_ARGS", "--find-links /c")
+    monkeypatch.delenv("INSTALLER", raising=False)
+    runner = setup_env.Runner(tmp_path)
+    ran: list[list[str]] = []
+
+    def run(command: list[object], title: str) -> str:
+        ran.append([str(part) for part in command])
+        if "uv" in Path(ran[-1][0]).name:
+            raise setup_env.SetupError("no")
+        return ""
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "ask", lambda code: "")
+    for _ in range(2):
+        runner.pip(["-e", "."], "installing")
+    pip = [str(tmp_path / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", "--find-links", "/c"]
+    assert [command for command in ran if command[0] == pip[0]] == [
+        [*pip, setup_env.UV],
+        [*pip, "-e", "."],
+        [*pip, "-e", "."],
+    ]
+    (by_uv,) = (command for command in ran if command[0] != pip[0])
+    assert by_uv[-4:] == ["--find-links", "/c", "-e", "."]
+    monkeypatch.setenv("INSTALLER", "pip")
+    ran.clear()
+    other = setup_env.Runner(tmp_path)
+    monkeypatch.setattr(other, "run", run)
+    other.pip(["x"], "installing")
+    assert ran == [[*pip, "x"]]
+
+
 def fake_executable(folder: Path, name: str, output: str) -> Path:
     path = folder / name
     path.write_text(f"#!/bin/sh\necho '{output}'\n")
