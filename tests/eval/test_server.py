@@ -21,7 +21,7 @@ from vllm_vsprefill.eval.server import VLLMServer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("wonderwords")
 
-ARGUMENTS = ["--max-model-len", "4200", "--max-num-batched-tokens", "1024", "--enforce-eager", "--dtype", "float32"]
+ARGUMENTS = ["--max-model-len", "4096", "--max-num-batched-tokens", "1024", "--enforce-eager", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,8 +111,8 @@ def test_all_suites_on_a_server_that_runs(server: VLLMServer, data: Path, tmp_pa
 
 def test_mistakes_get_one_message_each(server: VLLMServer, data: Path, tmp_path: Path) -> None:
     words = ["--url", server.url, "--out", str(tmp_path / "out"), "--data", str(data)]
-    assert "prompts of 4,200 tokens do not fit the server's 4,200 (--max-model-len)" in run(
-        *words, "--lengths", "4200", "--samples", "1", code=1
+    assert "prompts of 4,097 tokens do not fit the server's 4,096 (--max-model-len)" in run(
+        *words, "--lengths", "4097", "--samples", "1", code=1
     )
     said = run(*words, "--lengths", "4k", "--model", "other", code=1)
     assert "does not serve 'other'; it serves" in said

@@ -141,7 +141,7 @@ class EvalCommand(_Frozen):
         ("fidelity",), min_length=1, description="fidelity, ruler, in-prompt, with commas between them."
     )
     lengths: Annotated[tuple[Annotated[int, Field(ge=64, le=2**21)], ...], BeforeValidator(_lengths)] = Field(
-        (16384,), min_length=1, description="Tokens of a prompt: 4k,16k or 4k..32k (every doubling)."
+        (16384,), min_length=1, description="Tokens of a prompt and its answer: 4k,16k or 4k..32k (every doubling)."
     )
     samples: int | None = Field(
         None, ge=1, description="Prompts a task and length; by default 6 (fidelity), 25 (ruler), 4 (in-prompt)."

@@ -115,8 +115,7 @@ class Runner:
     @staticmethod
     def _check_lengths(target: Target, cells: list[Cell]) -> None:
         limit, longest = target.client.max_model_len, max(cell.length for cell in cells)
-        spare = 1 if any(cell.suite == "fidelity" and cell.length == longest for cell in cells) else 0
-        if limit is not None and longest + spare > limit:
+        if limit is not None and longest > limit:
             raise EvalError(
                 f"prompts of {longest:,} tokens do not fit the server's {limit:,} (--max-model-len); "
                 "give shorter --lengths or start it with more"

@@ -68,10 +68,11 @@ class Fidelity:
 
     def check(self, cell: Cell) -> None:
         """EvalError if the text is too short."""
-        self._cut(cell.length, cell.samples)
+        self._prompt(cell, 0)
 
     def _prompt(self, cell: Cell, index: int) -> Prompt:
-        return self._cut(cell.length, cell.samples)[index]
+        # A server makes one token more at the least, which a model's last position may be needed for.
+        return self._cut(cell.length - 1, cell.samples)[index]
 
     def _file(self, cell: Cell, index: int) -> Path:
         return self._options.out / "dense_rows" / f"{cell.length}-{cell.samples}-{index}.npz"

@@ -29,7 +29,6 @@ from vllm_vsprefill.exchange import Server
 from vllm_vsprefill.switch import write_mode
 
 SPARSE = "sparse"
-ROOM = 256  # tokens that a started server allows beyond the longest prompt
 SWITCH_SECONDS = 15.0
 COMPANION_TOKENS, COMPANION_ANSWER = 333, 64
 
@@ -193,7 +192,7 @@ def _start(name: str, given: dict[str, Any] | None, options: EvalCommand, say: S
     assert options.server.model is not None
     arguments = list(options.server.serve_args)
     if not any(word.split("=")[0] == "--max-model-len" for word in arguments):
-        arguments += ["--max-model-len", str(max(options.lengths) + ROOM)]
+        arguments += ["--max-model-len", str(max(options.lengths))]
     say(f"{name}: starting a server")
     log = options.out / "logs" / f"{name}.log"
     server = VLLMServer(
