@@ -15,12 +15,24 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-FAMILY = ("keys", "columns", "level", "theta", "threshold", "alpha", "gamma", "vertical", "slash", "tau_columns")
+FAMILY = "keys columns level theta threshold alpha gamma vertical slash tau_columns scales window".split()
 """Settings that only move a method along its own curve."""
+
+
+NAMED = {"structure": "window and sinks", "structure rule=floor level=0": "everything selected"}
+WORDS = (
+    ("keys probes=8 over=max scales", "keys by 8 sub-means, budgets calibrated by head"),
+    ("rule=error level", "keys, budgets by output error"),
+    ("probes=8 over=max", "by 8 sub-means"),
+    ("structure ", ""),
+)
+"""How the legend says it."""
 
 
 def family(method: str) -> str:
     """A method without the settings that say how much it keeps."""
+    if method in NAMED:
+        return NAMED[method]
     name, *settings = method.split()
     kinds = [s if s.split("=")[0] not in FAMILY else s.split("=")[0] for s in settings]
     return " ".join([name, *kinds])
@@ -85,18 +97,32 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         curves[family(run["method"])].append(run)
-    figure, axes = plt.subplots(1, 2, figsize=(15, 7))
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6))
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for number, (name, points) in enumerate(sorted(curves.items())):
         points = sorted(points, key=lambda r: r["sparse_density"])
-        style = {"marker": "osd^v<>pP*"[number % 10], "label": name, "markersize": 4, "linewidth": 1}
+        ideal = "oracle" in name or (name.startswith("structure columns") and "columns_by" not in name)
+        label = name + " (ideal)" * ideal
+        for word, said in WORDS:
+            label = label.replace(word, said)
         density = [100 * r["sparse_density"] for r in points]
-        axes[0].plot(density, [r["kl"] for r in points], **style)
-        axes[1].plot(density, [100 * r["top1"] for r in points], **style)
+        for axis, values in zip(axes, ([r["kl"] for r in points], [100 * r["top1"] for r in points]), strict=True):
+            axis.plot(
+                density,
+                values,
+                "--" if ideal else "-",
+                marker="osd^v<>pP*"[number % 10],
+                color=colors[number % 20],
+                label=label,
+                markersize=6,
+                linewidth=1,
+            )
     for axis, title in zip(axes, ("KL divergence from dense attention", "top-1 agreement, %"), strict=True):
-        axis.set(xscale="log", xlabel="density of the rows that run sparse, %", title=title)
+        axis.set(xscale="log", xlim=(3, 100), xlabel="density of the rows that run sparse, %", title=title)
         axis.grid(alpha=0.3)
+        axis.set_xticks([3, 5, 10, 20, 50, 100], ["3", "5", "10", "20", "50", "100"])
     axes[0].set_yscale("log")
-    axes[1].legend(fontsize=6, loc="lower right")
+    axes[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
