@@ -98,7 +98,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     for run in runs:
         curves[family(run["method"])].append(run)
     figure, axes = plt.subplots(1, 2, figsize=(14, 6))
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colors = plt.get_cmap("tab20").colors
     for number, (name, points) in enumerate(sorted(curves.items())):
         points = sorted(points, key=lambda r: r["sparse_density"])
         ideal = "oracle" in name or (name.startswith("structure columns") and "columns_by" not in name)
