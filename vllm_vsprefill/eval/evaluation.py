@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ def evaluate(options: EvalCommand, say: Say) -> None:
         EvalError: something cannot start or go on.
         KeyboardInterrupt: from the keyboard; the report of what is finished is written.
     """
+    with ExitStack() as open_clients:
+        _evaluate(options, say, open_clients)
+
+
+def _evaluate(options: EvalCommand, say: Say, open_clients: ExitStack) -> None:
     texts = read_texts(options.fidelity.data) if {"fidelity", "in-prompt"} & set(options.suite) else []
     plans = targets.plans(options, say)
-    tokens, model = _tokens(options)
+    tokens, model = _tokens(options, open_clients)
     suites = _suites(options, texts, tokens)
     journal = Journal(options.out, _depends_on(options, model, tokens, texts))
     name = options.server.tokenizer or model
@@ -62,14 +68,14 @@ def evaluate(options: EvalCommand, say: Say) -> None:
     say(f"report: {options.out / 'report.md'}")
 
 
-def _tokens(options: EvalCommand) -> tuple[Tokens, str]:
-    """The tokenizer, and what the model is called."""
+def _tokens(options: EvalCommand, open_clients: ExitStack) -> tuple[Tokens, str]:
+    """The tokenizer, which may ask a server, and what the model is called."""
     server = options.server
     if server.url is None:
         assert server.model is not None
         return LocalTokens(server.tokenizer or server.model), Path(server.model).name
-    with targets.connect(server.url, server.model) as client:
-        return open_tokens(client, server.tokenizer), Path(client.model).name
+    client = open_clients.enter_context(targets.connect(server.url, server.model))
+    return open_tokens(client, server.tokenizer), Path(client.model).name
 
 
 def _suites(options: EvalCommand, texts: list[Text], tokens: Tokens) -> list[Measures]:
