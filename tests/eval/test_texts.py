@@ -41,13 +41,14 @@ def test_without_files_there_is_the_standard_library() -> None:
 
 def test_prompts_of_the_wanted_length_spread_over_the_texts() -> None:
     texts = [Text("a", "a" * 20 + "b" * 20), Text("c", "c" * 30)]
-    prompts = Cutter(texts, Characters()).cut(10, 3)
-    assert [p.text for p in prompts] == ["a", "c", "a"]
+    cutter = Cutter(texts, Characters())
+    prompts = [cutter.cut(10, i) for i in range(7)]
+    assert [p.text for p in prompts] == ["a", "c"] * 3 + ["a"]
+    # However many there are to be, the same number is the same prompt.
+    assert ["".join(map(chr, p.ids)) for p in prompts[::2]] == ["a" * 10, "aaaaabbbbb", "a" * 10, "b" * 10]
     assert all(len(p.ids) == 10 for p in prompts)
-    assert prompts[0].ids == [ord("a")] * 10
-    assert prompts[2].ids == [ord("b")] * 10
 
 
 def test_texts_that_are_too_short() -> None:
     with pytest.raises(EvalError, match="prompts of 31 tokens are longer than the text: c has 30; give longer"):
-        Cutter([Text("a", "a" * 40), Text("c", "c" * 30)], Characters()).cut(31, 1)
+        Cutter([Text("a", "a" * 40), Text("c", "c" * 30)], Characters()).cut(31, 0)

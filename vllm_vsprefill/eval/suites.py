@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +54,6 @@ class Fidelity:
     def __init__(self, options: EvalCommand, texts: list[Text], tokens: Tokens) -> None:
         self._options, self._texts = options, texts
         self._cutter = Cutter(texts, tokens)
-        self._cut = cache(self._cutter.cut)
 
     def cells(self) -> list[Cell]:
         """One for each length."""
@@ -72,10 +70,10 @@ class Fidelity:
 
     def _prompt(self, cell: Cell, index: int) -> Prompt:
         # A server makes one token more at the least, which a model's last position may be needed for.
-        return self._cut(cell.length - 1, cell.samples)[index]
+        return self._cutter.cut(cell.length - 1, index)
 
     def _file(self, cell: Cell, index: int) -> Path:
-        return self._options.out / "dense_rows" / f"{cell.length}-{cell.samples}-{index}.npz"
+        return self._options.out / "dense_rows" / f"{cell.length}-{index}.npz"
 
     def measure(self, target: Target, cell: Cell, index: int) -> dict[str, Any]:
         """Differences to dense attention by part of the prompt; of dense attention, its rows are kept in a file."""

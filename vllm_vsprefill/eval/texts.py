@@ -84,6 +84,16 @@ class Prompt:
     ids: list[int]
 
 
+def _spread(number: int) -> float:
+    """0, 1/2, 1/4, 3/4, 1/8, ...: any first few lie evenly in [0, 1) (van der Corput)."""
+    share, step = 0.0, 0.5
+    while number:
+        number, bit = divmod(number, 2)
+        share += bit * step
+        step /= 2
+    return share
+
+
 class Cutter:
     """Cuts prompts from texts, each tokenized once."""
 
@@ -91,8 +101,8 @@ class Cutter:
         self._texts, self._tokens = texts, tokens
         self._ids: list[list[int]] = []
 
-    def cut(self, length: int, count: int) -> list[Prompt]:
-        """``count`` prompts of ``length`` tokens, from the texts in turn, spread evenly over each.
+    def cut(self, length: int, index: int) -> Prompt:
+        """The prompt of ``length`` tokens with a number: from the texts in turn, spread evenly over each.
 
         Raises:
             EvalError: every text that is shorter.
@@ -106,10 +116,7 @@ class Cutter:
             raise EvalError(
                 f"prompts of {length:,} tokens are longer than the text: {', '.join(short)}; give longer texts"
             )
-        prompts = []
-        for i in range(count):
-            which, number = i % len(self._ids), i // len(self._ids)
-            ids, of_this = self._ids[which], len(range(which, count, len(self._ids)))
-            begin = (len(ids) - body) * number // max(of_this - 1, 1)
-            prompts.append(Prompt(self._texts[which].name, [*prefix, *ids[begin : begin + body]]))
-        return prompts
+        number, which = divmod(index, len(self._ids))
+        ids = self._ids[which]
+        begin = int((len(ids) - body) * _spread(number))
+        return Prompt(self._texts[which].name, [*prefix, *ids[begin : begin + body]])
