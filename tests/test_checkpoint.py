@@ -536,7 +536,7 @@ def test_find_warns_about_what_it_cannot_read(tmp_path: Path, caplog: pytest.Log
 
 
 def test_every_installed_checkpoint_is_readable_and_found_by_its_fingerprint() -> None:
-    folders = list(checkpoint._candidates(None))
+    folders = list(checkpoint.candidates(None))
     for folder in folders:
         config = read_config(folder)
         found = find_checkpoint(config.fingerprint)

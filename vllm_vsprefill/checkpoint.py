@@ -48,6 +48,7 @@ __all__ = [
     "LoadedIndexer",
     "ModelFingerprint",
     "Thresholds",
+    "candidates",
     "find_checkpoint",
     "kv_head_range",
     "load_checkpoint",
@@ -62,6 +63,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "indexer.safetensors"
 PARTS = ("w1", "b1", "w2", "b2")
+MAX_CONFIG_BYTES = 16 * 2**20
+"""Of ``config.json``; thresholds of every head of a large model are well below a mebibyte."""
 
 # dtype in config.json -> dtype in a safetensors header
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -319,7 +322,7 @@ def find_checkpoint(
         fingerprint: of the model to serve.
         search_dirs: folders that hold checkpoint folders; by default the installed ``vllm_vsprefill.indexer_ckpts``.
     """
-    for folder in _candidates(search_dirs):
+    for folder in candidates(search_dirs):
         try:
             config = _parse_config(folder)
             if config.fingerprint == fingerprint:
@@ -330,7 +333,8 @@ def find_checkpoint(
     return None
 
 
-def _candidates(search_dirs: Iterable[str | os.PathLike[str]] | None) -> Iterator[Path]:
+def candidates(search_dirs: Iterable[str | os.PathLike[str]] | None = None) -> Iterator[Path]:
+    """Folders with a ``config.json`` in these folders, by name; by default the installed checkpoints."""
     if search_dirs is None:
         installed = files("vllm_vsprefill.indexer_ckpts")
         search_dirs = [installed] if isinstance(installed, Path) else []
@@ -447,8 +451,14 @@ def _parse_config(folder: Path) -> CheckpointConfig:
     if not path.is_file():
         raise CheckpointError(folder, [f"{CONFIG_FILE} is missing; {again}"])
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                folder, [f"{CONFIG_FILE} has {size:,} bytes, expected at most {MAX_CONFIG_BYTES:,}; {again}"]
+            )
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(folder, [f"{CONFIG_FILE} is not valid JSON ({error}); {again}"]) from None
     if not isinstance(content, dict):
         raise CheckpointError(folder, [f"{CONFIG_FILE} must hold an object, found {type(content).__name__}; {again}"])
