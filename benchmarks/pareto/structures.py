@@ -184,6 +184,7 @@ class Structure:
             of the largest one beside window and sinks (``peak``), or ``level`` itself (``floor``); or of ``SIZES``, for
             all tiles of a chunk alike, the one with the smallest sum of squared output error on sampled rows and
             ``level`` times density (``error``; see ``output_errors``).
+        bars: with the rule ``error``, sizes are means over a chunk's tiles, reached by one bar for all of them.
         max_keys: cap on what a rule takes; 0: none.
         diagonals: distances beyond the window that every row looks at, ranked by the attention of 64 rows.
         residual: keys in a block of those whose left-out ones enter the softmax as their mean; 0: none.
@@ -209,6 +210,7 @@ class Structure:
     candidates: float = 1.0
     rule: Literal["keys", "share", "mass", "left", "peak", "floor", "error"] = "keys"
     level: float = 0.0
+    bars: bool = False
     max_keys: int = 0
     diagonals: int = 0
     residual: int = 0
@@ -282,7 +284,10 @@ class Structure:
         scores = torch.where(wanted, scores, UNWANTED)
         options = []
         for size in SIZES:
-            more = top_keys(scores, size) if size else torch.zeros_like(wanted)
+            if self.bars:
+                more = top_keys(scores.flatten(1), size * scores.shape[1]).view_as(scores)
+            else:
+                more = top_keys(scores, size)
             options.append(keys | more.repeat_interleave(per_tile, 1)[:, : chunk.blocks])
         options.append((chunk.positions < chunk.ends[:, None]).expand_as(keys))
         seen = chunk.visible_rows.double()

@@ -18,7 +18,14 @@ from benchmarks.pareto.budgets import curves, divide
 from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
 from benchmarks.pareto.methods import METHODS, make
 from benchmarks.pareto.report import at_density
-from benchmarks.pareto.structures import RowOracle, Structure, mean_query_mass, output_errors, smallest_set, top_keys
+from benchmarks.pareto.structures import (
+    RowOracle,
+    Structure,
+    mean_query_mass,
+    output_errors,
+    smallest_set,
+    top_keys,
+)
 
 
 def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:
@@ -262,6 +269,13 @@ def test_the_price_of_density_decides_by_the_true_error() -> None:
         kept = Structure(window=16, sinks=4, tile=64, rule="error", level=level, scales=scales).keep(c)
         return kept.keys.float().mean((1, 2)).tolist()
 
+    bars, plain = (
+        Structure(window=16, sinks=4, tile=64, rule="error", level=1.0, bars=b).keep(c).keys & ~c.nearby(16, 4)
+        for b in (True, False)
+    )
+    assert bars.sum((1, 2)).tolist() == plain.sum((1, 2)).tolist() == [512, 512]  # 256 a tile, on average or each
+    assert set(plain.sum(2).flatten().tolist()) == {256}
+    assert len(set(bars.sum(2).flatten().tolist())) > 1
     assert max(density(100.0)) < 0.2 < 0.5 < min(density(1e-9))
     little, much = density(0.5, [[1e-9, 1e9]])
     assert little < 0.2 < 0.5 < much
