@@ -165,3 +165,10 @@ def test_prompts_that_are_too_long_are_refused_before_anything_is_measured(words
     with two(limit=8191) as (urls, sparse):
         assert "prompts of 8,192 tokens do not fit the server's 8,191" in run([*urls, *words], code=1)
         assert sparse.asked == 0
+
+
+def test_nobody_at_the_url(tmp_path: Path) -> None:
+    assert "no server answers at http://127.0.0.1:9" in run(
+        ["--url", "http://127.0.0.1:9", "--out", str(tmp_path / "out")], code=1
+    )
+    assert not (tmp_path / "out").exists()

@@ -44,8 +44,8 @@ def evaluate(options: EvalCommand, say: Say) -> None:
 
 def _evaluate(options: EvalCommand, say: Say, open_clients: ExitStack) -> None:
     texts = read_texts(options.fidelity.data) if {"fidelity", "in-prompt"} & set(options.suite) else []
+    tokens, model = _tokens(options, open_clients)  # first: everything else is idle where no server answers
     plans = targets.plans(options, say)
-    tokens, model = _tokens(options, open_clients)
     suites = _suites(options, texts, tokens)
     journal = Journal(options.out, _depends_on(options, model, tokens, texts))
     name = options.server.tokenizer or model
