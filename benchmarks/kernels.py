@@ -375,7 +375,7 @@ class Served:
             self.slots = torch.full((kv.cache.shape[0] * BLOCK, 2 * KV_HEADS), float("nan"), device=device)
         self.layer = SparseLayer(
             index=1,
-            row=1,
+            place=1,
             heads=Heads(QUERY_HEADS, KV_HEADS, SIZE),
             weights=indexer() if trained else None,
             tau=torch.full((2, KV_HEADS), tau, dtype=torch.float64, device=device),
@@ -384,7 +384,7 @@ class Served:
 
     def check(self, q: Tensor, out: Tensor) -> None:
         """Run once as a step's first layer, with all checks; the whole sequence is scored."""
-        first = replace(self.layer, row=0)
+        first = replace(self.layer, place=0)
         self.prefill.choose(first, q, self.kv, self.part, scale=SCALE)
         self.prefill.attend(first, q, self.kv, self.part, scale=SCALE, out=out)
 

@@ -7,6 +7,8 @@ The kernels take the place of the references in ``tests/backends/test_cuda_layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, SparsePattern
 from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
-from vllm_vsprefill.prefill.cuda import CudaPrefill, Round
+from vllm_vsprefill.prefill.cuda import CudaPrefill, PagedOperations, Round
 from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 
 HEADS, BLOCK, TAIL, SCALE = Heads(4, 2, 16), 16, 16, 0.25
@@ -37,7 +39,7 @@ class Problem:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=rng)
 
-        weights = IndexerLayerWeights(random(2, 32, 24), random(2, 24), random(2, 24, 2), random(2, 2))
+        weights = IndexerLayerWeights(random(2, 32, 32), random(2, 32), random(2, 32, 2), random(2, 2))
         cache = random(40, 2, BLOCK, 32)
         table = torch.randperm(40, generator=rng)[:30].view(2, 15).int()
         self.kv = PagedKV(cache, table)
@@ -130,3 +132,26 @@ def test_buffers_must_fit_the_estimator() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="without sampled_rows"):
         prefill.choose(problem.layer, problem.query, problem.kv, problem.part, scale=SCALE)
+
+
+def test_arguments_are_checked_in_the_first_layer_before_anything_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_vsprefill.kernels.paged._INTERPRETED", True)  # these tensors are on the CPU
+    problem = Problem(indexer=True, kept=True)
+    prefill = problem.prefill()
+    first = replace(problem.layer, place=0)
+    prefill.choose(first, problem.query, problem.kv, problem.part, scale=SCALE)
+    prefill.attend(first, problem.query, problem.kv, problem.part, scale=SCALE, out=torch.empty_like(problem.query))
+    launched: list[str] = []
+
+    def version(name: str) -> Callable[..., None]:
+        return lambda *_, **__: launched.append(name)
+
+    prefill.operations = PagedOperations(*(version(name) for name in PagedOperations._fields))
+    wrong = replace(first, tau=first.tau.float())
+    with pytest.raises(ValueError, match="tau"):
+        prefill.choose(wrong, problem.query, problem.kv, problem.part, scale=SCALE)
+    with pytest.raises(ValueError, match="out has dtype"):
+        prefill.attend(first, problem.query, problem.kv, problem.part, scale=SCALE, out=problem.query.half())
+    assert launched == []
+    prefill.choose(replace(wrong, place=1), problem.query, problem.kv, problem.part, scale=SCALE)
+    assert launched == ["score_missing", "gather", "select", "build_index"]

@@ -34,7 +34,7 @@ class CountsReader:
 
     Args:
         recorder: of this worker.
-        layer_indices: index in the model of each row of the counters.
+        layer_indices: index in the model of each line of the counters.
     """
 
     def __init__(self, recorder: Recorder, layer_indices: list[int]) -> None:
@@ -76,9 +76,9 @@ class CountsReader:
 
     def _totals(self, item: _Item) -> dict[int, LayerCounts]:
         totals = dict(item.host)
-        for layer, row in zip(self._indices, item.counts.tolist(), strict=True):
-            pairs, chunks = row[MAX_REQUESTS + DENSE_PAIRS], row[MAX_REQUESTS + DENSE_CHUNKS]
-            found = LayerCounts(sum(row[:MAX_REQUESTS]) + pairs, 0, -chunks, chunks, chunks)
+        for layer, line in zip(self._indices, item.counts.tolist(), strict=True):
+            pairs, chunks = line[MAX_REQUESTS + DENSE_PAIRS], line[MAX_REQUESTS + DENSE_CHUNKS]
+            found = LayerCounts(sum(line[:MAX_REQUESTS]) + pairs, 0, -chunks, chunks, chunks)
             totals[layer] = totals.get(layer, LayerCounts()) + found
         return totals
 

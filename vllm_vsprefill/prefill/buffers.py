@@ -144,13 +144,13 @@ class DeviceBuffers:
         """Device memory held."""
         return _bytes([value for value in vars(self).values() if isinstance(value, Tensor)] + self.work.tensors())
 
-    def visited(self, row: int) -> Tensor:
-        """Counters of one layer that ``attend`` adds to."""
-        return self.counts[row, :MAX_REQUESTS]
+    def visited(self, place: int) -> Tensor:
+        """Counters that ``attend`` adds to, of the layer with this ``SparseLayer.place``."""
+        return self.counts[place, :MAX_REQUESTS]
 
-    def guarded(self, row: int) -> Tensor:
-        """Counters of one layer that ``guard`` adds to."""
-        return self.counts[row, MAX_REQUESTS:]
+    def guarded(self, place: int) -> Tensor:
+        """Counters that ``guard`` adds to, of the layer with this ``SparseLayer.place``."""
+        return self.counts[place, MAX_REQUESTS:]
 
     def missing_logits(self, slots: int) -> Tensor:
         """Logits for so many slots of the cache, all missing; valid until the next call."""

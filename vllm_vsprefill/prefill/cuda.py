@@ -71,8 +71,8 @@ class CudaPrefill:
     """Estimate, select, merge, guard, attend: once, for the layers of one model on one device.
 
     A layer calls ``choose`` and then ``attend``, round by round; what was chosen lies in the buffers in between.
-    Arguments are checked for the model's first sparse layer: layers are alike, and checking takes the host as long as
-    launching.
+    Arguments are checked for the first layer of a worker that runs sparse: the others are like it, and checking takes
+    the host as long as launching.
 
     Args:
         budgets: how many columns and diagonals are kept at least and at most.
@@ -111,17 +111,15 @@ class CudaPrefill:
             ValueError: an argument does not fit the kernels or the buffers; names it.
         """
         do, work = self.operations, self.buffers.work
-        self._estimate(layer, query, kv, part.whole, scale)
-        if layer.row == 0:
-            check_select(work.gathered, part.whole, layer.tau, work.index, work.select, self.budgets)
-            check_build_index(work.index, kv, part.rows)
+        logits = self._logits(layer, kv)
+        if layer.place == 0:
+            self._check(layer, query, kv, part, scale, logits)
+        self._estimate(layer, query, kv, part.whole, scale, logits)
         do.select(work.gathered, part.whole, layer.tau, work.index, work.select, budgets=self.budgets)
         # A choice for each tile among what was selected belongs here.
         do.build_index(work.index, kv, part.rows)
         if part.guarded is not None:
-            rows, end, counts = self.buffers.dense_rows, self.buffers.sparse_end, self.buffers.guarded(layer.row)
-            if layer.row == 0:
-                check_guard(work.index, part.rows, self.max_density, rows, end, counts)
+            rows, end, counts = self.buffers.dense_rows, self.buffers.sparse_end, self.buffers.guarded(layer.place)
             do.guard(work.index, part.rows, self.max_density, dense_rows=rows, sparse_end=end, counts=counts)
 
     def attend(self, layer: SparseLayer, query: Tensor, kv: PagedKV, part: Round, *, scale: float, out: Tensor) -> None:
@@ -132,31 +130,48 @@ class CudaPrefill:
         Raises:
             ValueError: as for ``choose``.
         """
-        index, visited = self.buffers.work.index, self.buffers.visited(layer.row)
+        index, visited = self.buffers.work.index, self.buffers.visited(layer.place)
         rows = part.rows if part.guarded is None else part.guarded
-        if layer.row == 0:
+        if layer.place == 0:
             check_attend(query, kv, index, rows, scale, out, None, visited)
         self.operations.attend(query, kv, index, rows, scale=scale, dense_last=0, out=out, visited=visited)
 
-    def _estimate(self, layer: SparseLayer, query: Tensor, kv: PagedKV, batch: Batch, scale: float) -> None:
+    def _check(
+        self, layer: SparseLayer, query: Tensor, kv: PagedKV, part: Round, scale: float, logits: Tensor | None
+    ) -> None:
+        """Check what the kernels of ``choose`` are given, before the first of them is launched."""
+        work = self.buffers.work
+        if layer.weights is not None and logits is not None:
+            check_score_missing(kv, part.whole, layer.weights, logits, work.missing)
+            check_gather(logits, kv, part.whole, work.gathered)
+        elif work.sampled is not None:
+            check_sampled(query, kv, part.whole, work.sampled, work.gathered, scale)
+        check_select(work.gathered, part.whole, layer.tau, work.index, work.select, self.budgets)
+        check_build_index(work.index, kv, part.rows)
+        if part.guarded is not None:
+            rows, end, counts = self.buffers.dense_rows, self.buffers.sparse_end, self.buffers.guarded(layer.place)
+            check_guard(work.index, part.rows, self.max_density, rows, end, counts)
+
+    def _logits(self, layer: SparseLayer, kv: PagedKV) -> Tensor | None:
+        """Logits of the layer's cache slots, where it has an indexer; all missing, where none are kept."""
+        if layer.weights is None:
+            return None
+        if layer.logits is None:
+            return self.buffers.missing_logits(kv.cache.shape[0] * kv.block_size)
+        return layer.logits.slots
+
+    def _estimate(
+        self, layer: SparseLayer, query: Tensor, kv: PagedKV, batch: Batch, scale: float, logits: Tensor | None
+    ) -> None:
         """Importance of every key and distance, as logits in ``buffers.work.gathered``."""
         do, work = self.operations, self.buffers.work
-        if layer.weights is None:
-            if work.sampled is None:
-                raise ValueError("the buffers were allocated without sampled_rows, and the layer has no indexer")
-            if layer.row == 0:
-                check_sampled(query, kv, batch, work.sampled, work.gathered, scale)
+        if layer.weights is not None:
+            do.score_missing(kv, batch, layer.weights, logits, work.missing)
+            do.gather(logits, kv, batch, work.gathered)
+        elif work.sampled is not None:
             do.sampled(query, kv, batch, work.sampled, work.gathered, scale=scale)
-            return
-        if layer.logits is None:
-            logits = self.buffers.missing_logits(kv.cache.shape[0] * kv.block_size)
         else:
-            logits = layer.logits.slots
-        if layer.row == 0:
-            check_score_missing(kv, batch, layer.weights, logits, work.missing)
-            check_gather(logits, kv, batch, work.gathered)
-        do.score_missing(kv, batch, layer.weights, logits, work.missing)
-        do.gather(logits, kv, batch, work.gathered)
+            raise ValueError("the buffers were allocated without sampled_rows, and the layer has no indexer")
 
     def warm_up(self, layer: SparseLayer, kv: PagedKV, dtype: torch.dtype, *, scale: float) -> None:
         """Compile all kernels with a made-up request, which reads and scores block 0 of the cache. Clears the counts.

@@ -34,7 +34,7 @@ class SparseLayer:
 
     Attributes:
         index: layer index in the model.
-        row: its row in counters on a device: 0 for the first sparse layer of the model, and so on.
+        place: among the layers of this worker that run sparse, from 0; its line in the counters on a device.
         heads: its shape on this rank.
         weights: this rank's indexer weights, as the kernels want them, or None for the training-free estimator.
         tau: float64 ``[2, num_kv_heads]``, thresholds of columns and of diagonals.
@@ -42,7 +42,7 @@ class SparseLayer:
     """
 
     index: int
-    row: int
+    place: int
     heads: Heads
     weights: IndexerLayerWeights | None
     tau: Tensor
