@@ -91,3 +91,18 @@ def test_a_longer_timeout_is_waited_for(tmp_path: Path) -> None:
     slow = "import time\ndef test_slow():\n    time.sleep(5)\n"
     status, output = run(tmp_path, slow, 0, "--timeout", "60", end=3)
     assert status == 0, output
+
+
+def test_nothing_ends_while_somebody_debugs(tmp_path: Path) -> None:
+    """As pytest tells plugins of `breakpoint()` and `--pdb`."""
+    thinking = (
+        "import time\ndef test_thinks(pytestconfig):\n"
+        "    pytestconfig.hook.pytest_enter_pdb(config=pytestconfig, pdb=None)\n    time.sleep(8)\n"
+    )
+    status, output = run(tmp_path, thinking, 0, end=3)
+    assert status == 0, output
+    # A debugger that was there before the first test
+    attached = "import time\ndef test_thinks():\n    time.sleep(8)\n"
+    debugger = "import pytest_timeout\npytest_timeout.SUPPRESS_TIMEOUT = True\n"
+    status, output = run(tmp_path, debugger + attached, 0, end=3)
+    assert status == 0, output

@@ -7,6 +7,8 @@
    faulthandler, which needs no lock of the interpreter, shows where every thread is. pytest-xdist then names the test.
 3. What neither reaches, such as a worker that hangs before its first test or after its last one, is seen by the first
    process: after ``QUIET`` seconds without news it says which tests run, and after ``END`` seconds it ends all.
+
+None of them does anything any more once a debugger is at work: whoever debugs may think as long as it takes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from pytest_timeout import _get_item_settings
+from pytest_timeout import _get_item_settings, is_debugging
 
 GRACE = 60.0
 QUIET = 120.0
@@ -51,12 +53,18 @@ class Watchdog:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         timeout = _get_item_settings(item).timeout
-        if timeout:
+        if is_debugging():
+            self.finished.set()
+        elif timeout:
             faulthandler.dump_traceback_later(timeout + self.grace, exit=True, file=self.stderr)
         try:
             return (yield)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def pytest_enter_pdb(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self.finished.set()
 
     # With pytest-xdist these are called in the first process, too.
     def pytest_runtest_logstart(self, nodeid: str) -> None:
