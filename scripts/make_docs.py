@@ -211,7 +211,7 @@ def training_choices() -> str:
     rows = []
     for variant, shown in VARIANTS.items():
         told, answers = found[variant]["validation"], found[variant]["answers"]
-        cells = [shown, f"{told['kl_columns']:.2f}, {told['kl_distances']:.2f}"]
+        cells = [shown, f"{told['kl_columns']:.2f}, {told['kl_diagonals']:.2f}"]
         cells += [f"{percent(told[k]['0.05'])}, {percent(told[k]['0.1'])}" for k in ("recall", "recall_strong")]
         rows.append([*cells, *(percent(answers[columns]["accuracy"]) for columns in ("256", "1024"))])
     recalls = ("recall at 5 %, 10 %", "strong recall at 5 %, 10 %")
