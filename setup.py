@@ -8,12 +8,20 @@ and editors alike. `kernels/` has no `__init__.py` on purpose: in the repository
 the Hugging Face library of that name wherever it is installed, which transformers imports.
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = "vllm_vsprefill.kernels"
+
+for link in ("kernels", "indexer_ckpts"):
+    if not (ROOT / "vllm_vsprefill" / link).is_dir():
+        sys.exit(
+            f"vllm_vsprefill/{link} is a file, but should be a link to the folder {link}: what unpacked or copied these "
+            "sources does not keep links. Use git clone, unzip or tar; or put a copy of the folder there."
+        )
 
 # Looked for through the links: a source distribution holds the files in their place, and no `kernels/` at its top.
 packages = [
@@ -106,7 +114,7 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
-        # Commands need the extra "train"; `vsprefill status` and `vsprefill mode` need typer only.
+        # Commands need the extra "train" or "eval"; `vsprefill status` and `vsprefill mode` need typer only.
         "console_scripts": ["vsprefill = vllm_vsprefill.cli:main"],
         # vLLM calls this in every process it starts, so the module must import quickly (no torch, no vLLM platform).
         "vllm.general_plugins": ["vsprefill = vllm_vsprefill.registration:register"],

@@ -97,6 +97,19 @@ def test_installed_entry_point_and_version() -> None:
     assert callable(points[0].load())
 
 
+def test_sources_that_lost_their_links_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    """As `python -m zipfile` and some copies leave them."""
+    tree = copy_of_the_project(tmp_path / "source")
+    for name in ("kernels", "indexer_ckpts"):
+        (tree / "vllm_vsprefill" / name).unlink()
+        (tree / "vllm_vsprefill" / name).write_text(f"../{name}")
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.startswith("vllm_vsprefill/kernels is a file, but should be a link to the folder kernels")
+    assert "Traceback" not in done.stderr
+
+
 # --- scripts
 
 
