@@ -113,6 +113,8 @@ def test_thresholds_per_head_go_to_the_ranks_that_hold_the_heads(tmp_path: Path)
 def test_thresholds_per_head_must_be_one_for_each(folder: Path) -> None:
     edit(folder, thresholds={"fast": {"tau_columns": [0.5, [0.5, 0.5], 0.5]}})
     assert "one number per layer or one per KV head (4), found an entry of 2" in refuse(folder)
+    edit(folder, thresholds={"fast": {"tau_distances": [0.5, 0.5, 0.5]}})
+    assert "thresholds.fast: tau_distances is called tau_diagonals now" in refuse(folder)
     edit(folder, thresholds={"fast": {"tau_columns": [0.5, [0.5, 0.5, 0.5, 2], 0.5]}})
     assert "thresholds.fast.tau_columns.1.3: " in refuse(folder)
 

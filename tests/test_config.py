@@ -193,6 +193,9 @@ def test_unknown_options_come_with_the_closest_known_ones() -> None:
     assert "unknown option 3; known are preset, enabled" in refuse({3: 4})
     message = refuse(None, {"VSPREFILL_DENSE_LAYER": "1"})
     assert "environment variable VSPREFILL_DENSE_LAYER: unknown option; did you mean VSPREFILL_DENSE_LAYERS" in message
+    assert "unknown option 'min_context'; it is called min_seq_len now" in refuse({"min_context": 4096})
+    message = refuse(None, {"VSPREFILL_MAX_DISTANCES": "9"})
+    assert "VSPREFILL_MAX_DISTANCES: unknown option; it is called VSPREFILL_MAX_DIAGONALS now" in message
     message = refuse(None, {"VSPREFILL_XYZZY": "1"})
     assert "environment variable VSPREFILL_XYZZY: unknown option; known are VSPREFILL_PRESET" in message
     assert "environment variable vsprefill_window: unknown option; did you mean VSPREFILL_WINDOW" in refuse(

@@ -100,6 +100,13 @@ class Thresholds(BaseModel):
     tau_columns: tuple[_LayerShare, ...] | None = None
     tau_diagonals: tuple[_LayerShare, ...] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "tau_distances" in value:
+            raise ValueError("tau_distances is called tau_diagonals now; rename it in config.json")
+        return value
+
 
 def _known_version(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value > FORMAT_VERSION:

@@ -74,6 +74,14 @@ PRESETS: dict[str, dict[str, float | int | None]] = {
 }
 """What each preset sets. An option given explicitly wins over it."""
 
+RENAMED = {
+    "min_context": "min_seq_len",
+    "tau_distances": "tau_diagonals",
+    "min_distances": "min_diagonals",
+    "max_distances": "max_diagonals",
+}
+"""Former names of options, for messages."""
+
 
 class ConfigError(ValueError):
     """Options that cannot be used. The message names every problem of every source at once."""
@@ -231,7 +239,7 @@ class _Options(BaseModel):
     )
     min_seq_len: _Count = Field(
         default_factory=_preset("min_seq_len"),
-        description="Tokens of context below which a request runs the stock kernel.",
+        description="Tokens of the sequence below which a request runs the stock kernel.",
     )
     min_pairs: Annotated[
         Annotated[int, Field(ge=0, le=2**62)] | None,
@@ -239,7 +247,7 @@ class _Options(BaseModel):
         _Allowed("an integer from 0, or null for what suits the platform"),
     ] = Field(
         None,
-        description="Rows of a chunk times tokens of context below which it runs the stock kernel. null: 0 on CPU, "
+        description="Rows of a chunk times tokens of the sequence below which it runs the stock kernel. null: 0 on CPU, "
         "62914560 on CUDA, more where a GPU has less than 32 heads of 128 channels.",
     )
     min_rows: Annotated[
@@ -260,7 +268,7 @@ class _Options(BaseModel):
     window: _Count = Field(
         default_factory=_preset("window"), description="Local window, in positions: the nearest keys are always kept."
     )
-    sinks: _Rows = Field(64, description="First positions of the context that are always kept.")
+    sinks: _Rows = Field(64, description="First positions of the sequence that are always kept.")
     dense_last_rows: _Rows = Field(64, description="Last rows of a chunk that attend to everything.")
     block_q: _QueryTile = Field(
         None, description="Query tile, in positions; its rows share one list of keys. null: 128 on CPU, 16 on CUDA."
@@ -465,6 +473,8 @@ def _interval(minimum: int, maximum: int | None) -> str:
 
 def _suggest(name: str, known: tuple[str, ...], show: Callable[[str], str] = str) -> str:
     plain = name.strip().lower().replace("-", "_").removeprefix(ENV_PREFIX.lower())
+    if plain in RENAMED:
+        return f"; it is called {show(RENAMED[plain])} now"
     close = difflib.get_close_matches(plain, known, n=2, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(map(show, close))}?"

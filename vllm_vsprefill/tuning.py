@@ -17,10 +17,10 @@ class PlatformTuning:
     Attributes:
         block_q: query tile, in positions.
         block_k: key granule, in positions.
-        min_seq_len: tokens of context below which the stock kernel is faster; a preset that starts later wins.
-        min_pairs: rows of a chunk times context below which it is, with 32 heads of 128 channels.
+        min_seq_len: tokens of the sequence below which the stock kernel is faster; a preset that starts later wins.
+        min_pairs: rows of a chunk times tokens of the sequence below which it is, with 32 heads of 128 channels.
         min_rows_sampled: rows of a chunk below which it is with the training-free estimate, which takes a pass over the
-            context for its own rows however few the others are.
+            sequence for its own rows however few the others are.
     """
 
     block_q: int

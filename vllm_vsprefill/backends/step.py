@@ -81,7 +81,7 @@ class SparseBuilderMixin(Generic[RoundT]):
             return None
         lengths = _compat.cpu_seq_lens(common)
         if lengths is None:
-            logger.warning_once("VSPREFILL: this vLLM does not tell the host how long contexts are; all is dense.")
+            logger.warning_once("VSPREFILL: this vLLM does not tell the host how long sequences are; all is dense.")
             return None
         flags = _compat.prefill_flags(common)
         if not any(flags):  # drafts are verified
