@@ -88,7 +88,7 @@ def capability(device: torch.device) -> int:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a device; one for the interpreter's CPU."""
+    """Multiprocessors of a device; one where a kernel is interpreted, or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -34,7 +34,6 @@ name with a ``2`` belongs to the second consumer.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -52,6 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..index import RANK, Index
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV
+from ..settings import multiprocessors
 from .hopper_values import (
     Cache,
     IndexView,
@@ -662,12 +662,6 @@ def _attend_kernel(
     )
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a device; 1 where it is only compiled for one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def unsupported_shape(group: int, block_q: int, head_size: int, dtype: torch.dtype) -> str | None:
     """Why this version does not run a shape, None if it does: rows of a consumer must lie within a tile of the
     pattern."""
@@ -733,7 +727,7 @@ def attend(
     total = num_tiles * num_kv_heads * batch.num_requests
     strides = kv.cache.stride()
     launch(
-        _attend_kernel, (min(total, _multiprocessors(q.device)),),
+        _attend_kernel, (min(total, multiprocessors(q.device)),),
         (
             q, kv.cache, out, lse, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
             index.columns, index.slots, index.rank, index.granules, index.granule_rank, index.near, index.flags,
