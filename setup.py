@@ -19,8 +19,8 @@ KERNELS = "vllm_vsprefill.kernels"
 for link in ("kernels", "indexer_ckpts"):
     if not (ROOT / "vllm_vsprefill" / link).is_dir():
         sys.exit(
-            f"vllm_vsprefill/{link} is a file, but should be a link to the folder {link}: what unpacked or copied these "
-            "sources does not keep links. Use git clone, unzip or tar; or put a copy of the folder there."
+            f"vllm_vsprefill/{link} is a file, but should be a link to the folder {link}: what unpacked or copied "
+            "these sources does not keep links. Use git clone, unzip or tar; or put a copy of the folder there."
         )
 
 # Looked for through the links: a source distribution holds the files in their place, and no `kernels/` at its top.

@@ -247,8 +247,8 @@ class _Options(BaseModel):
         _Allowed("an integer from 0, or null for what suits the platform"),
     ] = Field(
         None,
-        description="Rows of a chunk times tokens of the sequence below which it runs the stock kernel. null: 0 on CPU, "
-        "62914560 on CUDA, more where a GPU has less than 32 heads of 128 channels.",
+        description="Rows of a chunk times tokens of the sequence below which it runs the stock kernel. null: 0 on "
+        "CPU, 62914560 on CUDA, more where a GPU has less than 32 heads of 128 channels.",
     )
     min_rows: Annotated[
         Annotated[int, Field(ge=0, le=2**31 - 1)] | None,
