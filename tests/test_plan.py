@@ -111,13 +111,13 @@ def test_switched_off() -> None:
     assert plan.prefill_pairs == RequestRows(0, 0, 512, 9000).causal_pairs
 
 
-def test_dense_runs_are_contiguous_and_skip_padding() -> None:
+def test_dense_runs_are_of_neighbours_and_skip_padding() -> None:
     rows = [1, 1, 512, 1, 0, 1, 700, 0]
     contexts = [50, 60, 4000, 70, 0, 80, 9000, 0]
     flags = [False, False, True, False, False, False, True, False]
     plan = plan_step(starts(rows), contexts, flags, GATE)
     assert [r.request for r in plan.sparse] == [2, 6]
-    assert [[r.request for r in run] for run in plan.dense_runs] == [[0, 1], [2, 3, 5], [6]]
+    assert [[r.request for r in run] for run in plan.dense_runs] == [[0, 1], [2, 3], [5], [6]]
     tail = plan.dense_runs[1][0]
     assert (tail.row_start, tail.row_end, tail.seq_len) == (2 + 512 - 64, 2 + 512, 4000)
     assert plan.sparse[0] == RequestRows(2, 2, 2 + 512 - 64, 4000 - 64)
@@ -143,6 +143,6 @@ def test_every_row_is_computed_once(requests: list[tuple[int, int, bool]]) -> No
     covered = sorted(itertools.chain.from_iterable(range(p.row_start, p.row_end) for p in pieces))
     assert covered == list(range(sum(rows)))
     for run in plan.dense_runs:
-        assert all(a.row_end == b.row_start for a, b in itertools.pairwise(run))
+        assert all((a.row_end, a.request + 1) == (b.row_start, b.request) for a, b in itertools.pairwise(run))
     expected = sum(RequestRows(0, 0, r, r + c).causal_pairs for r, c, prefilling in requests if prefilling)
     assert plan.prefill_pairs == expected

@@ -72,8 +72,8 @@ class StepPlan:
 
     Attributes:
         sparse: rows that run sparse, one entry a request, in batch order.
-        dense_runs: the other rows, among them the last ones of every sparse chunk, as maximal runs of rows that lie
-            next to each other; the stock kernel wants one contiguous piece of the token list a call.
+        dense_runs: the other rows, among them the last ones of every sparse chunk, as maximal runs of rows and requests
+            that lie next to each other; the stock kernel wants slices of the token list and of the block table.
         dense_prefill_pairs: causal pairs, per head, of prefill rows among ``dense_runs`` (for the density figures).
         starts_alone: the only request that prefills begins at position 0 (it is a new prompt).
     """
@@ -110,6 +110,7 @@ def plan_step(
     for request, seq_len in enumerate(seq_lens):
         rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], seq_len)
         if rows.rows <= 0:
+            open_run = False  # a run is of neighbouring requests, too
             continue
         prefilling += is_prefilling[request]
         fresh += is_prefilling[request] and rows.rows == seq_len
