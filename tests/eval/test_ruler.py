@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,14 @@ def test_a_sample_is_the_same_whenever_it_is_made(bytes_ruler: Ruler, data: Path
         assert sample(again, task, index=3) == sample(bytes_ruler, task, index=3)
     assert sample(bytes_ruler, "vt", index=3) != sample(bytes_ruler, "vt", index=4)
     assert sample(suite(tokens("characters"), data, seed=1), "vt", index=3) != sample(bytes_ruler, "vt", index=3)
+
+
+def test_samples_made_side_by_side_are_the_same(data: Path, tokens: Callable[[str], LocalTokens]) -> None:
+    ruler = suite(tokens("pairs"), data)
+    jobs = [(Cell("ruler", task, 8192, 2), index) for task in TASKS for index in range(2)]
+    expected = [ruler.sample(*job).ids for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda job: suite(tokens("pairs"), data).sample(*job).ids, jobs)) == expected
 
 
 def test_splits_share_nothing(data: Path, tokens: Callable[[str], LocalTokens]) -> None:
