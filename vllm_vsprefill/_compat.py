@@ -131,7 +131,7 @@ def layer_index(name: str) -> int | None:
 
 
 def cpu_seq_lens(common: Any) -> list[int] | None:
-    """Context lengths of a step's requests as the host knows them, without asking the device; None if it does not.
+    """Sequence lengths of a step's requests as the host knows them, without asking the device; None if it does not.
 
     Exact for rows that prefill. A row that verifies drafts may be shorter in truth: nothing may rely on its length.
     """

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from vllm_vsprefill.checkpoint import PARTS
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.distil.losses import LOSSES, kl
 from vllm_vsprefill.distil.options import Inputs, StudentOptions
 from vllm_vsprefill.distil.scoring import score
 from vllm_vsprefill.distil.targets import Range, TargetKind, Targets
-
-PARTS = ("w1", "b1", "w2", "b2")
 
 
 def features(inputs: Inputs, call: LayerCall, dtype: torch.dtype) -> Tensor:
