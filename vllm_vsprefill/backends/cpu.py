@@ -105,7 +105,7 @@ class VSPrefillCPUMetadataBuilder(SparseBuilderMixin[SparseRequest], CPUAttentio
         starts = (
             torch.tensor([*(rows.row_start for rows in run), row_end], dtype=common.query_start_loc.dtype) - row_start
         )
-        part = dataclasses.replace(
+        own = dataclasses.replace(
             common,
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -117,7 +117,7 @@ class VSPrefillCPUMetadataBuilder(SparseBuilderMixin[SparseRequest], CPUAttentio
             block_table_tensor=common.block_table_tensor[requests],
             slot_mapping=common.slot_mapping[row_start:row_end],
         )
-        return DenseRun(row_start, row_end, super().build(0, part))
+        return DenseRun(row_start, row_end, super().build(0, own))
 
 
 class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):

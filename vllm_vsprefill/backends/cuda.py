@@ -125,12 +125,12 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             # model's type.
             query = prefill.buffers.unquantised(query, self._vllm_config.model_config.dtype)
             scale *= float(call.layer._q_scale_float)
-        for part in step.rounds:
-            kv = self._paged(call, part.block_table)
-            prefill.choose(sparse, query, kv, part.batches, scale=scale)
-            for run in part.fallbacks:
+        for one in step.rounds:
+            kv = self._paged(call, one.block_table)
+            prefill.choose(sparse, query, kv, one.batches, scale=scale)
+            for run in one.fallbacks:
                 run_dense(run)
-            prefill.attend(sparse, query, kv, part.batches, scale=scale, out=output)
+            prefill.attend(sparse, query, kv, one.batches, scale=scale, out=output)
         # Visited pairs, and chunks that were dense after all, the device counts.
         return LayerCounts(sparse_chunks=len(step.plan.sparse))
 

@@ -166,7 +166,7 @@ def _stock_call(
 ) -> DenseRun:
     """Stock metadata of neighbouring rows, as if they were a batch of their own."""
     row_start, row_end = run[0].row_start, run[-1].row_end
-    part = dataclasses.replace(
+    own = dataclasses.replace(
         metadata,
         num_actual_tokens=row_end - row_start,
         max_query_len=max(rows.rows for rows in run),
@@ -178,4 +178,4 @@ def _stock_call(
         scheduler_metadata=None,  # made for the whole batch
         max_num_splits=0,  # FlashAttention decides: a few rows over a long sequence want their keys split
     )
-    return DenseRun(row_start, row_end, part)
+    return DenseRun(row_start, row_end, own)

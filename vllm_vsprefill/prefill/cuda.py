@@ -95,7 +95,7 @@ class CudaPrefill:
         self.operations = operations
         self.is_warm = False
 
-    def choose(self, layer: SparseLayer, query: Tensor, kv: PagedKV, part: Round, *, scale: float) -> None:
+    def choose(self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, *, scale: float) -> None:
         """Choose the keys of a round, with whole sequences in view.
 
         Afterwards ``buffers.dense_rows`` says which requests the dense kernel has to compute, if the round is guarded.
@@ -104,7 +104,7 @@ class CudaPrefill:
             layer: the layer.
             query: ``[rows, num_heads, head_size]``, all rows of the step.
             kv: keys and values of the layer, those of the rows included.
-            part: the round.
+            requests: the round.
             scale: factor on ``q . k`` before the softmax.
 
         Raises:
@@ -113,16 +113,18 @@ class CudaPrefill:
         do, work = self.operations, self.buffers.work
         logits = self._logits(layer, kv)
         if layer.place == 0:
-            self._check(layer, query, kv, part, scale, logits)
-        self._estimate(layer, query, kv, part.whole, scale, logits)
-        do.select(work.gathered, part.whole, layer.tau, work.index, work.select, budgets=self.budgets)
+            self._check(layer, query, kv, requests, scale, logits)
+        self._estimate(layer, query, kv, requests.whole, scale, logits)
+        do.select(work.gathered, requests.whole, layer.tau, work.index, work.select, budgets=self.budgets)
         # A choice for each tile among what was selected belongs here.
-        do.build_index(work.index, kv, part.rows)
-        if part.guarded is not None:
+        do.build_index(work.index, kv, requests.rows)
+        if requests.guarded is not None:
             rows, end, counts = self.buffers.dense_rows, self.buffers.sparse_end, self.buffers.guarded(layer.place)
-            do.guard(work.index, part.rows, self.max_density, dense_rows=rows, sparse_end=end, counts=counts)
+            do.guard(work.index, requests.rows, self.max_density, dense_rows=rows, sparse_end=end, counts=counts)
 
-    def attend(self, layer: SparseLayer, query: Tensor, kv: PagedKV, part: Round, *, scale: float, out: Tensor) -> None:
+    def attend(
+        self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, *, scale: float, out: Tensor
+    ) -> None:
         """Attend to what ``choose`` chose for the same round.
 
         Writes its rows of ``out``, shaped like ``query``, without those of requests that ``guard`` sent away.
@@ -131,26 +133,26 @@ class CudaPrefill:
             ValueError: as for ``choose``.
         """
         index, visited = self.buffers.work.index, self.buffers.visited(layer.place)
-        rows = part.rows if part.guarded is None else part.guarded
+        rows = requests.rows if requests.guarded is None else requests.guarded
         if layer.place == 0:
             check_attend(query, kv, index, rows, scale, out, None, visited)
         self.operations.attend(query, kv, index, rows, scale=scale, dense_last=0, out=out, visited=visited)
 
     def _check(
-        self, layer: SparseLayer, query: Tensor, kv: PagedKV, part: Round, scale: float, logits: Tensor | None
+        self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, scale: float, logits: Tensor | None
     ) -> None:
         """Check what the kernels of ``choose`` are given, before the first of them is launched."""
         work = self.buffers.work
         if layer.weights is not None and logits is not None:
-            check_score_missing(kv, part.whole, layer.weights, logits, work.missing)
-            check_gather(logits, kv, part.whole, work.gathered)
+            check_score_missing(kv, requests.whole, layer.weights, logits, work.missing)
+            check_gather(logits, kv, requests.whole, work.gathered)
         elif work.sampled is not None:
-            check_sampled(query, kv, part.whole, work.sampled, work.gathered, scale)
-        check_select(work.gathered, part.whole, layer.tau, work.index, work.select, self.budgets)
-        check_build_index(work.index, kv, part.rows)
-        if part.guarded is not None:
+            check_sampled(query, kv, requests.whole, work.sampled, work.gathered, scale)
+        check_select(work.gathered, requests.whole, layer.tau, work.index, work.select, self.budgets)
+        check_build_index(work.index, kv, requests.rows)
+        if requests.guarded is not None:
             rows, end, counts = self.buffers.dense_rows, self.buffers.sparse_end, self.buffers.guarded(layer.place)
-            check_guard(work.index, part.rows, self.max_density, rows, end, counts)
+            check_guard(work.index, requests.rows, self.max_density, rows, end, counts)
 
     def _logits(self, layer: SparseLayer, kv: PagedKV) -> Tensor | None:
         """Logits of the layer's cache slots, where it has an indexer; all missing, where none are kept."""
@@ -187,8 +189,8 @@ class CudaPrefill:
         query = torch.zeros(rows, layer.heads.num_heads, layer.heads.head_size, dtype=dtype, device=device)
         table = torch.zeros(1, -(-rows // kv.block_size), dtype=torch.int32, device=device)
         batch = Batch.from_lists([rows], [rows], device)
-        part = Round(batch, batch, batch._replace(row_end=self.buffers.sparse_end[:1]))
+        requests = Round(batch, batch, batch._replace(row_end=self.buffers.sparse_end[:1]))
         kv = kv._replace(block_table=table)
-        self.choose(layer, query, kv, part, scale=scale)
-        self.attend(layer, query, kv, part, scale=scale, out=torch.empty_like(query))
+        self.choose(layer, query, kv, requests, scale=scale)
+        self.attend(layer, query, kv, requests, scale=scale, out=torch.empty_like(query))
         self.buffers.counts.zero_()
