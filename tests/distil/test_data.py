@@ -118,6 +118,9 @@ def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
             '{"text": "fine"}\n{"text": "a\\ud83d"}\n',
             "line 2: character 1 of 'text' is half of a surrogate",
         ),
+        ("null.jsonl", '{"text": "fine"}\n{"text": null}\n', "line 2: 'text' is null; leave such records out"),
+        ("deep.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON"),
+        ("wide.txt", "\0".join("words of another encoding"), "not UTF-8 text (zero bytes, as of UTF-16)"),
         ("type.jsonl", '{"text": 5}\n', "column 'text' holds int, not text"),
         ("ids.jsonl", '{"input_ids": [' + "200, " * 60 + "1]}\n", "token id 200 is beyond the model's 128 embeddings"),
     ],
@@ -343,10 +346,21 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         assert train.tokens[:-1].tolist() == [ord(c) for c in letters * 20]
 
 
-def test_a_bad_byte_far_behind_is_found(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("é".encode() * 200_000 + b"x\xff" + b"y" * 100)
-    with pytest.raises(DistilError, match=r"not UTF-8 text \(byte 400001\)"):
+@pytest.mark.parametrize("letters", [200_000, 700_000])  # in the first piece, and in one of those behind it
+def test_a_bad_byte_far_behind_is_found(tmp_path: Path, letters: int) -> None:
+    (tmp_path / "a.txt").write_bytes("é".encode() * letters + b"x\xff" + b"y" * 100)
+    with pytest.raises(DistilError, match=rf"a.txt: not UTF-8 text \(byte {2 * letters + 1}\)"):
         sources(tmp_path / "a.txt")
+
+
+def test_a_damaged_table_is_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    text = pyarrow.array([b"fine", b"caf\xe9 " * 20], pyarrow.binary())  # not UTF-8, but called text
+    parquet.write_table(pyarrow.table({"text": text.view(pyarrow.string())}), file)
+    with pytest.raises(DistilError, match=r"a.parquet: damaged behind record"):
+        sources(file)
 
 
 def test_a_cloned_dataset(tmp_path: Path) -> None:

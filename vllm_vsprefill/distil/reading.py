@@ -9,6 +9,7 @@ whole, and their errors name neither the line nor the field.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import re
@@ -110,7 +111,7 @@ def _is_card(path: Path) -> bool:
 
 
 def _read_file(path: Path, field: str) -> Iterator[Document]:
-    try:
+    with _told(path):
         if path.suffix.lower() in TABLE_SUFFIXES:
             yield from _read_table(path, field)
         elif path.suffix.lower() in JSON_SUFFIXES | {".json"}:
@@ -118,10 +119,24 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
         else:
             with path.open(encoding=_ENCODING) as file:
                 start = file.read(PIECE + 1)
+                if start.count("\0") > len(start) // 8:
+                    raise DistilError(f"--data {path}: not UTF-8 text (zero bytes, as of UTF-16); convert it first")
                 if len(start) > PIECE:
-                    yield pieces(file, start)
+                    yield _rest(path, file, start)
                 elif start.strip():
                     yield start
+
+
+def _rest(path: Path, file: TextIO, start: str) -> Iterator[str]:
+    with _told(path):  # whoever takes the pieces reads the file
+        yield from pieces(file, start)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what reading a file may raise into a message."""
+    try:
+        yield
     except UnicodeDecodeError:
         raise DistilError(f"--data {path}: not UTF-8 text (byte {_first_bad_byte(path)}); convert it first") from None
     except OSError as error:
@@ -148,7 +163,7 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DistilError(
                     f"--data {path}, line {number}: not valid JSON ({error}); expected one JSON object a line"
                 ) from None
@@ -173,10 +188,13 @@ def _read_table(path: Path, field: str) -> Iterator[Document]:
     if not wanted:
         raise DistilError(_no_column(f"--data {path}", field, "is missing", names))
     number = 0
-    for batch in table.iter_batches(batch_size=64, columns=wanted):
-        for record in batch.to_pylist():
-            number += 1
-            yield _document(record, field, f"--data {path}, record {number}")
+    try:
+        for batch in table.iter_batches(batch_size=64, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield _document(record, field, f"--data {path}, record {number}")
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise DistilError(f"--data {path}: damaged behind record {number} ({first_line(error)})") from None
 
 
 def _no_column(where: str, field: str, kind: str, names: Any) -> str:
@@ -201,6 +219,8 @@ def _document(record: Any, field: str, where: str) -> Document:
     ids = record.get("input_ids")
     if value is None and isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < 2**32 for i in ids):
         return ids
+    if field in record and value is None and ids is None:
+        raise DistilError(f"{where}: {field!r} is null; leave such records out")
     kind = "is missing" if value is None else f"holds {type(value).__name__}, not text"
     raise DistilError(_no_column(where, field, kind, record))
 
