@@ -161,6 +161,24 @@ def test_children_belong_to_the_server_of_their_parent(base: Path, tmp_path: Pat
     assert done.stdout.split() == ["True", "True", "True"]
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_every_engine_of_a_child_gets_a_folder_of_its_own(base: Path, tmp_path: Path, method: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from vllm_vsprefill import exchange\n"
+        "def child():\n"
+        "    made = [exchange.open_exchange().folder for _ in range(3)]\n"
+        "    print(len(set(made)), exchange.opened() == made)\n"
+        "if __name__ == '__main__':\n"
+        f"    process = multiprocessing.get_context({method!r}).Process(target=child)\n"
+        "    process.start(); process.join()\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "True"]
+
+
 def test_a_folder_that_cannot_be_made_is_told(
     base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -149,7 +149,7 @@ def open_exchange() -> Exchange:
     Where none can be made there is a warning; the server runs, and workers try again when they have something to say.
     """
     inherited = os.environ.get(EXCHANGE_VARIABLE)
-    if inherited and multiprocessing.parent_process() is not None:
+    if inherited and multiprocessing.parent_process() is not None and not _is_own(Path(inherited)):
         return Exchange(Path(inherited), True)
     name, folder = f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}", None
     try:
@@ -174,6 +174,12 @@ def open_exchange() -> Exchange:
     _opened.append(folder)
     atexit.register(_remove, folder, os.getpid())
     return Exchange(folder, made)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a server of this process has made a folder: the next one is none of its children."""
+    match = _NAME.fullmatch(folder.name)
+    return match is not None and int(match[1]) == os.getpid()
 
 
 def opened() -> list[Path]:
