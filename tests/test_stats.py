@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_vsprefill import stats
 from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
@@ -26,6 +27,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def values(text: str) -> dict[str, float]:
+    """Series of an exposition, with their labels in alphabetical order."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+def scraped(folder: Path) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(FolderCollector(folder))
+    return values(generate_latest(registry).decode())
+
+
 def test_density() -> None:
     assert LayerCounts().density == 1.0
     assert LayerCounts(computed=1, causal=4).density == 0.25
@@ -37,7 +54,7 @@ def test_workers_are_summed_per_layer(folder: Path) -> None:
         recorder.record(3, LayerCounts(10, 40, 1, 0))
         recorder.record(3, LayerCounts(5, 5, 0, 1))
         recorder.publish()
-    assert read_counts(folder) == {3: LayerCounts(30, 90, 2, 2)}
+    assert read_counts(folder) == {3: LayerCounts(30, 90, 1, 1)}  # both ranks' heads, the same chunks
     assert not [file for file in folder.iterdir() if file.suffix != ".json"]
 
 
@@ -139,18 +156,33 @@ def test_counts_of_all_servers_in_a_folder_together(tmp_path: Path) -> None:
 def test_multiprocess_mode_uses_ordinary_counters(tmp_path: Path) -> None:
     """In a process of its own: prometheus_client decides on its mode when it is imported."""
     program = (
+        "import sys\n"
         "from vllm_vsprefill.stats import LayerCounts, Recorder\n"
-        "r = Recorder(); r.record(2, LayerCounts(7, 9, 1, 0)); r.publish()\n"
-        "r.record(2, LayerCounts(1, 1, 0, 1)); r.publish()\n"
+        "from vllm_vsprefill.metrics import Look\n"
+        "r = Recorder(int(sys.argv[1])); r.num_layers = 3\n"
+        "r.record(2, LayerCounts(7, 9, 1, 0)); r.publish()\n"
+        "r.count(5, 'vsprefill_tokens', 'sparse', 'none'); r.look(2, Look(0.004, 0.03, 20, 3, 40, 50))\n"
+        "r.record(2, LayerCounts(1, 1, 0, 1, given=1)); r.publish()\n"
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
         "registry = CollectorRegistry(); multiprocess.MultiProcessCollector(registry)\n"
         "print(generate_latest(registry).decode())\n"
     )
     environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    shown = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
-    assert 'vsprefill_pairs_computed_total{layer="2"} 8.0' in shown.stdout
-    assert 'vsprefill_pairs_causal_total{layer="2"} 10.0' in shown.stdout
-    assert 'vsprefill_chunks_total{layer="2",path="dense"} 1.0' in shown.stdout
+    for rank in ("1", "0"):  # each adds its own process to the folder
+        shown = subprocess.run(
+            [sys.executable, "-c", program, rank], env=environ, capture_output=True, text=True, check=True
+        )
+    found = values(shown.stdout)
+    assert found['vsprefill_pairs_computed_total{layer="2"}'] == 16
+    assert found['vsprefill_pairs_causal_total{layer="2"}'] == 20
+    assert found['vsprefill_chunks_total{layer="2",path="dense"}'] == 1
+    assert found['vsprefill_tokens_total{path="sparse",reason="none"}'] == 5
+    assert found['vsprefill_tokens_total{path="dense",reason="few_pairs"}'] == 0
+    assert found['vsprefill_index_logits_total{source="cached"}'] == 40
+    assert found['vsprefill_choose_seconds_bucket{le="0.005",quarter="3"}'] == 1
+    assert found['vsprefill_choose_seconds_bucket{le="0.002",quarter="3"}'] == 0
+    assert found['vsprefill_density_ratio_count{quarter="3"}'] == 1
+    assert found['vsprefill_density_ratio_sum{quarter="3"}'] == pytest.approx(7 / 9)
 
 
 def test_collector_is_quiet_where_its_folder_is_missing(tmp_path: Path) -> None:

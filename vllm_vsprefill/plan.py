@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.metrics import DENSE, LAST_ROWS, NO_REASON, SPARSE
 
 MIN_ROWS = 64
 """Fewest rows, the dense last ones aside, worth a selection: choosing keys costs a pass over the sequence, however few
@@ -34,10 +35,20 @@ class Gate:
 
     def admits(self, rows: int, seq_len: int, is_prefilling: bool) -> bool:
         """Whether ``rows`` new tokens at the end of ``seq_len`` run sparse."""
+        return self.reason(rows, seq_len, is_prefilling) is None
+
+    def reason(self, rows: int, seq_len: int, is_prefilling: bool) -> str | None:
+        """Why they do not, one of ``metrics.GATE_REASONS``, or None if they do."""
         if not is_prefilling:
-            return False
+            return "decode"
+        if not self.enabled:
+            return "switched_off"
         shortest = self.shortest_seq_len(rows)
-        return shortest is not None and seq_len >= shortest
+        if shortest is None:
+            return "few_rows"
+        if seq_len >= shortest:
+            return None
+        return "short_sequence" if seq_len < self.min_seq_len else "few_pairs"
 
     def shortest_seq_len(self, rows: int) -> int | None:
         """Tokens of the sequence from which a chunk of ``rows`` runs sparse; None if it never does."""
@@ -76,17 +87,26 @@ class StepPlan:
             that lie next to each other; the stock kernel wants slices of the token list and of the block table.
         dense_prefill_pairs: causal pairs, per head, of prefill rows among ``dense_runs`` (for the density figures).
         starts_alone: the only request that prefills begins at position 0 (it is a new prompt).
+        shares: chunks and rows by path and reason, the labels of ``vsprefill_tokens``.
     """
 
     sparse: tuple[RequestRows, ...]
     dense_runs: tuple[tuple[RequestRows, ...], ...]
     dense_prefill_pairs: int
     starts_alone: bool = False
+    shares: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def prefill_pairs(self) -> int:
         """Causal pairs, per head, of all prefill rows of the step."""
         return self.dense_prefill_pairs + sum(rows.causal_pairs for rows in self.sparse)
+
+    @property
+    def dense_chunks(self) -> int:
+        """Prefill chunks that the gate leaves to the stock kernel."""
+        return sum(
+            chunks for (path, reason), (chunks, _) in self.shares.items() if path == DENSE and reason != "decode"
+        )
 
 
 def plan_step(
@@ -107,6 +127,12 @@ def plan_step(
     dense_pairs = 0
     open_run = False
     prefilling = fresh = 0
+    shares: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def share(path: str, reason: str, rows: int, chunks: int = 1) -> None:
+        before = shares.get((path, reason), (0, 0))
+        shares[path, reason] = before[0] + chunks, before[1] + rows
+
     for request, seq_len in enumerate(seq_lens):
         rows = RequestRows(request, query_start_loc[request], query_start_loc[request + 1], seq_len)
         if rows.rows <= 0:
@@ -114,13 +140,18 @@ def plan_step(
             continue
         prefilling += is_prefilling[request]
         fresh += is_prefilling[request] and rows.rows == seq_len
-        if gate.admits(rows.rows, seq_len, is_prefilling[request]):
+        reason = gate.reason(rows.rows, seq_len, is_prefilling[request])
+        if reason is None:
             tail = gate.dense_last_rows
+            share(SPARSE, NO_REASON, rows.rows - tail)
             sparse.append(RequestRows(request, rows.row_start, rows.row_end - tail, seq_len - tail))
             open_run = False
             if not tail:
                 continue
+            share(DENSE, LAST_ROWS, tail, chunks=0)
             rows = RequestRows(request, rows.row_end - tail, rows.row_end, seq_len)
+        else:
+            share(DENSE, reason, rows.rows)
         if is_prefilling[request]:
             dense_pairs += rows.causal_pairs
         if not open_run:
@@ -128,4 +159,4 @@ def plan_step(
             open_run = True
         runs[-1].append(rows)
     starts_alone = prefilling == fresh == 1
-    return StepPlan(tuple(sparse), tuple(tuple(run) for run in runs), dense_pairs, starts_alone)
+    return StepPlan(tuple(sparse), tuple(tuple(run) for run in runs), dense_pairs, starts_alone, shares)

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 
 from vllm_vsprefill import _compat, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
+from vllm_vsprefill.config import ConfigError
+from vllm_vsprefill.fingerprint import read_setting
 from vllm_vsprefill.kernels.types import Budgets
+from vllm_vsprefill.metrics import CHECKPOINT, DENSE, DENSE_LAYERS, LAST_ROWS, NO_SPARSE_LAYER, SPARSE
 from vllm_vsprefill.outlook import outlook
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
@@ -44,7 +51,7 @@ class Runtime:
 
     def __init__(self, vllm_config: Any) -> None:
         self.layers: dict[str, SparseLayer] = {}
-        self.known_layers: set[str] = set()  # all of this model with this backend, sparse or not
+        self.known_layers: dict[str, None] = {}  # all of this model with this backend, sparse or not, in order
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
@@ -60,6 +67,8 @@ class Runtime:
         exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
         made = shipped is None or shipped.exchange_made
         self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange, exists=made)
+        self.recorder.num_layers = _num_layers(vllm_config)
+        self._counts_steps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         self.switch = Switch.of(exchange)
         self._prefilled = False
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
@@ -99,6 +108,17 @@ class Runtime:
             self.recorder.begin_prompt()
         self._prefilled = bool(plan.prefill_pairs)
 
+    def count_step(self, plan: StepPlan) -> None:
+        """Count the chunks and rows of a step: once, not for every layer or builder of metadata."""
+        if not self._counts_steps:
+            return
+        for (path, reason), (chunks, rows) in plan.shares.items():
+            labels = path, reason
+            if not self.layers and (path == SPARSE or reason == LAST_ROWS):
+                labels = DENSE, NO_SPARSE_LAYER
+            self.recorder.count(chunks, "vsprefill_request_chunks", *labels)
+            self.recorder.count(rows, "vsprefill_tokens", *labels)
+
     def reason_for_stock(self, index: int, heads: Heads) -> str | None:
         """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
         if not self.options.enabled:
@@ -115,6 +135,10 @@ class Runtime:
                     f"{heads.num_kv_heads} of {heads.head_size}"
                 )
         return None
+
+    def kind_of_choice(self, index: int) -> str:
+        """``reason_for_stock`` as a label of the metrics."""
+        return DENSE_LAYERS if index in self.options.dense_layers else CHECKPOINT
 
     def new_layer(self, index: int, heads: Heads, logits: SlotLogits | None) -> SparseLayer:
         """A layer that runs sparse, with this rank's weights as they were loaded and thresholds on the CPU."""
@@ -162,6 +186,7 @@ class Runtime:
     def note_layer(self, index: int) -> None:
         """Register a layer, sparse or not, whose counts are recorded; the last one publishes."""
         self._last_layer = max(self._last_layer, index)
+        self.recorder.num_layers = max(self.recorder.num_layers, index + 1)
 
     @property
     def budgets(self) -> Budgets:
@@ -237,6 +262,15 @@ class Runtime:
         else:
             estimator = "training-free estimator (sampled): no trained indexer for this model was found"
         return f"{estimator}; options: {self.options.describe()}"
+
+
+def _num_layers(vllm_config: Any) -> int:
+    """Layers of the model as its configuration says, or 0."""
+    try:
+        layers = read_setting(vllm_config.model_config.hf_text_config, "num_hidden_layers")
+    except (AttributeError, ConfigError):
+        return 0
+    return layers if isinstance(layers, int) else 0
 
 
 def _interval(thresholds: Iterable[Threshold]) -> str:

@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Density read-out: how much of the causal attention was computed, per layer, on ``/metrics``.
+"""The read-out: what the workers count, and how it gets to ``/metrics`` (see ``metrics``) and ``vsprefill status``.
 
 The numbers arise in worker processes; ``/metrics`` is served by the API process. With several API servers vLLM runs
-prometheus_client in its multi-process mode, and ordinary counters of a worker show up by themselves. With one, they
+prometheus_client in its multi-process mode, and ordinary metrics of a worker show up by themselves. With one, they
 would stay in the worker, so each worker writes its counts to a small file in the server's exchange folder, which a
 collector in the API process reads.
 
-Metrics (all counters, label ``layer`` is the model's layer index; prefill rows only):
-
-``vsprefill_pairs_causal_total``
-    (query, key) pairs, per KV head, that dense causal attention computes.
-``vsprefill_pairs_computed_total``
-    pairs that were computed. The ratio of the two is the density.
-``vsprefill_chunks_total``
-    prefill chunks by ``path``: ``sparse`` or ``dense``.
+Ranks of tensor parallelism share a layer's KV heads, so their pairs are summed; whatever is a number of chunks or
+tokens, or an observation, is that of the first one.
 """
 
 from __future__ import annotations
@@ -22,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import secrets
 import threading
 import time
@@ -31,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vsprefill import exchange
+from vllm_vsprefill.metrics import MAX_DENSITY, Key, Look, Tally, multiprocess_metrics, quarter
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 RETRY = 10.0
@@ -41,22 +37,24 @@ TELL = 3
 
 logger = logging.getLogger("vllm.vsprefill")
 
-_HELP = {
-    "vsprefill_pairs_causal": "Query-key pairs that dense causal prefill attention computes, per layer.",
-    "vsprefill_pairs_computed": "Query-key pairs of prefill attention that were computed, per layer.",
-    "vsprefill_chunks": "Prefill chunks by layer and path (sparse or dense).",
-}
-
 
 @dataclass(slots=True)
 class LayerCounts:
-    """Running totals of one layer. ``handed_back``: dense chunks whose selection exceeded ``max_density``."""
+    """Running totals of one layer.
+
+    Attributes:
+        computed, causal: pairs that were computed, and that dense attention computes.
+        sparse_chunks, dense_chunks: prefill chunks.
+        handed_back: dense chunks whose selection exceeded ``max_density``.
+        given: causal pairs of rows that were never meant to run sparse here.
+    """
 
     computed: int = 0
     causal: int = 0
     sparse_chunks: int = 0
     dense_chunks: int = 0
     handed_back: int = 0
+    given: int = 0
 
     @property
     def density(self) -> float:
@@ -69,9 +67,13 @@ class LayerCounts:
     def __sub__(self, other: LayerCounts) -> LayerCounts:
         return LayerCounts(*(a - b for a, b in zip(self.values(), other.values(), strict=True)))
 
-    def values(self) -> tuple[int, int, int, int, int]:
+    def values(self) -> tuple[int, ...]:
         """The numbers, in the order of the fields."""
-        return self.computed, self.causal, self.sparse_chunks, self.dense_chunks, self.handed_back
+        return self.computed, self.causal, self.sparse_chunks, self.dense_chunks, self.handed_back, self.given
+
+    def of_other_rank(self) -> LayerCounts:
+        """What is added to the counts of the first rank: its own pairs."""
+        return LayerCounts(self.computed, self.causal, given=self.given)
 
     def __iadd__(self, other: LayerCounts) -> LayerCounts:
         self.computed += other.computed
@@ -79,6 +81,7 @@ class LayerCounts:
         self.sparse_chunks += other.sparse_chunks
         self.dense_chunks += other.dense_chunks
         self.handed_back += other.handed_back
+        self.given += other.given
         return self
 
 
@@ -98,17 +101,21 @@ class Recorder:
         self.layers: dict[int, LayerCounts] = {}
         self.mode = "sparse"
         self.prompt = 0
+        self.num_layers = 0
+        self.tally = Tally(known=rank == 0)
         self._totals: dict[int, LayerCounts] = {}
         self._before_prompt: dict[int, LayerCounts] = {}
         self._prompt_of_totals = 0
-        self._published: dict[int, LayerCounts] = {}
+        self._published: dict[Key, int] = {}
+        self._observed: queue.SimpleQueue[tuple[Key, float]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._rank = rank
         self._told = 0
         self._file: Path | None = None
-        self._counters: dict[str, Any] | None = None
+        self._metrics: dict[str, Any] | None = None
         if _PROMETHEUS_MULTIPROCESS in os.environ:
-            self._counters = _multiprocess_counters()
+            self._metrics = _own_metrics()
+            self.tally.listener = lambda key, value: self._observed.put((key, value))
         self._next_try = 0.0
         self._failing = False
         self._visible = True
@@ -126,6 +133,21 @@ class Recorder:
     def record(self, layer: int, counts: LayerCounts) -> None:
         """Add counts to a layer's totals."""
         self.layers.setdefault(layer, LayerCounts()).__iadd__(counts)
+
+    def look(self, layer: int, look: Look) -> None:
+        """Take down what was seen of a layer in a step."""
+        if self._rank == 0:
+            self.tally.look(quarter(layer, self.num_layers), look)
+
+    def count(self, amount: int, *key: str) -> None:
+        """Add to a counter of ``metrics`` that is not per layer."""
+        if self._rank == 0:
+            self.tally.inc(amount, *key)
+
+    def fall_back(self, layer: int, reason: str, chunks: int) -> None:
+        """A layer leaves chunks to the stock kernel that the gate let through."""
+        if chunks:
+            self.count(chunks, "vsprefill_fallbacks", reason, quarter(layer, self.num_layers))
 
     def begin_prompt(self) -> None:
         """What is recorded from now on belongs to another prompt (or other prompts computed side by side)."""
@@ -148,13 +170,19 @@ class Recorder:
     def _advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
         if prompt != self._prompt_of_totals:
             self._before_prompt, self._prompt_of_totals = self._totals, prompt
-        if self._rank == 0 and self._told < TELL:
-            self._tell(sum(totals.values(), LayerCounts()) - sum(self._totals.values(), LayerCounts()))
+        if self._rank == 0:
+            steps = {layer: now - self._totals.get(layer, LayerCounts()) for layer, now in totals.items()}
+            for layer, step in steps.items():
+                self.fall_back(layer, MAX_DENSITY, step.handed_back)
+                if causal := step.causal - step.given:
+                    where = quarter(layer, self.num_layers)
+                    self.tally.observe((step.computed - step.given) / causal, "vsprefill_density_ratio", where)
+            self._tell(sum(steps.values(), LayerCounts()))
         self._totals = totals
 
     def _tell(self, step: LayerCounts) -> None:
         """Say so where no layer found anything to leave out in a step, the first times."""
-        if not step.handed_back or step.sparse_chunks:
+        if self._told == TELL or not step.handed_back or step.sparse_chunks:
             return
         self._told += 1
         logger.warning(
@@ -167,28 +195,36 @@ class Recorder:
     def write(self) -> None:
         """Make the totals visible that were taken over last. Also called by a thread that waits for a device."""
         with self._lock:
-            if self._counters is not None:
-                self._publish_counters(self._counters)
+            if self._metrics is not None:
+                self._publish_metrics(self._metrics)
             if self._file is not None:
                 self._publish_file(self._file)
 
-    def _publish_counters(self, counters: dict[str, Any]) -> None:
-        for layer, now in self._totals.items():
-            new = now - self._published.get(layer, LayerCounts())
-            label = str(layer)
-            counters["vsprefill_pairs_computed"].labels(label).inc(new.computed)
-            counters["vsprefill_pairs_causal"].labels(label).inc(new.causal)
-            counters["vsprefill_chunks"].labels(label, "sparse").inc(new.sparse_chunks)
-            counters["vsprefill_chunks"].labels(label, "dense").inc(new.dense_chunks)
-            self._published[layer] = now
+    def _shown(self) -> dict[int, LayerCounts]:
+        """Totals with what this rank adds to them."""
+        if self._rank == 0:
+            return self._totals
+        return {layer: counts.of_other_rank() for layer, counts in self._totals.items()}
+
+    def _publish_metrics(self, metrics: dict[str, Any]) -> None:
+        for key, value in {**self.tally.counters(), **_per_layer(self._shown())}.items():
+            new = value - self._published.get(key, 0)
+            if new or key not in self._published:
+                metrics[key[0]].labels(*key[1:]).inc(new)
+                self._published[key] = value
+        while not self._observed.empty():
+            key, seen = self._observed.get()
+            metrics[key[0]].labels(*key[1:]).observe(seen)
 
     def _publish_file(self, file: Path) -> None:
-        payload: dict[str, Any] = {str(layer): list(counts.values()) for layer, counts in self._totals.items()}
+        shown = self._shown()
+        payload: dict[str, Any] = {str(layer): list(counts.values()) for layer, counts in shown.items()}
         payload["mode"] = self.mode
         payload["last_prompt"] = {
             layer: list((counts - self._before_prompt.get(layer, LayerCounts())).values())
-            for layer, counts in self._totals.items()
+            for layer, counts in shown.items()
         }
+        payload["metrics"] = self.tally.dump()
         if self._failing and time.monotonic() < self._next_try:
             return
         try:
@@ -244,6 +280,16 @@ def read_last_prompt(folder: Path) -> dict[int, LayerCounts]:
     return _sum(payload.get("last_prompt", {}) for payload in _payloads(folder))
 
 
+def read_tally(*folders: Path) -> Tally:
+    """All metrics, of all workers that have written to these folders."""
+    tally, payloads = Tally(), [payload for folder in folders for payload in _payloads(folder)]
+    for payload in payloads:
+        tally.add(payload.get("metrics", ()))
+    for key, value in _per_layer(_sum(payloads)).items():
+        tally.inc(value, *key)
+    return tally
+
+
 def read_modes(folder: Path) -> list[str]:
     """Mode of each worker: ``sparse``, ``dense`` (by the switch) or ``off`` (by the options)."""
     return [str(payload["mode"]) for payload in _payloads(folder) if "mode" in payload]
@@ -267,20 +313,19 @@ class FolderCollector:
 
     def collect(self) -> Iterator[Any]:
         """Metric families, read at scrape time."""
-        totals = _sum(payload for folder in self.folders for payload in _payloads(folder))
-        if not totals:
-            return
-        from prometheus_client.core import CounterMetricFamily
+        yield from read_tally(*self.folders).collect()
 
-        computed = CounterMetricFamily("vsprefill_pairs_computed", _HELP["vsprefill_pairs_computed"], labels=["layer"])
-        causal = CounterMetricFamily("vsprefill_pairs_causal", _HELP["vsprefill_pairs_causal"], labels=["layer"])
-        chunks = CounterMetricFamily("vsprefill_chunks", _HELP["vsprefill_chunks"], labels=["layer", "path"])
-        for layer, counts in sorted(totals.items()):
-            computed.add_metric([str(layer)], counts.computed)
-            causal.add_metric([str(layer)], counts.causal)
-            chunks.add_metric([str(layer), "sparse"], counts.sparse_chunks)
-            chunks.add_metric([str(layer), "dense"], counts.dense_chunks)
-        yield from (computed, causal, chunks)
+
+def _per_layer(totals: dict[int, LayerCounts]) -> dict[Key, int]:
+    """Totals of layers as counters."""
+    found: dict[Key, int] = {}
+    for layer, counts in totals.items():
+        label = str(layer)
+        found["vsprefill_pairs_computed", label] = counts.computed
+        found["vsprefill_pairs_causal", label] = counts.causal
+        found["vsprefill_chunks", label, "sparse"] = counts.sparse_chunks
+        found["vsprefill_chunks", label, "dense"] = counts.dense_chunks
+    return found
 
 
 _collector: FolderCollector | None = None
@@ -297,17 +342,12 @@ def install_collector() -> None:
     REGISTRY.register(_collector)
 
 
-_counters: dict[str, Any] | None = None
+_metrics: dict[str, Any] | None = None
 
 
-def _multiprocess_counters() -> dict[str, Any]:
-    """The counters of this process in prometheus_client's multi-process mode. Created once: names are unique."""
-    global _counters
-    if _counters is None:
-        from prometheus_client import Counter
-
-        _counters = {
-            name: Counter(name, text, ["layer", "path"] if name == "vsprefill_chunks" else ["layer"])
-            for name, text in _HELP.items()
-        }
-    return _counters
+def _own_metrics() -> dict[str, Any]:
+    """The metrics of this process in prometheus_client's multi-process mode, created once."""
+    global _metrics
+    if _metrics is None:
+        _metrics = multiprocess_metrics()
+    return _metrics

@@ -55,6 +55,32 @@ def test_sparse_is_not_dense(make_layer: Any) -> None:
     assert 0.05 < counts.density < 0.8
 
 
+def test_metrics_of_a_layer(make_layer: Any) -> None:
+    """Reused and new logits, what was chosen, decodes, a dense chunk; and what stays when the guard steps in."""
+    layer = make_layer()
+    request, other = layer.request(900, 2), layer.request(100)
+    tally = layer.impl._runtime.recorder.tally
+    for rows in (600, 300):
+        layer.step([(request, rows)])
+    layer.step([(request, 1), (other, 100)])
+    layer.step([(request, 1)])
+    counters = tally.counters()
+    assert counters["vsprefill_index_logits", "scored"] == 900
+    assert counters["vsprefill_index_logits", "cached"] == 600
+    steps = {key[1:]: value for key, value in counters.items() if key[0] == "vsprefill_tokens" and value}
+    assert steps == {
+        ("sparse", "none"): 900 - 32, ("dense", "last_rows"): 32, ("dense", "decode"): 2,
+        ("dense", "short_sequence"): 100,
+    }  # fmt: skip
+    chunks = {key[1:]: value for key, value in counters.items() if key[0] == "vsprefill_request_chunks" and value}
+    assert chunks == {("sparse", "none"): 2, ("dense", "decode"): 2, ("dense", "short_sequence"): 1}
+    metrics = {metric.name: metric.samples for metric in tally.collect()}
+    for name in ("density_ratio", "columns", "diagonals", "choose_seconds", "attend_seconds"):
+        samples = {sample.name.rsplit("_", 1)[1]: sample.value for sample in metrics[f"vsprefill_{name}"]}
+        assert samples["count"] == 2
+        assert samples["sum"] > 0
+
+
 def test_inference_mode_leaves_nothing_behind(make_layer: Any) -> None:
     """vLLM computes in inference mode; what is kept between steps can be written to outside of it, too."""
     layer = make_layer()
@@ -183,6 +209,8 @@ def test_a_selection_that_would_not_pay_runs_stock(make_layer: Any) -> None:
         torch.testing.assert_close(output.double(), dense(layer, request, rows), atol=1e-5, rtol=1e-4)
     counts = layer.impl._runtime.recorder.layers[1]
     assert (counts.sparse_chunks, counts.dense_chunks, counts.density) == (0, 2, 1.0)
+    counters = layer.impl._runtime.recorder.tally.counters()
+    assert sum(value for key, value in counters.items() if "max_density" in key) == 2
 
 
 def test_switched_off_is_stock(make_layer: Any) -> None:
@@ -220,6 +248,9 @@ def test_dense_layers_run_stock(make_layer: Any) -> None:
     counts = layer.impl._runtime.recorder.layers[1]
     assert counts.density == 1.0
     assert counts.dense_chunks == 1
+    counters = layer.impl._runtime.recorder.tally.counters()  # of a model without any other layer
+    assert counters["vsprefill_tokens", "dense", "no_sparse_layer"] == 700
+    assert sum(value for key, value in counters.items() if key[:2] == ("vsprefill_fallbacks", "dense_layers")) == 1
 
 
 def test_without_a_logit_cache_everything_is_scored_anew(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

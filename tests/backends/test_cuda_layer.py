@@ -16,6 +16,7 @@ from tests.backends import flash, oracle, simulator
 from tests.backends.oracle import check, dense
 from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
+from vllm_vsprefill.backends import cuda_probe
 
 pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
 
@@ -273,6 +274,33 @@ def test_counts_are_those_of_the_kernel(make_layer: Any) -> None:
     counts = totals(layer)
     assert (counts.computed, counts.causal) == (expected, causal)
     assert (counts.sparse_chunks, counts.dense_chunks) == (2, 1)
+
+
+def test_a_closer_look_at_steps(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the probe reads from the workspaces is what the reference chooses; every other step here is looked at."""
+    monkeypatch.setattr(cuda_probe, "EVERY", 3)  # `totals` publishes once more
+    layer = make_layer()
+    request = layer.request(460)
+    tally = layer.impl._runtime.recorder.tally
+    columns = diagonals = 0.0
+    for step, rows in enumerate((180, 140, 140)):
+        layer.step([(request, rows)])
+        totals(layer)  # the look is over before the next one
+        if step != 1:
+            chosen = oracle.chosen(layer, request, rows)
+            assert chosen is not None
+            columns += float(chosen.num_columns.double().mean())
+            diagonals += float(chosen.num_diagonals.double().mean())
+    counters = tally.counters()
+    assert counters["vsprefill_index_logits", "scored"] == 180 + 140
+    assert counters["vsprefill_index_logits", "cached"] == 320
+    found = {sample.name: sample.value for metric in tally.collect() for sample in metric.samples}
+    assert found["vsprefill_columns_count"] == found["vsprefill_attend_seconds_count"] == 2
+    assert found["vsprefill_density_ratio_count"] == 3
+    assert found["vsprefill_columns_sum"] == columns
+    assert found["vsprefill_diagonals_sum"] == diagonals
+    assert 0 < found["vsprefill_attend_seconds_sum"] < 60
+    assert 0 < found["vsprefill_choose_seconds_sum"] < 60
 
 
 def test_switch(make_layer: Any, single_process: Path) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm_vsprefill.backends import cpu_layout
 from vllm_vsprefill.backends.layer import Call, DecoderBackendMixin, SparseLayerMixin
 from vllm_vsprefill.backends.step import DenseRun, SparseBuilderMixin, SparseStep
 from vllm_vsprefill.kernels.forget import forget
+from vllm_vsprefill.kernels.types import Selection
+from vllm_vsprefill.metrics import Look
 from vllm_vsprefill.plan import RequestRows, StepPlan
 from vllm_vsprefill.prefill.cpu import CPUPrefill
 from vllm_vsprefill.prefill.layer import SparseLayer
@@ -148,9 +151,12 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
         kv_cache = call.kv_cache
         if self._reader is None:
             self._reader = self._infer_layout(call.layer, kv_cache)
-        counts = LayerCounts()
+        counts, prefill = LayerCounts(), runtime.prefill
+        cached, scored = prefill.cached, prefill.scored
+        choosing = attending = 0.0
+        selections: list[Selection] = []
         for request in step.rounds:
-            rows, prefill = request.rows, runtime.prefill
+            rows = request.rows
             seq_len = rows.seq_len + request.tail
             keys, values = runtime.workspace.keys_values(self.num_kv_heads, seq_len, self.head_size, kv_cache.dtype)
             self._reader.read(kv_cache, request.block_ids, keys, values)
@@ -159,14 +165,30 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
             slots = None
             if sparse.logits is not None:
                 slots = cpu_layout.slots(request.block_ids, seq_len, kv_cache.shape[2])
+            start = time.perf_counter()
             chosen = prefill.choose(sparse, chunk, key, value, rows.rows, scale=self.scale, slots=slots)
+            end = time.perf_counter()
+            choosing += end - start
             if chosen is None:
                 run_dense(request.fallback)
                 counts += LayerCounts(self.num_kv_heads * rows.causal_pairs, dense_chunks=1, handed_back=1)
             else:
                 out = call.output[rows.row_start : rows.row_end]
                 _, visited = prefill.attend(chunk, key, value, chosen, rows.rows, scale=self.scale, out=out)
+                attending += time.perf_counter() - end
+                selections.append(chosen)
                 counts += LayerCounts(int(visited), sparse_chunks=1)
+        runtime.recorder.look(
+            sparse.index,
+            Look(
+                choosing,
+                attending if selections else None,
+                _mean([chosen.num_columns for chosen in selections]),
+                _mean([chosen.num_diagonals for chosen in selections]),
+                prefill.cached - cached,
+                prefill.scored - scored,
+            ),
+        )
         return counts
 
     def _infer_layout(self, layer: Any, kv_cache: torch.Tensor) -> cpu_layout.CacheReader:
@@ -176,3 +198,8 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
             stock.do_kv_cache_update(layer, key, value, cache, slots)
 
         return cpu_layout.infer(write, self.num_kv_heads, kv_cache.shape[2], self.head_size, kv_cache.dtype)
+
+
+def _mean(numbers: list[torch.Tensor]) -> float | None:
+    """Mean over the KV heads of all requests, or None without any."""
+    return float(torch.cat(numbers).double().mean()) if numbers else None

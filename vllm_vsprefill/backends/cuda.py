@@ -125,12 +125,23 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             # model's type.
             query = prefill.buffers.unquantised(query, self._vllm_config.model_config.dtype)
             scale *= float(call.layer._q_scale_float)
+        probe = runtime.probe if runtime.probe is not None and runtime.probe.is_due else None
+        place, tail, scores = sparse.place, runtime.gate.dense_last_rows, sparse.weights is not None
         for one in step.rounds:
             kv = self._paged(call, one.block_table)
+            if probe is not None:
+                probe.before_choosing(place)
             prefill.choose(sparse, query, kv, one.batches, scale=scale)
+            if probe is not None:
+                probe.after_choosing(place, prefill.buffers.work, step, tail, scores=scores)
             for run in one.fallbacks:
                 run_dense(run)
+            if probe is not None:
+                probe.before_attending(place)
             prefill.attend(sparse, query, kv, one.batches, scale=scale, out=output)
+            if probe is not None:
+                probe.after_attending(place)
+                probe = None  # one round is enough
         # Visited pairs, and chunks that were dense after all, the device counts.
         return LayerCounts(sparse_chunks=len(step.plan.sparse))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_vsprefill.backends.cuda_probe import Probe
 from vllm_vsprefill.kernels.guard.paged import DENSE_CHUNKS, DENSE_PAIRS
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS
 from vllm_vsprefill.stats import LayerCounts, Recorder
@@ -24,6 +25,7 @@ class _Item(NamedTuple):
     counts: torch.Tensor
     host: dict[int, LayerCounts]
     prompt: int
+    seen: torch.Tensor | None
 
 
 class CountsReader:
@@ -35,10 +37,12 @@ class CountsReader:
     Args:
         recorder: of this worker.
         layer_indices: index in the model of each line of the counters.
+        probe: what looks closer at some steps, or None.
     """
 
-    def __init__(self, recorder: Recorder, layer_indices: list[int]) -> None:
+    def __init__(self, recorder: Recorder, layer_indices: list[int], probe: Probe | None = None) -> None:
         self._recorder = recorder
+        self._probe = probe
         self._indices = layer_indices
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -47,13 +51,13 @@ class CountsReader:
         """Queue a copy of the counters as they are after the work queued so far."""
         on_device = counts.device.type == "cuda"
         event = None
-        # PyTorch's cache of pinned memory does not hand out a block again before its copies are done.
-        copy = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=on_device)
-        copy.copy_(counts, non_blocking=True)
+        copy = _queue_copy(counts)
+        numbers = None if self._probe is None else self._probe.take()
+        seen = None if numbers is None else _queue_copy(numbers)
         if on_device:
             event = torch.cuda.Event(blocking=True)
             event.record()
-        self._queue.put(_Item(event, copy, self._recorder.snapshot(), self._recorder.prompt))
+        self._queue.put(_Item(event, copy, self._recorder.snapshot(), self._recorder.prompt, seen))
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, args=(counts.device,), name="vsprefill-counts", daemon=True
@@ -71,6 +75,9 @@ class CountsReader:
             items[-1].event.synchronize()  # the copies before it were made before it
         for item in items:
             self._recorder.advance(self._totals(item), item.prompt)
+            if self._probe is not None and item.seen is not None:
+                for place, look in self._probe.read(item.seen).items():
+                    self._recorder.look(self._indices[place], look)
         self._recorder.write()
         return True
 
@@ -89,3 +96,10 @@ class CountsReader:
         while True:
             self.drain(self._queue.get())
             time.sleep(PUBLISH_INTERVAL)
+
+
+def _queue_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host that is complete when the work queued so far is."""
+    # PyTorch's cache of pinned memory does not hand out a block again before its copies are done.
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor, non_blocking=True)

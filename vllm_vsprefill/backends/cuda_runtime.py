@@ -11,6 +11,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_vsprefill.backends.cuda_counts import CountsReader
+from vllm_vsprefill.backends.cuda_probe import Probe
 from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
 from vllm_vsprefill.prefill.cuda import CudaPrefill
 from vllm_vsprefill.runtime import Runtime, cache_kinds
@@ -24,6 +25,7 @@ class CudaRuntime(Runtime):
     def __init__(self, vllm_config: Any) -> None:
         super().__init__(vllm_config)
         self._config = vllm_config
+        self.probe: Probe | None = None
         self._on_device: tuple[CudaPrefill, CountsReader] | None = None
 
     def prefill_on(self, device: torch.device) -> CudaPrefill:
@@ -31,7 +33,10 @@ class CudaRuntime(Runtime):
         the KV cache is sized with it in mind, or later where there was none."""
         if self._on_device is None:
             prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=self.options.max_density)
-            self._on_device = prefill, CountsReader(self.recorder, [layer.index for layer in self.layers.values()])
+            layers = list(self.layers.values())
+            self.probe = Probe(len(layers), layers[0].heads.num_kv_heads, device)
+            reader = CountsReader(self.recorder, [layer.index for layer in layers], self.probe)
+            self._on_device = prefill, reader
             logger.info_once(
                 "VSPREFILL: workspaces for %d sparse requests at a time take %.0f MiB.",
                 prefill.buffers.requests,

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_vsprefill import _compat
 from vllm_vsprefill.backends.step import DenseRun, SparseStep
+from vllm_vsprefill.metrics import QUERY_TYPE, UNSUPPORTED_LAYER
 from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 from vllm_vsprefill.registration import BACKEND_NAME
 from vllm_vsprefill.runtime import Runtime, find_layer_name
@@ -89,6 +90,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
         self._runtime: RuntimeT | None = None
         self._sparse: SparseLayer | None = None
         self._layer_index = -1
+        self._stock_kind = UNSUPPORTED_LAYER  # why it does not run sparse, for the metrics
 
     @property
     def heads(self) -> Heads:
@@ -133,7 +135,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
         if _compat.is_draft_layer(self._vllm_config, name, layer):
             return  # stock throughout, and no part of the served model's density
         self._runtime = runtime = self._runtime_class.of(self._vllm_config)
-        runtime.known_layers.add(name)
+        runtime.known_layers[name] = None
         reasons = self.unsupported_reasons()
         if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
             reasons.append(f"its keys have {layer.head_size} channels, its values {layer.head_size_v}")
@@ -149,6 +151,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
         runtime.note_layer(index)
         if not reasons and (choice := runtime.reason_for_stock(index, self.heads)):
             reasons.append(choice)
+            self._stock_kind = runtime.kind_of_choice(index)
         if reasons:
             runtime.explain_stock(reasons)
             return
@@ -202,7 +205,10 @@ class SparseLayerMixin(Generic[RuntimeT]):
         if sparse is None or not step.rounds or not self.takes(runtime, call):
             stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             pairs = heads * plan.prefill_pairs
-            runtime.record(self._layer_index, LayerCounts(pairs, pairs, dense_chunks=1))
+            chunks = plan.dense_chunks + len(plan.sparse)
+            reason = self._stock_kind if sparse is None else QUERY_TYPE
+            runtime.recorder.fall_back(self._layer_index, reason, len(plan.sparse))
+            runtime.record(self._layer_index, LayerCounts(pairs, pairs, dense_chunks=chunks, given=pairs))
             return output
 
         def run_dense(run: DenseRun) -> None:
@@ -212,7 +218,8 @@ class SparseLayerMixin(Generic[RuntimeT]):
 
         for run in step.dense_runs:
             run_dense(run)
-        counts = LayerCounts(heads * plan.dense_prefill_pairs, heads * plan.prefill_pairs)
+        given = heads * plan.dense_prefill_pairs
+        counts = LayerCounts(given, heads * plan.prefill_pairs, dense_chunks=plan.dense_chunks, given=given)
         counts += self.attend_sparse(runtime, sparse, step, call, run_dense)
         runtime.record(self._layer_index, counts)
         return output

@@ -7,9 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from vllm.logger import init_logger
 
 from vllm_vsprefill import _compat
+from vllm_vsprefill.metrics import DENSE
 from vllm_vsprefill.plan import StepPlan, plan_step
 from vllm_vsprefill.runtime import Runtime
 
@@ -75,9 +77,13 @@ class SparseBuilderMixin(Generic[RoundT]):
         runtime = self._runtime
         if not any(name in runtime.known_layers for name in self.layer_names):
             return None  # layers of a draft model
+        # Groups of layers have builders of their own; a step counts once.
+        counts = next(iter(runtime.known_layers)) in self.layer_names
         runtime.look_at_switch()
         if common.max_query_len <= 1:
             runtime.note_step(_NOTHING)
+            if counts:
+                runtime.count_step(_decodes(common))
             return None
         lengths = _compat.cpu_seq_lens(common)
         if lengths is None:
@@ -86,13 +92,24 @@ class SparseBuilderMixin(Generic[RoundT]):
         flags = _compat.prefill_flags(common)
         if not any(flags):  # drafts are verified
             runtime.note_step(_NOTHING)
+            if counts:
+                runtime.count_step(_decodes(common))
             return None
         starts = common.query_start_loc_cpu.tolist()
         plan = plan_step(starts, lengths, flags, runtime.gate)
         runtime.note_step(plan)
+        if counts:
+            runtime.count_step(plan)
         if not plan.prefill_pairs:
             return None
         if not plan.sparse or not any(name in runtime.layers for name in self.layer_names):
             return SparseStep(plan)
         step: SparseStep[RoundT] = self.cut(plan, starts, lengths, common, metadata)
         return step
+
+
+def _decodes(common: Any) -> StepPlan:
+    """A step without prefill, of which nothing but the numbers of requests and rows matter."""
+    starts = common.query_start_loc_cpu
+    chunks = int(torch.count_nonzero(starts[1:] > starts[:-1]))  # padded requests have no rows
+    return StepPlan((), (), 0, shares={(DENSE, "decode"): (chunks, int(starts[-1]))})

@@ -51,6 +51,9 @@ class CPUPrefill:
         sampled_rows: rows that the training-free estimator looks at.
         max_density: share of the causal pairs above which nothing is chosen.
         operations: the versions to use.
+
+    Attributes:
+        cached, scored: tokens whose index logits were found and computed so far, over all layers.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class CPUPrefill:
         self.sampled_rows = sampled_rows
         self.max_density = max_density
         self.operations = operations
+        self.cached = self.scored = 0
 
     def choose(
         self,
@@ -112,6 +116,7 @@ class CPUPrefill:
         if layer.weights is None:
             return self.operations.sampled(query, key, scale=scale, num_rows=self.sampled_rows)
         if layer.logits is None:
+            self.scored += key.shape[0]
             logits = _finite(self.operations.score(key, value, layer.weights))
         else:
             if slots is None:
@@ -158,6 +163,8 @@ class CPUPrefill:
         n, heads, _ = key.shape
         logits = cache.index_select(0, slots)  # [n, 2H]
         missing = logits[:, 0].isnan().nonzero().squeeze(1)
+        self.cached += n - len(missing)
+        self.scored += len(missing)
         if len(missing):
             first, end = int(missing[0]), int(missing[-1]) + 1
             # The usual case is the chunk's own tokens: no copy of keys and values.
