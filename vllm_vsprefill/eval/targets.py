@@ -31,6 +31,8 @@ from vllm_vsprefill.switch import write_mode
 SPARSE = "sparse"
 SWITCH_SECONDS = 15.0
 COMPANION_TOKENS, COMPANION_ANSWER = 333, 64
+# On a CPU vLLM would take nearly all memory for its cache, and refuses to start where others use some of it.
+CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "4"
 
 Say = Callable[[str], None]
 
@@ -201,6 +203,7 @@ def _start(name: str, given: dict[str, Any] | None, options: EvalCommand, say: S
         log,
         arguments=arguments,
         options=given,
+        environment={CPU_CACHE: os.environ.get(CPU_CACHE, CPU_CACHE_GIB)},
         timeout=options.server.start_timeout,
     )
     try:
