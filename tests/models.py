@@ -12,6 +12,7 @@ import torch
 from vllm_vsprefill.checkpoint import CheckpointConfig, save_checkpoint
 from vllm_vsprefill.distil.student import initial_weights
 from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.identity import read_identity
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +85,11 @@ def save_random_indexer(folder: Path, model: Path, *, hidden: int = 32, seed: in
     # Three times as large, to spread the logits, so that few tokens hold most of the mass.
     weights = {name: 3 * weight for name, weight in weights.items()}
     config = CheckpointConfig(
-        model="random", fingerprint=fingerprint, hidden_size=hidden, dtype="float32", layers=layers
+        model="random",
+        fingerprint=fingerprint,
+        identity=read_identity(model, fingerprint.num_layers),
+        hidden_size=hidden,
+        dtype="float32",
+        layers=layers,
     )
     return save_checkpoint(folder, weights, config)

@@ -22,8 +22,10 @@ from vllm_vsprefill.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     ModelFingerprint,
+    ModelIdentity,
     Thresholds,
     find_checkpoint,
+    find_checkpoints,
     kv_head_range,
     load_checkpoint,
     read_config,
@@ -147,6 +149,18 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(found, expected.detach().to(found.dtype))
     assert loaded.thresholds("balanced", 2) == (0.8, None)
     assert loaded.thresholds("fast", 2) == (None, None)
+
+
+def test_the_identity_of_the_model_is_kept(tmp_path: Path) -> None:
+    known = ModelIdentity(name="owner/name", revision="v1", norms="0" * 32, weights="f" * 32)
+    path = save_checkpoint(tmp_path / "a", indexer(), description(identity=known))
+    assert read_config(path).identity == known
+    edit(path, identity={"norms": "abc", "path": "x"})
+    message = refuse(path)
+    assert "identity.norms: " in message
+    assert "identity.path: " in message
+    edit(path, identity=...)  # written before there were any
+    assert read_config(path).identity == ModelIdentity()
 
 
 def test_config_file_is_readable_json_with_a_version(folder: Path) -> None:
@@ -521,6 +535,7 @@ def test_find_by_fingerprint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(MODEL, [tmp_path / "nowhere", tmp_path]) == tmp_path / "b"
         assert find_checkpoint(other, [tmp_path]) == tmp_path / "a"
+        assert [found.name for found, _ in find_checkpoints(MODEL, [tmp_path])] == ["b", "c"]
         assert find_checkpoint(MODEL.model_copy(update={"head_size": 16}), [tmp_path]) is None
     assert not caplog.records
 

@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from tests import models
-from vllm_vsprefill import exchange, startup
+from vllm_vsprefill import checkpoint, exchange, startup
 from vllm_vsprefill.config import ConfigError, ShippedOptions, VSPrefillConfig
 from vllm_vsprefill.fingerprint import ModelFingerprint
 from vllm_vsprefill.startup import StartupError
@@ -85,7 +87,7 @@ def test_heads_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
     config = CONFIG_MAPPING["gemma4_text"](**GEMMA4)
     config.save_pretrained(tmp_path)
     vllm_config = engine_config(tmp_path)
-    assert startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config) is None
+    assert startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config).folder is None
     for source in (config, json.loads((tmp_path / "config.json").read_text())):
         with pytest.raises(ValueError, match="head_dim differs from layer to layer"):
             ModelFingerprint.from_hf_config(source)
@@ -207,7 +209,7 @@ def test_a_worker_with_another_environment_sees_the_same(
         "options = startup.read_options(config)\n"
         "found = startup.locate_checkpoint(options, config)\n"
         "shipped = startup.shipped(config)\n"
-        "print(json.dumps([options.given(), str(found[0]), shipped.exchange, shipped.trained]))\n"
+        "print(json.dumps([options.given(), str(found.folder), shipped.exchange, shipped.trained]))\n"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("VSPREFILL_")}
     environ |= {"VSPREFILL_PRESET": "nonsense", "VSPREFILL_NO_OPTION": "1", "PYTHONPATH": str(models.ROOT)}
@@ -236,11 +238,156 @@ def test_workers_that_find_another_indexer_than_the_server_stop(model: Path) -> 
     startup.check_agreement(SimpleNamespace(additional_config={}), trained=True)
 
 
+@pytest.fixture
+def installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of installed indexers, with one for ``model``."""
+    folder = tmp_path / "installed"
+    models.save_random_indexer(folder / "own", model)
+    monkeypatch.setattr(checkpoint, "files", lambda package: folder)
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A model of the shapes of ``model`` with other weights."""
+    return models.save_random_model(tmp_path / "relative", seed=1)
+
+
+class Said(logging.Handler):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def notes(self) -> list[tuple[int, str]]:
+        """Level and text of what was said of indexers since the last call."""
+        found = [(record.levelno, record.getMessage()) for record in self.records]
+        self.records = []
+        return [(level, text) for level, text in found if "indexer" in text]
+
+
+@pytest.fixture
+def said() -> Iterator[Said]:
+    """What the plugin logs."""
+    logger, handler = logging.getLogger("vllm.vsprefill"), Said()
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def rename(folder: Path, identity: dict[str, str]) -> None:
+    """Change what a checkpoint says of its model; nothing: it says nothing."""
+    description = json.loads((folder / "config.json").read_text())
+    description["identity"] = description["identity"] | identity if identity else {}
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def test_an_installed_indexer_of_the_model_itself_is_taken(model: Path, installed: Path, said: Said) -> None:
+    section = startup.shipped(engine_config(model))
+    assert section is not None
+    assert (section.trained, section.indexer) == (True, "own")
+    assert said.notes() == []
+
+
+def test_an_installed_indexer_of_a_relative_is_not_taken(model: Path, other: Path, installed: Path, said: Said) -> None:
+    vllm_config = engine_config(other)
+    section = startup.shipped(vllm_config)
+    assert section is not None
+    assert (section.trained, section.indexer) == (False, None)
+    assert startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config).folder is None
+    ((level, text),) = said.notes()
+    assert level == logging.WARNING
+    for part in (
+        "no installed indexer was trained on the served model relative",
+        f"own was trained on {model.name}, the served one has other weights",
+        f'"checkpoint": "{installed / "own"}"',
+        "The training-free estimator is used",
+    ):
+        assert part in text
+    with pytest.raises(StartupError, match=f"own was trained on {model.name}.* or use estimator 'auto' or 'sampled'"):
+        engine_config(other, additional_config={"vsprefill": {"estimator": "vsindexer"}})
+
+
+def test_an_indexer_of_a_relative_is_taken_if_it_is_given(
+    model: Path, other: Path, installed: Path, said: Said
+) -> None:
+    given = {"vsprefill": {"checkpoint": str(installed / "own")}}
+    vllm_config = engine_config(other, additional_config=given)
+    located = startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config)
+    assert (located.folder, located.note) == (installed / "own", "")  # a worker says nothing once more
+    ((level, text),) = said.notes()
+    assert level == logging.WARNING
+    assert f"own was trained on {model.name}; the served model relative has its shapes, but other weights" in text
+    engine_config(model, additional_config=given)
+    assert said.notes() == []
+
+
+@pytest.mark.parametrize("case", ["checkpoint", "dummy weights", "no safetensors"])
+def test_what_is_not_known_is_taken_for_its_shapes(case: str, other: Path, installed: Path, said: Said) -> None:
+    settings: dict[str, Any] = {}
+    expected = "are not in safetensors files, or not here yet"
+    if case == "checkpoint":
+        rename(installed / "own", {})
+        expected = "the checkpoint does not say which weights"
+    elif case == "dummy weights":
+        settings["load_format"] = "dummy"
+    else:
+        (other / "model.safetensors").unlink()
+    for additional in ({}, {"vsprefill": {"checkpoint": str(installed / "own")}}):
+        section = startup.shipped(engine_config(other, additional_config=additional, **settings))
+        assert section is not None
+        assert section.trained is True
+        ((level, text),) = said.notes()
+        assert level == logging.INFO
+        assert "is taken for its shapes" in text
+        assert expected in text
+
+
+def test_of_several_indexers_that_of_the_model_is_taken_by_every_process(other: Path, installed: Path) -> None:
+    models.save_random_indexer(installed / "second", other)
+    models.save_random_indexer(installed / "a_third", other)
+    rename(installed / "a_third", {})
+    vllm_config = engine_config(other)
+    section = startup.shipped(vllm_config)
+    assert section is not None
+    assert section.indexer == "second"
+    copy = pickle.loads(pickle.dumps(vllm_config))
+    # A worker that does not see the weights, or not all, takes what the server has chosen.
+    (other / "model.safetensors").unlink()
+    located = startup.locate_checkpoint(startup.read_options(copy), copy)
+    assert (located.folder, located.note) == (installed / "second", "")
+    shutil.rmtree(installed / "second")
+    assert startup.locate_checkpoint(startup.read_options(copy), copy).folder is None
+    with pytest.raises(StartupError, match="finds no trained indexer"):
+        startup.check_agreement(copy, trained=False)
+
+
+def test_before_the_weights_of_an_id_are_here_its_name_counts(model: Path, installed: Path) -> None:
+    from transformers import AutoConfig
+
+    rename(installed / "own", {"name": "owner/model-coder"})
+    vllm_config = served(AutoConfig.from_pretrained(model))
+    options = VSPrefillConfig()
+    for name, folder in (("owner/model-coder", installed / "own"), ("owner/model", None)):
+        vllm_config.model_config.model = name
+        located = startup.locate_checkpoint(options, vllm_config)
+        assert located.folder == folder
+        assert located.is_warning == (folder is None)
+    assert "owner/model, though" in located.note
+    assert "own was trained on owner/model-coder, the served one has another name; its weights are not here" in (
+        located.note
+    )
+
+
 def test_shipped_options_pickle_with_what_is_beside_them() -> None:
     section = ShippedOptions(preset="fast")
-    section.exchange, section.trained = "/somewhere", False
+    section.exchange, section.trained, section.indexer = "/somewhere", True, "needle"
     copy = pickle.loads(pickle.dumps(section))
-    assert (copy, copy.exchange, copy.trained) == ({"preset": "fast"}, "/somewhere", False)
+    assert (copy, copy.exchange, copy.trained, copy.indexer) == ({"preset": "fast"}, "/somewhere", True, "needle")
     assert VSPrefillConfig.from_sources(copy).preset == "fast"
 
 

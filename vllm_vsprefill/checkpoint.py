@@ -3,7 +3,8 @@
 """Checkpoints of trained indexers: a folder with ``config.json`` and ``indexer.safetensors``.
 
 ``indexer.safetensors`` holds ``layers.{i}.w1|b1|w2|b2`` for every covered layer, the KV heads stacked on dimension 0,
-so that a tensor-parallel rank reads only its own heads. ``config.json`` says which model they were trained for. Nothing
+so that a tensor-parallel rank reads only its own heads. ``config.json`` says which model they were trained for: its
+shapes (``fingerprint``), and which one of all with these shapes (``identity``). Nothing
 else in the folder is read; in particular no pickle (``.bin``, ``.pt``).
 
 Everything that is wrong with a checkpoint is reported in one :class:`CheckpointError`.
@@ -35,6 +36,7 @@ from pydantic import (
 )
 
 from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.identity import ModelIdentity
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +49,11 @@ __all__ = [
     "CheckpointError",
     "LoadedIndexer",
     "ModelFingerprint",
+    "ModelIdentity",
     "Thresholds",
     "candidates",
     "find_checkpoint",
+    "find_checkpoints",
     "kv_head_range",
     "load_checkpoint",
     "read_config",
@@ -125,6 +129,9 @@ class CheckpointConfig(BaseModel):
     format_version: Annotated[Literal[1], BeforeValidator(_known_version)] = 1
     model: str = Field(min_length=1, description="Name of the model it was trained for; for people to read.")
     fingerprint: ModelFingerprint
+    identity: ModelIdentity = Field(
+        ModelIdentity(), description="Which of the models with this fingerprint: its name and hashes of some weights."
+    )
     hidden_size: int = Field(ge=1, le=65536, description="Width between the indexer's two linear layers.")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="Covered layers, ascending.")
@@ -321,9 +328,17 @@ def _download(repo: str, revision: str | None) -> Path:
 def find_checkpoint(
     fingerprint: ModelFingerprint, search_dirs: Iterable[str | os.PathLike[str]] | None = None
 ) -> Path | None:
-    """First checkpoint, in order of folder and name, that was trained for a model with this fingerprint.
+    """First of :func:`find_checkpoints`, or None: one that fits the model, whatever it was trained on."""
+    return next((folder for folder, _ in find_checkpoints(fingerprint, search_dirs)), None)
 
-    Checkpoints that cannot be read are skipped with a warning.
+
+def find_checkpoints(
+    fingerprint: ModelFingerprint, search_dirs: Iterable[str | os.PathLike[str]] | None = None
+) -> Iterator[tuple[Path, CheckpointConfig]]:
+    """Checkpoints, in order of folder and name, that were trained for a model with this fingerprint.
+
+    Those that cannot be read are skipped with a warning. Which of the models with this fingerprint they were trained on
+    is for the caller to compare (:meth:`ModelIdentity.relation`).
 
     Args:
         fingerprint: of the model to serve.
@@ -331,13 +346,13 @@ def find_checkpoint(
     """
     for folder in candidates(search_dirs):
         try:
-            config = _parse_config(folder)
-            if config.fingerprint == fingerprint:
-                read_config(folder)  # the weights as well: one that cannot be loaded is no find
-                return folder
+            if _parse_config(folder).fingerprint != fingerprint:
+                continue
+            config = read_config(folder)  # the weights as well: one that cannot be loaded is no find
         except CheckpointError as error:
             logger.warning("VSPREFILL skips a checkpoint: %s", error)
-    return None
+            continue
+        yield folder, config
 
 
 def candidates(search_dirs: Iterable[str | os.PathLike[str]] | None = None) -> Iterator[Path]:

@@ -184,11 +184,14 @@ class ShippedOptions(dict[str, Any]):
             options, not among them: vLLM hashes those to find compiled code again, and the folder is another one at
             every start.
         trained: whether the process that started the server found a trained indexer; all ranks must agree.
+        indexer: name of the installed one that it chose, which the other processes take, too: a rank may see more of
+            the model's weights than others, while they are fetched.
     """
 
     exchange: str | None = None
     exchange_made: bool = False
     trained: bool | None = None
+    indexer: str | None = None
 
 
 class _Options(BaseModel):

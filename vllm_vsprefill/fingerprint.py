@@ -17,8 +17,7 @@ class ModelFingerprint(BaseModel):
     """The settings of a model that its keys and values depend on, besides the weights.
 
     An indexer reads one token's key (with RoPE applied) and value, per layer and KV head, so a model that differs in
-    any of these cannot use it. Fine-tuned versions of one model share a fingerprint, and an indexer carries over to
-    them.
+    any of these cannot use it. Fine-tuned versions of one model share a fingerprint; ``identity.py`` tells them apart.
 
     ``architecture`` is the ``model_type`` of the text part, such as ``qwen3`` or ``llama``: unlike the class name it is
     the same whether or not the text model is wrapped (in a multimodal model, or with another head).

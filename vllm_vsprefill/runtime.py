@@ -223,14 +223,15 @@ class Runtime:
     def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
         if not self.options.enabled:
             return None
-        found = startup.locate_checkpoint(self.options, vllm_config)
-        startup.check_agreement(vllm_config, found is not None)
-        if found is None:
+        located = startup.locate_checkpoint(self.options, vllm_config)
+        startup.check_agreement(vllm_config, located.folder is not None)
+        if get_tensor_model_parallel_rank() == 0:
+            located.log()
+        if located.folder is None:
             return None
-        folder, model = found
         total = vllm_config.model_config.get_total_num_kv_heads()
         heads = kv_head_range(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
-        return load_checkpoint(folder, expected=model, kv_head_range=heads)
+        return load_checkpoint(located.folder, expected=located.model, kv_head_range=heads)
 
     def _can_keep_logits(self, vllm_config: Any) -> bool:
         """Logits live beside the KV cache only where every slot's key and value pass through this plugin."""

@@ -8,19 +8,24 @@ Every problem found is reported in one message, so that a start-up is corrected 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_vsprefill import _compat
-from vllm_vsprefill.checkpoint import find_checkpoint, read_config, resolve_checkpoint
+from vllm_vsprefill.checkpoint import CheckpointConfig, find_checkpoints, read_config, resolve_checkpoint
 from vllm_vsprefill.config import ENV_PREFIX, ConfigError, ShippedOptions, VSPrefillConfig, env_name
 from vllm_vsprefill.exchange import Exchange
 from vllm_vsprefill.fingerprint import ModelFingerprint, read_setting
+from vllm_vsprefill.identity import ModelIdentity, read_identity
 from vllm_vsprefill.registration import BACKEND_NAME
 from vllm_vsprefill.tuning import platform_tuning
+
+logger = logging.getLogger("vllm.vsprefill")
 
 ADDITIONAL_CONFIG_KEY = "vsprefill"
 
@@ -63,7 +68,14 @@ def ship(vllm_config: Any, exchange: Callable[[], Exchange]) -> None:
     section = ShippedOptions(options.given())
     if options.checkpoint is not None and (folder := Path(options.checkpoint).expanduser()).is_dir():
         section["checkpoint"] = str(folder.resolve())  # other processes may work in another folder
-    section.trained = options.enabled and locate_checkpoint(options, vllm_config) is not None
+    if options.enabled:
+        located = locate_checkpoint(options, vllm_config)
+        located.log()
+        if located.folder is not None and options.checkpoint is None:
+            section.indexer = located.folder.name
+        section.trained = located.folder is not None
+    else:
+        section.trained = False
     found = exchange()
     section.exchange, section.exchange_made = None if found.folder is None else str(found.folder), found.made
     # A mapping of its own: the user's may serve for another engine, in another environment.
@@ -147,36 +159,147 @@ def _hf_config(vllm_config: Any) -> Any:
     return getattr(model_config, "hf_text_config", None) or getattr(model_config, "hf_config", None)
 
 
-def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> tuple[Path, ModelFingerprint] | None:
-    """Folder of the indexer to use, with the fingerprint it must have: the user's, else the installed one made for this
-    model, else None.
+def served_identity(vllm_config: Any, num_layers: int) -> ModelIdentity:
+    """Which model is served, from its files; unknown for dummy weights, and before the files are there."""
+    model_config, load_config = (getattr(vllm_config, name, None) for name in ("model_config", "load_config"))
+    load_format = getattr(load_config, "load_format", None)
+    model = getattr(model_config, "model", None)
+    if not isinstance(model, str) or getattr(load_format, "value", load_format) == "dummy":
+        return ModelIdentity()
+    return read_identity(
+        model,
+        num_layers,
+        revision=getattr(model_config, "revision", None),
+        cache_dir=getattr(load_config, "download_dir", None),
+    )
+
+
+@dataclass(frozen=True)
+class Located:
+    """The indexer to use for a model.
+
+    Attributes:
+        folder: its checkpoint; None for the training-free estimator.
+        model: the fingerprint that it must have.
+        note: what to tell about the choice; empty where it is beyond doubt.
+        is_warning: whether the note is one.
+    """
+
+    folder: Path | None = None
+    model: ModelFingerprint | None = None
+    note: str = ""
+    is_warning: bool = False
+
+    def log(self) -> None:
+        """Log the note, if there is one."""
+        if self.note:
+            logger.log(logging.WARNING if self.is_warning else logging.INFO, "VSPREFILL: %s", self.note)
+
+
+def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> Located:
+    """Indexer to use: the user's, else the installed one made for this model, else none.
+
+    Of the installed ones with the model's shapes, one that is known to be trained on another model is not taken. A
+    checkpoint of the user's is, with a warning. In a process that a server has started, the choice is that of the
+    server, and has no note.
 
     Raises:
-        CheckpointError: the user's checkpoint is missing or was made for another model.
+        CheckpointError: the user's checkpoint is missing or was made for a model of other shapes.
         ConfigError: the trained estimator was asked for and there is none, or there can be none for this model.
     """
     if options.estimator == "sampled":
-        return None
+        return Located()
     try:
         model = fingerprint(vllm_config)
     except ValueError as error:
         if options.checkpoint is None and options.estimator == "auto":
-            return None
+            return Located()
         asked = "a checkpoint is given" if options.checkpoint is not None else "estimator is 'vsindexer'"
         raise ConfigError(
             f"{asked}, but this model cannot have an indexer: {error}. Use estimator 'sampled'."
         ) from error
+    section = shipped(vllm_config)
+    decided = section is not None and section.trained is not None
     if options.checkpoint is not None:
         folder = resolve_checkpoint(options.checkpoint)
-        read_config(folder, expected=model)
-        return folder, model
-    found = find_checkpoint(model)
-    if found is None and options.estimator == "vsindexer":
+        config = read_config(folder, expected=model)
+        return Located(folder, model) if decided else _given(folder, config, model, vllm_config)
+    if section is not None and decided:
+        found = (folder for folder, _ in find_checkpoints(model) if folder.name == section.indexer)
+        return Located(next(found, None), model)
+    located = _installed(model, vllm_config)
+    if located.folder is None and options.estimator == "vsindexer":
+        reason = located.note or 'no installed indexer was trained for this model. Give one with "checkpoint"'
         raise ConfigError(
-            "estimator is 'vsindexer', but no installed indexer was trained for this model. Give one with "
-            "\"checkpoint\", or use estimator 'auto' or 'sampled', which needs none."
+            f"estimator is 'vsindexer', but {reason}, or use estimator 'auto' or 'sampled', which needs none."
         )
-    return None if found is None else (found, model)
+    if located.folder is None and located.note:
+        return replace(located, note=f"{located.note}. The training-free estimator is used")
+    return located
+
+
+def _given(folder: Path, config: CheckpointConfig, model: ModelFingerprint, vllm_config: Any) -> Located:
+    """The user's checkpoint, which fits, with what is known of its model."""
+    served = served_identity(vllm_config, model.num_layers)
+    relation = config.identity.relation(served)
+    if relation == "other":
+        note = (
+            f"the indexer {folder.name} was trained on {_trained_on(config)}; {_called(served)} has its shapes, but "
+            f"{_difference(config.identity, served)}. It is used because it is given as checkpoint: compare answers "
+            "with those of dense prefill (vsprefill eval)"
+        )
+        return Located(folder, model, note, is_warning=True)
+    return Located(folder, model, _by_shapes(folder, config, served) if relation == "unknown" else "")
+
+
+def _installed(model: ModelFingerprint, vllm_config: Any) -> Located:
+    """The installed checkpoint that was trained on this model, else one of which that is not known."""
+    candidates = list(find_checkpoints(model))
+    if not candidates:
+        return Located(None, model)
+    served = served_identity(vllm_config, model.num_layers)
+    relations = [config.identity.relation(served) for _, config in candidates]
+    for wanted in ("same", "unknown"):
+        if wanted in relations:
+            folder, config = candidates[relations.index(wanted)]
+            return Located(folder, model, _by_shapes(folder, config, served) if wanted == "unknown" else "")
+    refused = "; ".join(
+        f"{folder.name} was trained on {_trained_on(config)}, the served one has {_difference(config.identity, served)}"
+        for folder, config in candidates
+    )
+    note = (
+        f"no installed indexer was trained on {_called(served)}, though it has the shapes of another model: {refused}. "
+        f'To use it nevertheless, for a fine-tuned version, say, give it by "checkpoint": "{candidates[0][0]}"'
+    )
+    return Located(None, model, note, is_warning=True)
+
+
+def _trained_on(config: CheckpointConfig) -> str:
+    """The model of a checkpoint, for messages."""
+    return config.identity.name or config.model
+
+
+def _called(served: ModelIdentity) -> str:
+    return f"the served model {served.name}" if served.name else "the served model"
+
+
+def _difference(trained: ModelIdentity, served: ModelIdentity) -> str:
+    """Why two models are not the same, for messages."""
+    if trained.norms is not None and served.norms is not None and trained.norms != served.norms:
+        return "other weights"
+    if trained.weights is not None and served.weights is not None:
+        return "other weights in its key and value projections"
+    return "another name; its weights are not here yet or not in safetensors files, so they cannot be compared"
+
+
+def _by_shapes(folder: Path, config: CheckpointConfig, served: ModelIdentity) -> str:
+    known = config.identity.norms is not None or config.identity.weights is not None
+    missing = (
+        f"the weights of {_called(served)} are not in safetensors files, or not here yet"
+        if known
+        else "the checkpoint does not say which weights it was trained on"
+    )
+    return f"the indexer {folder.name} (trained on {_trained_on(config)}) is taken for its shapes: {missing}"
 
 
 def check_agreement(vllm_config: Any, trained: bool) -> None:

@@ -83,6 +83,9 @@ def test_a_run_leaves_a_checkpoint_logs_and_a_report(
     out = tmp_path / "run"
     trainer(teacher, out, calibrate=True, accumulation=2).run()
     loaded = load_checkpoint(out, expected=teacher.fingerprint)
+    assert loaded.config.identity == teacher.identity
+    assert loaded.config.identity.name == "tiny"
+    assert loaded.config.identity.weights is not None
     assert loaded.config.layers == (0, 1)
     assert set(loaded.config.thresholds) == {"accurate", "balanced", "fast"}
     assert loaded.config.training["steps"] == 6

@@ -17,6 +17,7 @@ from vllm_vsprefill.distil import capture
 from vllm_vsprefill.distil.errors import DistilError, first_line
 from vllm_vsprefill.distil.options import ModelOptions
 from vllm_vsprefill.fingerprint import ModelFingerprint
+from vllm_vsprefill.identity import ModelIdentity, model_name, module_identity, read_identity
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Teacher:
         name: for people to read.
         decoder: the decoder stack, without the head over the vocabulary.
         fingerprint: what an indexer for it must match.
+        identity: which of the models with this fingerprint it is.
         layers: which of its layers get an indexer.
         vocabulary: rows of the embedding.
         device: where it runs.
@@ -104,11 +106,12 @@ class Teacher:
     name: str
     decoder: torch.nn.Module
     fingerprint: ModelFingerprint
+    identity: ModelIdentity
     layers: Layers
     vocabulary: int
     device: torch.device
 
-    def identity(self) -> str:
+    def digest(self) -> str:
         """Changes when the weights or their type do; from a few numbers of every parameter."""
         digest = hashlib.sha256()
         for name, parameter in self.decoder.named_parameters():
@@ -143,12 +146,6 @@ class Teacher:
 
 def _ignore(call: capture.LayerCall) -> None:
     del call
-
-
-def display_name(model: str) -> str:
-    """The model's id, or the name of its folder: paths of one machine do not belong in a checkpoint."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
 
 
 def _source(model: str) -> Path | str:
@@ -265,8 +262,13 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
-def wrap(model: Any, name: str) -> Teacher:
+def wrap(model: Any, name: str, identity: ModelIdentity | None = None) -> Teacher:
     """A teacher around a transformers model that is in memory; it is frozen and put in evaluation mode.
+
+    Args:
+        model: the model.
+        name: for people to read.
+        identity: which model it is; by default by its weights.
 
     Raises:
         DistilError: none of its layers can have an indexer.
@@ -278,7 +280,8 @@ def wrap(model: Any, name: str) -> Teacher:
     decoder = decoder_of(model)
     model.eval().requires_grad_(False)
     embedding = decoder.get_input_embeddings()
-    return Teacher(name, decoder, fingerprint, layers, embedding.num_embeddings, embedding.weight.device)
+    identity = identity or module_identity(name, decoder, fingerprint.num_layers)
+    return Teacher(name, decoder, fingerprint, identity, layers, embedding.num_embeddings, embedding.weight.device)
 
 
 def load(options: ModelOptions, device: torch.device) -> Teacher:
@@ -294,7 +297,7 @@ def load(options: ModelOptions, device: torch.device) -> Teacher:
     from transformers import AutoModelForCausalLM
 
     config = read_config(options)
-    check(config)
+    fingerprint, _ = check(config)
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             _source(options.model), config=config, dtype=options.dtype, output_loading_info=True, **_from_hub(options)
@@ -313,7 +316,12 @@ def load(options: ModelOptions, device: torch.device) -> Teacher:
         loaded = loaded.to(device)
     except torch.OutOfMemoryError:
         raise DistilError(f"--model {options.model}: its weights do not fit on {device}; use a larger device") from None
-    return wrap(loaded, display_name(options.model))
+    # Of the files, as a server reads them; of what was made of them where they are in another format.
+    identity = read_identity(options.model, fingerprint.num_layers, revision=options.revision)
+    if identity.weights is None and identity.norms is None:
+        seen = module_identity(model_name(options.model), decoder_of(loaded), fingerprint.num_layers)
+        identity = identity.model_copy(update={"norms": seen.norms, "weights": seen.weights})
+    return wrap(loaded, model_name(options.model), identity)
 
 
 def load_tokenizer(options: ModelOptions) -> Any:

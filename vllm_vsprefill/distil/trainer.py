@@ -136,7 +136,7 @@ class Trainer:
         self._identity = {
             "data": train.identity(),
             "processes": accelerator.num_processes,
-            "model_weights": teacher.identity(),
+            "model_weights": teacher.digest(),
         }
         # A signal has come here; all processes know of one.
         self._asked, self._stop = False, False
@@ -346,6 +346,7 @@ class Trainer:
         config = CheckpointConfig(
             model=self.teacher.name,
             fingerprint=self.teacher.fingerprint,
+            identity=self.teacher.identity,
             hidden_size=o.student.hidden_size,
             dtype="bfloat16",
             layers=self.teacher.layers.covered,
