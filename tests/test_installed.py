@@ -22,7 +22,7 @@ import pytest
 from tests import models
 from tests.test_packaging import ROOT, copy_of_the_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # several commands a test
 
 MODULES = {
     "vllm_vsprefill": "vllm_vsprefill",

@@ -22,7 +22,7 @@ from vllm_vsprefill.checkpoint import CheckpointError
 from vllm_vsprefill.startup import StartupError
 from vllm_vsprefill.stats import LayerCounts, read_counts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # several vLLMs a test
 
 EVERYTHING = {"tau_columns": 1.0, "tau_diagonals": 1.0, "min_seq_len": 512, "max_density": 1.0}
 SPARSE = {
