@@ -322,6 +322,13 @@ def test_no_more_of_a_long_text_is_tokenised_than_is_wanted(tmp_path: Path, name
     assert everything[:-1].tolist() == [ord(c) for c in text]
 
 
+def test_no_more_documents_are_tokenised_than_are_wanted(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "x" * 5_000}] * 60)
+    tokenizer = Counting()
+    sources(file, tokenizer=lambda: tokenizer, max_tokens=12_000)
+    assert 12_000 <= tokenizer.characters < 110_000
+
+
 @given(st.text(alphabet="ab \n\u00e9", max_size=400), st.integers(4, 40))
 def test_pieces_are_the_text(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

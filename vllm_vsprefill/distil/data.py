@@ -22,6 +22,8 @@ from vllm_vsprefill.distil.reading import Document, read_records
 
 Ids = npt.NDArray[np.int64]
 BATCH = 64
+MAX_CHARACTERS = 2**22
+"""Of a batch of documents that are tokenised together."""
 
 
 class Source(Protocol):
@@ -151,7 +153,8 @@ def tokenise(
     for record in records:
         if isinstance(record, str):
             waiting.append(record)
-            if len(waiting) == BATCH or sum(map(len, waiting)) > 2**22:
+            enough = min(MAX_CHARACTERS, 8 * (max_tokens - total))  # tokens rarely have more than 8 characters
+            if len(waiting) == BATCH or sum(map(len, waiting)) >= enough:
                 total += flush()
         elif isinstance(record, list):
             if record:
