@@ -94,7 +94,20 @@ def test_loopback_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert Client(url).model == "m"
     assert is_loopback("http://localhost:8000")
     assert is_loopback("http://[::1]:8000")
+    assert is_loopback("http://0.0.0.0:8000")
     assert not is_loopback("http://10.0.0.1:8000")
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "ftp://proxy"])
+def test_a_proxy_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(EvalError, match=r"a proxy that the environment names cannot be used .*NO_PROXY=\*"):
+        Client("http://vsprefill.invalid:8000")
+    monkeypatch.setenv("NO_PROXY", "*")  # the remedy of the message
+    with pytest.raises(EvalError, match="no server answers"):
+        Client("http://vsprefill.invalid:8000")
 
 
 class Characters:

@@ -27,7 +27,8 @@ def is_loopback(url: str) -> bool:
     """Whether an address is this machine's own, to be reached without a proxy."""
     host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers print it, leads here, too
     except ValueError:
         return host == "localhost"
 
@@ -58,7 +59,13 @@ class Client:
             raise EvalError(f"{url!r} is no address of a server; expected one such as http://127.0.0.1:8000")
         self.url = url
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers, trust_env=not is_loopback(url))
+        try:
+            self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers, trust_env=not is_loopback(url))
+        except (ImportError, ValueError) as error:
+            raise EvalError(
+                f"a proxy that the environment names cannot be used ({error}); correct or unset its variable, or set "
+                "NO_PROXY=* to use none"
+            ) from None
         # Salts of this client and no other: a prompt sent twice is computed twice.
         self._salt, self._sent = uuid.uuid4().hex, itertools.count()
         try:
