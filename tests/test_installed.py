@@ -257,11 +257,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("place", ["outside", "library"])
+@pytest.mark.parametrize("place", ["outside", "checkout", "library"])
 def test_vllm_serves(
     place: str, installed: Environment, beside_library: Environment, model: Path, tmp_path: Path
 ) -> None:
-    environment, path = (installed, []) if place == "outside" else (beside_library, [ROOT])
+    environment = beside_library if place == "library" else installed
+    path = [] if place == "outside" else [ROOT]
     script = tmp_path / "serve.py"
     script.write_text(SERVE)
     variables = {"VSPREFILL_STATS_DIR": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
