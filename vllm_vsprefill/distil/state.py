@@ -114,9 +114,7 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], description: dict[str
 
 
 def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    return int(path.name.removeprefix("step-"))
 
 
 def _states(out: Path) -> list[Path]:

@@ -99,15 +99,14 @@ def compute(call: LayerCall, part: Range, kinds: Iterable[TargetKind]) -> dict[T
 
     out = {}
     for kind in kinds:
-        # In a context that lies within the window everything is kept; it teaches the plain distributions.
+        # Of a sequence that lies within the window everything is kept; it teaches the plain distributions.
         near = kind.exclude_window if kind.exclude_window < part.end else 0
-        by_mass = columns("sum", near) if kind.name != "peak" else None
-        by_peak = columns("max", near, kind.peak_power) if kind.name != "mass" else None
-        if by_mass is None or by_peak is None:
-            chosen = by_peak if by_mass is None else by_mass
+        if kind.name == "mass":
+            chosen = columns("sum", near)
+        elif kind.name == "peak":
+            chosen = columns("max", near, kind.peak_power)
         else:
-            chosen = (by_mass + by_peak) / 2
-        assert chosen is not None
+            chosen = (columns("sum", near) + columns("max", near, kind.peak_power)) / 2
         diagonals = all_diagonals
         if near:
             diagonals = all_diagonals.clone()
