@@ -175,8 +175,10 @@ def test_every_engine_of_a_child_gets_a_folder_of_its_own(base: Path, tmp_path: 
         "    process.start(); process.join()\n"
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    done = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["3", "True"]
+    further_up = {**environ, EXCHANGE_VARIABLE: str(base / f"vsprefill-{os.getpid()}-aa")}
+    for env in (environ, further_up):
+        done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["3", "True"]
 
 
 def test_a_folder_that_cannot_be_made_is_told(

@@ -149,7 +149,7 @@ def open_exchange() -> Exchange:
     Where none can be made there is a warning; the server runs, and workers try again when they have something to say.
     """
     inherited = os.environ.get(EXCHANGE_VARIABLE)
-    if inherited and multiprocessing.parent_process() is not None and not _is_own(Path(inherited)):
+    if inherited and _is_parents(Path(inherited)):
         return Exchange(Path(inherited), True)
     name, folder = f"vsprefill-{os.getpid()}-{secrets.token_hex(4)}", None
     try:
@@ -176,10 +176,11 @@ def open_exchange() -> Exchange:
     return Exchange(folder, made)
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether a server of this process has made a folder: the next one is none of its children."""
-    match = _NAME.fullmatch(folder.name)
-    return match is not None and int(match[1]) == os.getpid()
+def _is_parents(folder: Path) -> bool:
+    """Whether the process that ``multiprocessing`` started this one from has made a folder. One of this process is no
+    parent's, nor is one of a process further up: the next server has nothing to do with those."""
+    parent, match = multiprocessing.parent_process(), _NAME.fullmatch(folder.name)
+    return parent is not None and match is not None and int(match[1]) == parent.pid
 
 
 def opened() -> list[Path]:
