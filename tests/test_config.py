@@ -191,7 +191,9 @@ def test_a_wrong_variable_is_named(option: str) -> None:
 def test_unknown_options_come_with_the_closest_known_ones() -> None:
     assert "unknown option 'tau_colums'; did you mean tau_columns" in refuse({"tau_colums": 0.5})
     assert "unknown option 3; known are preset, enabled" in refuse({3: 4})
-    assert "it stands inside itself; write its options one level higher" in refuse({"vsprefill": {"preset": "fast"}})
+    assert "unknown option 'vsprefill'; it stands inside itself, write its options one level higher" in refuse(
+        {"vsprefill": {"preset": "fast"}}
+    )
     message = refuse(None, {"VSPREFILL_DENSE_LAYER": "1"})
     assert "environment variable VSPREFILL_DENSE_LAYER: unknown option; did you mean VSPREFILL_DENSE_LAYERS" in message
     assert "unknown option 'min_context'; it is called min_seq_len now" in refuse({"min_context": 4096})

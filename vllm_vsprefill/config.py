@@ -361,7 +361,10 @@ class VSPrefillConfig(_Options):
                 if isinstance(key, str) and key in known:
                     values[key], sources[key] = value, ADDITIONAL_CONFIG
                 elif key == "vsprefill":
-                    problems.append(f"{ADDITIONAL_CONFIG}: it stands inside itself; write its options one level higher")
+                    problems.append(
+                        f"{ADDITIONAL_CONFIG}: unknown option {key!r}; it stands inside itself, write its options one "
+                        "level higher"
+                    )
                 else:
                     problems.append(f"{ADDITIONAL_CONFIG}: unknown option {key!r}{_suggest(str(key), known)}")
         elif additional is not None:
