@@ -333,7 +333,12 @@ if __name__ == "__main__":
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     from vllm_vsprefill import exchange, stats
     counts = stats.read_counts(exchange.opened()[-1])
-    found = [[list(o.outputs[0].token_ids) for o in outputs], {k: [v.computed, v.causal] for k, v in counts.items()}]
+    series = stats.read_tally(exchange.opened()[-1])
+    found = [
+        [list(o.outputs[0].token_ids) for o in outputs],
+        {k: [v.computed, v.causal] for k, v in counts.items()},
+        {s.name + str(s.labels): s.value for m in series.collect() for s in m.samples},
+    ]
     # Written at once: ranks log to the same stream.
     sys.stdout.write("\\nRESULT " + json.dumps(found) + "\\n")
 """
@@ -342,8 +347,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def ranks(
     random_model: Path, random_indexer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[list[list[int]], dict[str, list[float]]]]:
-    """Runs a server of its own with so many ranks, a core each; the tokens, and what every layer counted."""
+) -> Callable[..., tuple[list[list[int]], dict[str, list[float]], dict[str, float]]]:
+    """Runs a server of its own with so many ranks, a core each; the tokens, what every layer counted, all metrics."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores, one a rank")
     script = tmp_path_factory.mktemp("ranks") / "ranks.py"
@@ -351,7 +356,7 @@ def ranks(
     options = {**SPARSE, "checkpoint": str(random_indexer)}
 
     @functools.lru_cache
-    def run(size: int, kind: str = "tensor") -> tuple[list[list[int]], dict[str, list[float]]]:
+    def run(size: int, kind: str = "tensor") -> tuple[list[list[int]], dict[str, list[float]], dict[str, float]]:
         environ = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -372,8 +377,8 @@ def ranks(
             [sys.executable, str(script), argument], env=environ, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        tokens, counts = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
-        return tokens, counts
+        tokens, counts, series = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
+        return tokens, counts, series
 
     return run
 
@@ -381,10 +386,19 @@ def ranks(
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_parallel_ranks(ranks: Any, kind: str) -> None:
     """Two ranks, a KV head of every layer or a layer with all heads each: the same tokens as one, as sparse."""
-    tokens, counts = ranks(1)
-    parallel_tokens, parallel_counts = ranks(2, kind)
+    tokens, counts, series = ranks(1)
+    parallel_tokens, parallel_counts, parallel_series = ranks(2, kind)
     assert parallel_tokens == tokens
     assert set(parallel_counts) == set(counts)
     for layer, (computed, causal) in counts.items():
         assert computed < causal
         assert parallel_counts[layer] == pytest.approx([computed, causal], rel=1e-3)
+    # Chunks, tokens and observations are those of one rank of a layer.
+    once = [
+        name
+        for name in series
+        if name.startswith(("vsprefill_tokens", "vsprefill_request_chunks", "vsprefill_chunks", "vsprefill_index"))
+        or ("_count" in name and "density" in name)
+    ]
+    assert {name: parallel_series[name] for name in once} == {name: series[name] for name in once}
+    assert sum(series[name] for name in once if "tokens" in name and "decode" not in name) == 2590
