@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +22,7 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 
-from vllm_vsprefill import _compat, startup
+from vllm_vsprefill import _compat, start_log, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.config import ConfigError
 from vllm_vsprefill.fingerprint import read_setting
@@ -71,14 +70,17 @@ class Runtime:
         self._counts_steps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         self.switch = Switch.of(exchange)
         self._prefilled = False
+        self._logits_note = ""
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
         self._last_layer = -1
-        self._stock_reasons: Counter[str] = Counter()
-        self._announced = not self.options.enabled  # the summary says so
+        self._stock_layers: dict[str, list[int]] = {}  # by reason
+        self._announced = False
         # Held so that the id this runtime is filed under stays taken while it lives.
         self._context = vllm_config.compilation_config.static_forward_context
-        if get_tensor_model_parallel_rank() == 0:
-            logger.info("VSPREFILL: %s", self._summary())
+        if not self.options.enabled:
+            self._announced = True
+            if get_tensor_model_parallel_rank() == 0:
+                logger.info("VSPREFILL: switched off (enabled: false); every layer runs the stock backend.")
         self.recorder.mode = "sparse" if self.options.enabled else "off"
         self.recorder.write()  # lets `vsprefill status` find the server before its first prompt
 
@@ -163,15 +165,19 @@ class Runtime:
 
         return choose("tau_columns", calibrated[0]), choose("tau_diagonals", calibrated[1])
 
-    def explain_stock(self, reasons: list[str]) -> None:
-        """Log why a kind of layer runs the stock backend, once per kind."""
+    def explain_stock(self, reasons: list[str], index: int = -1) -> None:
+        """Note why a layer runs the stock backend; what comes after the start-up message is logged, once a reason.
+
+        ``index``: of the layer, or -1 where it has none.
+        """
         text = "; ".join(reasons)
-        self._stock_reasons[text] += 1
-        if self._stock_reasons[text] == 1:
+        if self._announced and text not in self._stock_layers and self.options.enabled:
             logger.info("VSPREFILL leaves a kind of layer to the stock backend: %s.", text)
+        self._stock_layers.setdefault(text, []).append(index)
 
     def announce(self, vllm_config: Any, layer_names: Iterable[str]) -> None:
-        """Say from where chunks run sparse, or everything that keeps them from it: once, when all layers are known.
+        """Write the start-up message: from where chunks run sparse, or everything that keeps them from it, and what it
+        follows from. Once, when all layers are known.
 
         ``layer_names``: some layers of the engine; nothing is said where all of them are a draft model's.
         """
@@ -180,8 +186,34 @@ class Runtime:
             return
         self._announced = True
         if get_tensor_model_parallel_rank() == 0:
-            found = outlook(vllm_config, self.gate, len(self.layers), self._stock_reasons)
-            (logger.warning if found.is_warning else logger.info)("VSPREFILL: %s", found.text)
+            counts = {reason: len(layers) for reason, layers in self._stock_layers.items()}
+            found = outlook(vllm_config, self.gate, len(self.layers), counts)
+            text = start_log.block(found.text, self._start_lines(vllm_config))
+            (logger.warning if found.is_warning else logger.info)("%s", text)
+
+    def _start_lines(self, vllm_config: Any) -> list[tuple[str, str]]:
+        """Names and texts of the lines of the start-up message."""
+        model, options = vllm_config.model_config, self.options
+        heads = next((f", {one.heads}" for one in self.layers.values()), "")
+        ranks = get_tensor_model_parallel_world_size()
+        return [
+            ("model", f"{model.model}: {self.recorder.num_layers} layers{heads}" + (" a rank" if ranks > 1 else "")),
+            ("estimator", self._estimator()),
+            ("options", start_log.given_options(options)),
+            ("selection", options.describe()),
+            ("gates", start_log.gates(self.gate)),
+            ("stock layers", start_log.dense_layers(self._stock_layers)),
+            ("memory", "; ".join(self.memory())),
+        ]
+
+    def memory(self) -> list[str]:
+        """What this plugin holds beside the model and its KV cache, as far as it is known."""
+        if self._logits_note:
+            return [self._logits_note]
+        if self.keeps_logits and self.layers:
+            size = sum(8 * layer.heads.num_kv_heads for layer in self.layers.values())
+            return [f"index logits of {size} bytes a token beside the KV cache"]
+        return []
 
     def note_layer(self, index: int) -> None:
         """Register a layer, sparse or not, whose counts are recorded; the last one publishes."""
@@ -235,34 +267,29 @@ class Runtime:
 
     def _can_keep_logits(self, vllm_config: Any) -> bool:
         """Logits live beside the KV cache only where every slot's key and value pass through this plugin."""
-        if getattr(vllm_config, "kv_transfer_config", None) is not None:
-            logger.info("VSPREFILL: a KV connector may fill cache blocks; index logits are computed for every chunk.")
-            return False
-        if _compat.draft_mixes_caches(vllm_config):
-            logger.info("VSPREFILL: the draft model may mix KV cache kinds; index logits are computed for every chunk.")
-            return False
         kinds = set(cache_kinds(vllm_config.compilation_config.static_forward_context.values()))
-        if kinds - {"full"}:
-            logger.info(
-                "VSPREFILL: the model mixes KV cache kinds (%s); index logits are computed for every chunk.",
-                ", ".join(sorted(kinds)),
-            )
-            return False
-        return True
+        if getattr(vllm_config, "kv_transfer_config", None) is not None:
+            reason = "a KV connector may fill cache blocks"
+        elif _compat.draft_mixes_caches(vllm_config):
+            reason = "the draft model may mix KV cache kinds"
+        elif kinds - {"full"}:
+            reason = f"the model mixes KV cache kinds ({', '.join(sorted(kinds))})"
+        else:
+            return True
+        self._logits_note = f"{reason}; index logits are computed for every chunk"
+        return False
 
-    def _summary(self) -> str:
-        if not self.options.enabled:
-            return "switched off; every layer runs the stock backend"
+    def _estimator(self) -> str:
+        """The estimator, and why it is this one."""
         if self.indexer is not None:
             taus = [self.thresholds(index) for index in self.indexer.layers]
             columns, diagonals = (_interval(values) for values in zip(*taus, strict=True))
-            trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name})"
-            estimator = f"{trained}; thresholds by layer: columns {columns}, diagonals {diagonals}"
-        elif self.options.estimator == "sampled":
-            estimator = "training-free estimator (sampled)"
-        else:
-            estimator = "training-free estimator (sampled): no trained indexer for this model was found"
-        return f"{estimator}; options: {self.options.describe()}"
+            source = "given" if self.options.checkpoint is not None else "found for this model"
+            trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name}, {source})"
+            return f"{trained}; thresholds by layer: columns {columns}, diagonals {diagonals}"
+        if self.options.estimator == "sampled":
+            return "training-free estimator (sampled), as asked for"
+        return "training-free estimator (sampled): no trained indexer for this model was found"
 
 
 def _num_layers(vllm_config: Any) -> int:

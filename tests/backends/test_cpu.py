@@ -293,8 +293,14 @@ def test_what_keeps_prompts_from_running_sparse_is_told_once(
     """With all reasons, when the metadata builder is made: after the last layer is known."""
     make_layer(**changes)
     (told,) = [line for line in plugin_log if "run sparse" in line]
+    lines = dict(line.strip().split("  ", 1) for line in told.splitlines()[1:])
+    assert lines["estimator"].strip().startswith("trained indexer for random")
+    assert "4 query heads on 2 KV heads" in lines["model"] or reason is not None
+    assert "min_seq_len=" in lines["options"]
     if reason is None:
         assert "in 1 of 1 layers" in told
+        assert lines["memory"].strip() == "index logits of 16 bytes a token beside the KV cache"
+        assert "stock layers" not in lines
     else:
         assert "no prompt will run sparse" in told
         assert reason in told

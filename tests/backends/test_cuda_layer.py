@@ -409,7 +409,7 @@ def test_layers_behind_another_builder_are_stock(
 
 def test_all_reasons_at_once(make_layer: Any, plugin_log: list[str]) -> None:
     make_layer(per_layer_sliding_window=64, logits_soft_cap=30.0, head_size=256, num_heads=256, num_kv_heads=2)
-    (message,) = [text for text in plugin_log if "stock backend" in text]
+    (message,) = [text for text in plugin_log if "stock layers" in text]
     for reason in ("sliding window", "caps its logits", "more than 64 query heads"):
         assert reason in message
 

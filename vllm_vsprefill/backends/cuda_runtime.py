@@ -37,17 +37,22 @@ class CudaRuntime(Runtime):
             self.probe = Probe(len(layers), layers[0].heads.num_kv_heads, device)
             reader = CountsReader(self.recorder, [layer.index for layer in layers], self.probe)
             self._on_device = prefill, reader
-            logger.info_once(
-                "VSPREFILL: workspaces for %d sparse requests at a time take %.0f MiB.",
-                prefill.buffers.requests,
-                prefill.buffers.num_bytes / 2**20,
-            )
+            if self._announced:  # without a profiling run, they come after the start-up message
+                logger.info_once("VSPREFILL: %s.", self._workspaces(prefill.buffers))
         return self._on_device[0]
 
     @property
     def is_warm(self) -> bool:
         """Whether the kernels have been compiled."""
         return self._on_device is not None and self._on_device[0].is_warm
+
+    def memory(self) -> list[str]:
+        workspaces = [] if self._on_device is None else [self._workspaces(self._on_device[0].buffers)]
+        return super().memory() + workspaces
+
+    @staticmethod
+    def _workspaces(buffers: DeviceBuffers) -> str:
+        return f"workspaces for {buffers.requests} sparse requests at a time: {buffers.num_bytes / 2**20:.0f} MiB"
 
     def publish(self) -> None:
         """Queue the counts of the device behind the step's work; without any, publish those of the host."""

@@ -153,7 +153,7 @@ class SparseLayerMixin(Generic[RuntimeT]):
             reasons.append(choice)
             self._stock_kind = runtime.kind_of_choice(index)
         if reasons:
-            runtime.explain_stock(reasons)
+            runtime.explain_stock(reasons, index)
             return
         logits = None
         if runtime.keeps_logits:

@@ -19,6 +19,9 @@ class Heads(NamedTuple):
     num_kv_heads: int
     head_size: int
 
+    def __str__(self) -> str:
+        return f"{self.num_heads} query heads on {self.num_kv_heads} KV heads of {self.head_size} channels"
+
 
 class SlotLogits(Protocol):
     """Index logits kept beside a KV cache."""
