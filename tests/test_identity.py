@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -191,6 +192,12 @@ def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path / "owner")
     assert model_name("name/../name/") == "name"
     assert model_name(".") == "owner"
+    assert model_name("/no/such/folder") == "folder"
+    assert read_identity("s3://bucket/folder\n\x1b", 2) == ModelIdentity(name="folder__")
+    assert read_identity("/", 2).name is None
+    for path in ("/no/such/folder", "a/b/c", "..\\x", "x\x1b[2J", ""):
+        with pytest.raises(ValidationError, match="name"):
+            ModelIdentity(name=path)
 
 
 def test_relations() -> None:

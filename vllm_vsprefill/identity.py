@@ -42,6 +42,8 @@ _KEYS_VALUES = frozenset(
 )
 _OTHER_PARTS = re.compile(r"vision|visual|audio|image|encoder|(?:^|\.)vit\.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# An id or one part of a path, without what a terminal would obey.
+_NAME = r"^[^/\\\x00-\x1f\x7f]+(/[^/\\\x00-\x1f\x7f]+)?$"
 _HASH = r"^[0-9a-f]{32}$"
 
 
@@ -57,7 +59,7 @@ class ModelIdentity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str | None = None
+    name: str | None = Field(None, pattern=_NAME)
     revision: str | None = None
     norms: str | None = Field(None, pattern=_HASH)
     weights: str | None = Field(None, pattern=_HASH)
@@ -82,9 +84,8 @@ def model_name(model: str | os.PathLike[str]) -> str:
 
     A folder in the cache of the Hugging Face hub has the name of the id that it is of.
     """
-    path = Path(model).expanduser()
-    if not path.exists():
-        return os.fspath(model)
+    if not (path := Path(model).expanduser()).exists():
+        return os.fspath(model) if _is_hub_id(os.fspath(model)) else path.name
     path = path.resolve()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -106,7 +107,8 @@ def read_identity(
         revision: of the id.
         cache_dir: another place of the cache.
     """
-    name, folder = model_name(model), _local_folder(model, revision, cache_dir)
+    name = re.sub(r"[\\\x00-\x1f\x7f]", "_", model_name(model)) or None
+    folder = _local_folder(model, revision, cache_dir)
     if folder is None:
         return ModelIdentity(name=name, revision=revision)
     resolved = folder.resolve()

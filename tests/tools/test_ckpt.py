@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tests import models as saved_models
 from tests.test_checkpoint import LAYERS, MODEL, description, edit, indexer
 from vllm_vsprefill import cli
 from vllm_vsprefill.checkpoint import Thresholds, save_checkpoint
@@ -95,6 +96,26 @@ def test_verify_a_good_one(folder: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "in order: 12 tensors of float32" in text
     assert "made for" in text
+
+
+def test_identity_is_shown_and_compared(tmp_path: Path) -> None:
+    served = saved_models.save_random_model(tmp_path / "served")
+    relative = saved_models.save_random_model(tmp_path / "relative", seed=1)
+    made = saved_models.save_random_indexer(tmp_path / "indexer", served)
+    weights = json.loads((made / "config.json").read_text())["identity"]["weights"]
+    code, text = run("show", made)
+    assert code == 0
+    assert f"identity: name served, weights {weights}" in text
+    for model, expected in (
+        (served, "trained on the weights of this model"),
+        (relative, "trained on another model of these shapes (served); a server takes it only as an explicit"),
+    ):
+        code, text = run("verify", made, "--model", model)
+        assert code == 0
+        assert expected in text
+    edit(made, identity={})
+    assert "identity: no hashes of weights" in run("show", made)[1]
+    assert "the weights cannot be compared" in run("verify", made, "--model", served)[1]
 
 
 def test_verify_names_another_model_and_bad_numbers_at_once(folder: Path, tmp_path: Path) -> None:

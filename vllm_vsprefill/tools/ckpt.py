@@ -27,6 +27,7 @@ from vllm_vsprefill.checkpoint import (
     read_config,
     resolve_checkpoint,
 )
+from vllm_vsprefill.identity import read_identity
 from vllm_vsprefill.tools import models
 from vllm_vsprefill.tools.errors import ToolError, plain
 
@@ -100,6 +101,7 @@ def _described(folder: Path, config: CheckpointConfig) -> list[str]:
     lines = [
         f"{folder}",
         f"  trained for: {config.model}",
+        f"  identity: {_identity(config)}",
         f"  must match: {model.architecture}, {model.num_layers} layers, {model.num_query_heads} query heads, "
         f"{model.num_kv_heads} KV heads of {model.head_size} channels, hidden size {model.hidden_size}; RoPE: {rope}",
         f"  indexer: hidden size {config.hidden_size}, {config.dtype}, reads {'+'.join(config.inputs)}; "
@@ -112,6 +114,26 @@ def _described(folder: Path, config: CheckpointConfig) -> list[str]:
         lines.append("  thresholds: those of the presets (not calibrated)")
     lines += [f"  training, {name}: {value}" for name, value in config.training.items()]
     return lines
+
+
+def _identity(config: CheckpointConfig) -> str:
+    known = {name: value for name, value in config.identity.model_dump().items() if value is not None}
+    if not known.keys() & {"norms", "weights"}:
+        return "no hashes of weights; servers go by what it must match"
+    return ", ".join(f"{name} {value}" for name, value in known.items())
+
+
+def _compared(config: CheckpointConfig, model: str) -> str:
+    """Whether it was trained on the weights of a model that it fits, and what a server does then."""
+    relation = config.identity.relation(read_identity(model, config.fingerprint.num_layers))
+    if relation == "same":
+        return "trained on the weights of this model, as far as they can be compared"
+    if relation == "other":
+        return (
+            f"note: trained on another model of these shapes ({config.identity.name or config.model}); a server takes "
+            'it only as an explicit "checkpoint", with a warning'
+        )
+    return "note: the weights cannot be compared (no hashes in the checkpoint, or no safetensors of the model here)"
 
 
 def _thresholds(found: Thresholds) -> str:
@@ -226,6 +248,8 @@ def verify(checkpoint: _Checkpoint, model: _Model = None) -> None:
             "numbers, all finite" + ("" if model is None else f"; made for {model}")
         )
     )
+    if model is not None and expected is not None:
+        typer.echo(plain(_compared(config, model)))
     typer.echo(f"sha256 of {WEIGHTS_FILE}: {digest.hexdigest()}")
     if unknown:
         raise typer.Exit(1)
