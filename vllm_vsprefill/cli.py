@@ -14,6 +14,7 @@ from vllm_vsprefill import control
 from vllm_vsprefill.distil import commands as distil
 from vllm_vsprefill.eval import command as evaluation
 from vllm_vsprefill.tools import ckpt
+from vllm_vsprefill.tools.doctor import doctor
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("train")(distil.train)
 app.command("calibrate")(distil.calibrate)
 app.command("eval")(evaluation.evaluate)
+app.command("doctor")(doctor)
 app.add_typer(ckpt.app, name="ckpt")
 app.command("status")(control.status)
 app.command("mode")(control.mode)

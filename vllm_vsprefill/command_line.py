@@ -46,8 +46,8 @@ def _fields(
 
 
 def flag(name: str) -> str:
-    """The option of a field."""
-    return "--" + name.replace("_", "-")
+    """The option of a field; an underscore at the end keeps a name apart from one of pydantic's (``json_``)."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def option_problems(model: type[BaseModel], error: ValidationError) -> list[str]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,24 @@ class Gate:
         if not self.enabled or rows < max(self.min_rows, self.dense_last_rows + MIN_ROWS):
             return None
         return max(self.min_seq_len, -(-self.min_pairs // rows), rows)
+
+    def shortest_prompt(self, chunk: int, longest: int) -> int | None:
+        """Tokens of the shortest prompt of which a chunk runs sparse, where nothing of it is cached and nothing else is
+        computed beside it.
+
+        Args:
+            chunk: tokens of every chunk but the last.
+            longest: tokens of the longest prompt there can be.
+
+        Returns:
+            Tokens, or None if no prompt of at most ``longest`` runs sparse.
+        """
+        for done in range(0, longest, chunk):  # a prompt that needs fewer whole chunks before is a shorter one
+            rows = range(1, min(chunk, longest - done) + 1)
+            first = bisect.bisect_left(rows, True, key=lambda r: self.admits(r, done + r, True))
+            if first < len(rows):
+                return done + rows[first]
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 
 from vllm_vsprefill import _compat, start_log, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
-from vllm_vsprefill.config import ConfigError
+from vllm_vsprefill.config import ConfigError, VSPrefillConfig
 from vllm_vsprefill.fingerprint import read_setting
 from vllm_vsprefill.kernels.types import Budgets
 from vllm_vsprefill.metrics import CHECKPOINT, DENSE, DENSE_LAYERS, LAST_ROWS, NO_SPARSE_LAYER, SPARSE
@@ -55,13 +55,7 @@ class Runtime:
         # The plan gives a chunk's dense last rows to the stock kernel.
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.indexer = self._load_indexer(vllm_config)
-        self.gate = Gate(
-            min_seq_len=self.options.min_seq_len,
-            dense_last_rows=self.options.dense_last_rows,
-            min_pairs=self._min_pairs(vllm_config),
-            min_rows=self._min_rows(),
-            enabled=self.options.enabled,
-        )
+        self.gate = gate_of(self.options, vllm_config, self.indexer is not None)
         shipped = startup.shipped(vllm_config)
         exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
         made = shipped is None or shipped.exchange_made
@@ -123,12 +117,8 @@ class Runtime:
 
     def reason_for_stock(self, index: int, heads: Heads) -> str | None:
         """Why a layer that could run sparse does not, by the user's or the checkpoint's choice."""
-        if not self.options.enabled:
-            return "VSPREFILL is switched off (enabled: false)"
-        if index in self.options.dense_layers:
-            return "the layer is listed in dense_layers"
-        if self.indexer is not None and index not in self.indexer.layers:
-            return "the indexer checkpoint does not cover the layer"
+        if choice := chosen_stock(self.options, None if self.indexer is None else self.indexer.layers, index):
+            return choice
         if self.indexer is not None:
             kv_heads, channels, _ = self.indexer.layer_weights(index).w1.shape
             if (kv_heads, channels) != (heads.num_kv_heads, 2 * heads.head_size):
@@ -236,22 +226,6 @@ class Runtime:
         """Make the counts of the steps so far visible."""
         self.recorder.publish()
 
-    def _min_pairs(self, vllm_config: Any) -> int:
-        """Rows times sequence of the smallest sparse chunk: the user's choice, else what was measured for this rank."""
-        min_pairs = self.options.min_pairs or 0
-        if "min_pairs" in self.options.model_fields_set:
-            return min_pairs
-        model = vllm_config.model_config
-        return pairs_worth_choosing(
-            min_pairs, model.get_num_attention_heads(vllm_config.parallel_config), model.get_head_size()
-        )
-
-    def _min_rows(self) -> int:
-        """Fewest rows of a sparse chunk: the user's choice, else what was measured for the estimator."""
-        if self.options.min_rows is not None:
-            return self.options.min_rows
-        return platform_tuning().min_rows_sampled if self.indexer is None else 0
-
     def _load_indexer(self, vllm_config: Any) -> LoadedIndexer | None:
         if not self.options.enabled:
             return None
@@ -299,6 +273,43 @@ def _num_layers(vllm_config: Any) -> int:
     except (AttributeError, ConfigError):
         return 0
     return layers if isinstance(layers, int) else 0
+
+
+def gate_of(options: VSPrefillConfig, vllm_config: Any, trained: bool) -> Gate:
+    """Which chunks of this rank run sparse: by the user's choice, else by what was measured.
+
+    Args:
+        options: with the platform's defaults filled in.
+        vllm_config: vLLM's configuration.
+        trained: whether a trained indexer chooses the keys.
+    """
+    min_pairs, min_rows = options.min_pairs or 0, options.min_rows
+    if "min_pairs" not in options.model_fields_set:  # measured for the heads of another rank
+        model = vllm_config.model_config
+        min_pairs = pairs_worth_choosing(
+            min_pairs, model.get_num_attention_heads(vllm_config.parallel_config), model.get_head_size()
+        )
+    if min_rows is None:
+        min_rows = 0 if trained else platform_tuning().min_rows_sampled
+    return Gate(
+        min_seq_len=options.min_seq_len,
+        dense_last_rows=options.dense_last_rows,
+        min_pairs=min_pairs,
+        min_rows=min_rows,
+        enabled=options.enabled,
+    )
+
+
+def chosen_stock(options: VSPrefillConfig, covered: Container[int] | None, index: int) -> str | None:
+    """Why a layer runs the stock kernel by the options, or by the layers that a checkpoint covers; None if it does
+    not."""
+    if not options.enabled:
+        return "VSPREFILL is switched off (enabled: false)"
+    if index in options.dense_layers:
+        return "the layer is listed in dense_layers"
+    if covered is not None and index not in covered:
+        return "the indexer checkpoint does not cover the layer"
+    return None
 
 
 def _interval(thresholds: Iterable[Threshold]) -> str:
