@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.test_client import Characters
+from vllm_vsprefill.eval import texts as reading
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.texts import Cutter, Text, read_texts
 
@@ -31,6 +32,18 @@ def test_a_folder_is_one_document(tmp_path: Path) -> None:
     (text,) = read_texts([tmp_path])
     assert text.content == "one\n\ntwo"
     assert text.digest != Text("", "one").digest
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert [text.content for text in read_texts([tmp_path / "a.txt", tmp_path])] == ["one", "one"]
+
+
+def test_of_a_long_file_no_more_is_read_than_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_CHARACTERS", 2**16)
+    (tmp_path / "a.txt").write_bytes(b"x" * 2**20 + b"\xff")  # who reads it whole meets the last byte
+    (text,) = read_texts([tmp_path / "a.txt"])
+    assert text.content == "x" * 2**16
 
 
 def test_without_files_there_is_the_standard_library() -> None:

@@ -15,6 +15,7 @@ from vllm_vsprefill.eval.tokens import Tokens
 
 SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".js", ".ts", ".java"})
 MAX_CHARACTERS = 4_000_000  # of one file: enough for a million tokens, and read at once
+_ENCODING = "utf-8-sig"  # a byte-order mark is no part of the text
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
                     continue
                 found.append(_joined(path.name, files))
             else:
-                found.append(Text(path.name, path.read_text(encoding="utf-8")[:MAX_CHARACTERS]))
+                with path.open(encoding=_ENCODING) as file:
+                    found.append(Text(path.name, file.read(MAX_CHARACTERS)))
             if not found[-1].content.strip():
                 problems.append(f"{path}: it is empty")
         except UnicodeDecodeError:
@@ -69,7 +71,7 @@ def _sources(folder: Path) -> list[Path]:
 def _joined(name: str, files: list[Path]) -> Text:
     parts, size = [], 0
     for file in files:
-        parts.append(file.read_text(encoding="utf-8", errors="replace"))
+        parts.append(file.read_text(encoding=_ENCODING, errors="replace"))
         size += len(parts[-1])
         if size > MAX_CHARACTERS:
             break

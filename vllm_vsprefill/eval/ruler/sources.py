@@ -126,7 +126,7 @@ def hotpotqa(file: Path) -> Library:
 
 def _read(file: Path, flag: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of it
     except UnicodeDecodeError:
         raise EvalError(f"{flag} {file}: it is not text in UTF-8") from None
     except OSError as error:
