@@ -106,8 +106,8 @@ class Runtime:
 
     def count_step(self, plan: StepPlan) -> None:
         """Count the chunks and rows of a step: once, not for every layer or builder of metadata."""
-        if not self._counts_steps:
-            return
+        if not self._counts_steps or not self.recorder.prompt:
+            return  # before the first prompt vLLM captures graphs, with made-up decodes
         for (path, reason), (chunks, rows) in plan.shares.items():
             labels = path, reason
             if not self.layers and (path == SPARSE or reason == LAST_ROWS):

@@ -60,6 +60,7 @@ def test_metrics_of_a_layer(make_layer: Any) -> None:
     layer = make_layer()
     request, other = layer.request(900, 2), layer.request(100)
     tally = layer.impl._runtime.recorder.tally
+    layer.step([(layer.request(1), 1)], [False])  # as while graphs are captured; not counted
     for rows in (600, 300):
         layer.step([(request, rows)])
     layer.step([(request, 1), (other, 100)])
