@@ -398,6 +398,16 @@ def test_a_cloned_dataset(tmp_path: Path) -> None:
         sources(folder)
 
 
+def test_choices_within_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("abc" * 100)
+    with pytest.raises(DistilError, match=r"--subset long is for a dataset by its id; here all files are read"):
+        sources(tmp_path, subset="long")
+    with pytest.raises(DistilError, match=r"a.txt: --subset long and --split test are for a dataset by its id"):
+        sources(file, subset="long", split="test")
+    assert sources(file, split="train")[0].tokens.any()
+
+
 def test_choices_of_a_dataset_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)

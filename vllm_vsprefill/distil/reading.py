@@ -43,6 +43,13 @@ def read_records(options: DataOptions, note: Callable[[str], None] | None = None
         DistilError: nothing there, not readable, not valid, or without the field; names the place.
     """
     path = Path(options.data).expanduser()
+    unread = [f"--subset {options.subset}"] if options.subset is not None else []
+    unread += [f"--split {options.split}"] if options.split != DataOptions.model_fields["split"].default else []
+    if unread and path.exists():
+        raise DistilError(
+            f"--data {path}: {' and '.join(unread)} {'is' if len(unread) == 1 else 'are'} for a dataset by its id; "
+            "here all files are read: name the file or folder with those that are meant"
+        )
     if path.is_dir():
         yield from _read_folder(path, options.text_field, note or (lambda line: None))
     elif path.exists():
