@@ -44,12 +44,12 @@ class Gate:
             return "decode"
         if not self.enabled:
             return "switched_off"
+        if seq_len < self.min_seq_len:
+            return "short_sequence"
         shortest = self.shortest_seq_len(rows)
         if shortest is None:
             return "few_rows"
-        if seq_len >= shortest:
-            return None
-        return "short_sequence" if seq_len < self.min_seq_len else "few_pairs"
+        return "few_pairs" if seq_len < shortest else None
 
     def shortest_seq_len(self, rows: int) -> int | None:
         """Tokens of the sequence from which a chunk of ``rows`` runs sparse; None if it never does."""
