@@ -15,6 +15,7 @@ from vllm_vsprefill.distil import commands as distil
 from vllm_vsprefill.eval import command as evaluation
 from vllm_vsprefill.tools import ckpt
 from vllm_vsprefill.tools.doctor import doctor
+from vllm_vsprefill.tools.inspect_command import inspect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ app.command("train")(distil.train)
 app.command("calibrate")(distil.calibrate)
 app.command("eval")(evaluation.evaluate)
 app.command("doctor")(doctor)
+app.command("inspect")(inspect)
 app.add_typer(ckpt.app, name="ckpt")
 app.command("status")(control.status)
 app.command("mode")(control.mode)

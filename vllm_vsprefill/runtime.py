@@ -33,14 +33,13 @@ from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
+from vllm_vsprefill.thresholds import Threshold, thresholds
 from vllm_vsprefill.tuning import pairs_worth_choosing, platform_tuning
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = init_logger("vllm.vsprefill")
-
-Threshold = float | tuple[float, ...]
 
 
 class Runtime:
@@ -142,18 +141,8 @@ class Runtime:
         return SparseLayer(index, len(self.layers), heads, weights, tau, logits)
 
     def thresholds(self, index: int) -> tuple[Threshold, Threshold]:
-        """``(tau_columns, tau_diagonals)`` of a layer: the user's, else the one the checkpoint was calibrated with for
-        the preset, else the preset's. Each is one number, or one for each KV head of this rank."""
-        calibrated: tuple[Threshold | None, Threshold | None] = (None, None)
-        if self.indexer is not None:
-            calibrated = self.indexer.thresholds(self.options.preset, index)
-
-        def choose(name: str, value: Threshold | None) -> Threshold:
-            if value is None or name in self.options.model_fields_set:
-                return float(getattr(self.options, name))
-            return value
-
-        return choose("tau_columns", calibrated[0]), choose("tau_diagonals", calibrated[1])
+        """``(tau_columns, tau_diagonals)`` of a layer: one number each, or one for each KV head of this rank."""
+        return thresholds(self.options, self.indexer, index)
 
     def explain_stock(self, reasons: list[str], index: int = -1) -> None:
         """Note why a layer runs the stock backend; what comes after the start-up message is logged, once a reason.

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from vllm_vsprefill.distil.options import ModelOptions
 
 
 def _object(value: Any) -> Any:
@@ -20,6 +23,19 @@ def _object(value: Any) -> Any:
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {value!r}")
     return found
+
+
+def _indices(value: Any) -> Any:
+    """Layer indices from "0,3-5"."""
+    if not isinstance(value, str):
+        return value
+    found: list[int] = []
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ValueError(f"expected layers such as 0,3-5, found {value!r}")
+        found += range(int(first), min(int(last or first), int(first) + 9999) + 1)
+    return tuple(found)
 
 
 Object = Annotated[dict[str, Any], BeforeValidator(_object)]
@@ -47,3 +63,16 @@ class DoctorCommand(Frozen):
 
     json_: bool = Field(False, description="Print JSON.")
     server: DoctorModel = Field(DoctorModel(), description="What is to be served")
+
+
+class InspectCommand(Frozen):
+    """Options of ``vsprefill inspect``."""
+
+    text: Path = Field(description="Text file; its first tokens are looked at.")
+    out: Path = Field(description="Folder for the page, its pictures and figures.")
+    max_tokens: int = Field(4096, ge=256, le=65536, description="Tokens of the text at most.")
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_indices)] = Field(
+        (), description="Layers such as 0,3-5; by default all that can run sparse."
+    )
+    options: Object = Field({}, description="Options of VSPREFILL, such as preset, estimator or checkpoint.")
+    model: ModelOptions = Field(description="Model")
