@@ -91,6 +91,25 @@ def test_without_torch_or_vllm(missing: str) -> None:
     assert any(one["subject"] == "Python" for one in report["findings"])
 
 
+def test_a_torch_that_is_broken() -> None:
+    code = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            import importlib.machinery
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise OSError("libtorch.so: no such file")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Broken())
+"""
+    status, report = doctor(code=code)
+    assert status == 1
+    assert "torch: cannot be imported (OSError: libtorch.so: no such file)" in problems(report)
+
+
 def test_plugins_that_are_not_loaded() -> None:
     assert "VLLM_PLUGINS=other,vsprefill" in text(list(surroundings.plugin({"VLLM_PLUGINS": "other"})), "problem")
     assert "VLLM_PLUGINS=vsprefill" in text(list(surroundings.plugin({"VLLM_PLUGINS": ""})), "problem")

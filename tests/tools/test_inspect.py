@@ -123,6 +123,15 @@ def test_the_needle_model(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text((ROOT / "README.md").read_text()[:3000])
+    (out / "layer_000.png").mkdir(parents=True)
+    code, said = run("--model", NEEDLE, "--text", text, "--out", out, "--max-tokens", "256", "--layers", "0")
+    assert code == 1
+    assert "layer_000.png" in said
+
+
 def test_mistakes(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("too short")

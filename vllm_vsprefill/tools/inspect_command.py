@@ -14,7 +14,7 @@ from vllm_vsprefill.tools.errors import ToolError, plain
 from vllm_vsprefill.tools.options import InspectCommand
 
 
-@takes(InspectCommand, ToolError, DistilError, CheckpointError, ConfigError)
+@takes(InspectCommand, ToolError, DistilError, CheckpointError, ConfigError, OSError)
 def inspect(options: InspectCommand) -> None:
     """Show what is kept of a text: attention of every layer and KV head beside what is computed of it, recall, error of
     the output, and the columns in the text, as pictures and one page."""

@@ -169,7 +169,10 @@ def indexers() -> Iterator[Finding]:
         try:
             if importlib.util.find_spec("torch") is not None:  # the weights' header is read with it
                 read_config(folder)
-        except CheckpointError as error:
+        except Exception as error:
+            if not isinstance(error, CheckpointError):  # a broken torch, say, which is a finding of its own
+                yield note("indexers", f"{Path(folder).name} cannot be looked at ({one_line(error)})")
+                continue
             yield note(
                 "indexer", f"{Path(folder).name} cannot be used: {'; '.join(error.problems)}", "install it again"
             )
