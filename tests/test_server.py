@@ -21,13 +21,17 @@ import openai
 import pytest
 
 from examples.needle import tasks
+from tests.test_stats import values
+from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.eval.server import ServerError, VLLMServer, loopback
+from vllm_vsprefill.metrics import FAMILIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"
 OPTIONS = {"min_seq_len": 1024}
+TAIL = VSPrefillConfig().dense_last_rows
 LIMIT = 8192
 ARGUMENTS = ["--served-model-name", "needle", "--max-model-len", str(LIMIT), "--max-num-batched-tokens", "1024"]
 ARGUMENTS += ["--dtype", "float32"]  # processors without AVX512-BF16 compute bfloat16 several times slower
@@ -144,6 +148,45 @@ def test_shared_prefix_is_reused_and_the_answer_stays(server: VLLMServer, client
     assert sum(after.since(middle).causal.values()) < 0.2 * sum(middle.since(before).causal.values())
 
 
+def scraped(server: VLLMServer) -> dict[str, float]:
+    return values("\n".join(line for line in server.get("/metrics").splitlines() if "vsprefill_" in line))
+
+
+def test_metrics_follow_from_the_plan(server: VLLMServer, client: openai.OpenAI) -> None:
+    """A prompt of three chunks, the last of which has 952 rows, and a short one: what is counted, to the last token."""
+    before = scraped(server)
+    for length in (3000, 100):
+        prompt = np.random.default_rng(length).integers(100, 1000, length).tolist()
+        client.completions.create(
+            model="needle", prompt=prompt, max_tokens=4, temperature=0, extra_body={"ignore_eos": True}
+        )
+    now = scraped(server)
+    new = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    counted = {name.removeprefix("vsprefill_"): value for name, value in new.items() if value}
+    tokens = {name: value for name, value in counted.items() if name.startswith("tokens_total")}
+    assert tokens == {
+        'tokens_total{path="sparse",reason="none"}': 3000 - 3 * TAIL,
+        'tokens_total{path="dense",reason="last_rows"}': 3 * TAIL,
+        'tokens_total{path="dense",reason="short_sequence"}': 100,
+        # Known when the next prompt is computed: those of the first answer, and of the test before this one.
+        'tokens_total{path="dense",reason="decode"}': tokens['tokens_total{path="dense",reason="decode"}'],
+    }
+    assert tokens['tokens_total{path="dense",reason="decode"}'] >= 3
+    assert counted['request_chunks_total{path="sparse",reason="none"}'] == 3
+    assert counted['request_chunks_total{path="dense",reason="short_sequence"}'] == 1
+    assert counted['index_logits_total{source="scored"}'] == 6 * 3000
+    assert counted['index_logits_total{source="cached"}'] == 6 * (1024 + 2048)
+    for layer in range(6):  # whether its selection exceeds max_density is for each layer to say
+        paths = [counted.get(f'chunks_total{{layer="{layer}",path="{path}"}}', 0) for path in ("sparse", "dense")]
+        assert sum(paths) == 4
+    for name in ("density_ratio", "choose_seconds"):
+        assert [counted[f'{name}_count{{quarter="{q}"}}'] for q in range(1, 5)] == [6, 3, 6, 3]  # 6 layers, 3 steps
+    handed_back = sum(value for name, value in counted.items() if 'reason="max_density"' in name)
+    assert sum(value for name, value in counted.items() if name.startswith("columns_count")) == 18 - handed_back
+    for family in FAMILIES:
+        assert f"# HELP {family}" in server.get("/metrics")
+
+
 def test_the_log_names_the_estimator(server: VLLMServer) -> None:
     log = server.log.read_text()
     assert "Using VSPREFILL on top of stock CPU attention" in log
@@ -159,6 +202,12 @@ def test_two_servers_and_two_api_processes(server: VLLMServer, client: openai.Op
         asked = problem(4000, 5)
         assert asked.is_correct(ask(other, asked))
         assert second.densities().ran_sparse
+        text = second.get("/metrics")
+        found = values("\n".join(line for line in text.splitlines() if "prompt_tokens_total" in line))
+        (asked_for,) = (value for name, value in found.items() if name.startswith("vllm:prompt_tokens_total"))
+        counted = {name: value for name, value in scraped(second).items() if name.startswith("vsprefill_tokens_total")}
+        assert sum(value for name, value in counted.items() if "decode" not in name) == asked_for
+        assert counted['vsprefill_tokens_total{path="sparse",reason="none"}'] == asked_for - 4 * TAIL
         assert not server.densities().since(before).ran_sparse
         assert asked.is_correct(ask(client, asked))
 
