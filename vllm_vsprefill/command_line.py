@@ -9,6 +9,7 @@ checks the values, so that everything wrong with a command is said at once. Impo
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -16,10 +17,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 Options = TypeVar("Options", bound=BaseModel)
+
+
+def _json_object(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error}), found {value!r}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {value!r}")
+    return found
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_json_object)]
+"""A field that is written as a JSON object on the command line."""
 
 
 class _Field(NamedTuple):

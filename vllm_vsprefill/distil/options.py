@@ -7,13 +7,12 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_vsprefill.command_line import option_problems
+from vllm_vsprefill.command_line import JsonObject, option_problems
 from vllm_vsprefill.distil.errors import DistilError
 
 Loss = Literal["kl", "mse", "cosine"]
@@ -35,18 +34,6 @@ def _numbers(value: Any) -> Any:
         return tuple(int(part) for part in value.replace(" ", "").split(","))
     except ValueError:
         raise ValueError(f"expected whole numbers with commas between them, found {value!r}") from None
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error}), found {value!r}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, found {value!r}")
-    return found
 
 
 # "k+v" and "kv" are the same.
@@ -151,7 +138,7 @@ class ModelOptions(_Frozen):
 
     model: str = Field(description="The model that the indexer is for: Hugging Face id or folder.")
     revision: str | None = Field(None, description="Branch, tag or commit of the id, of its tokenizer too.")
-    hf_overrides: Annotated[dict[str, Any], BeforeValidator(_json)] = Field(
+    hf_overrides: JsonObject = Field(
         {}, description="Settings that replace those of the model's config.json, as for vllm serve."
     )
     trust_remote_code: bool = Field(False, description="Run code that lies with the model or its tokenizer.")

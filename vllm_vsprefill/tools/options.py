@@ -4,25 +4,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from vllm_vsprefill.command_line import JsonObject
 from vllm_vsprefill.distil.options import ModelOptions
-
-
-def _object(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error}), found {value!r}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, found {value!r}")
-    return found
 
 
 def _indices(value: Any) -> Any:
@@ -36,9 +24,6 @@ def _indices(value: Any) -> Any:
             raise ValueError(f"expected layers such as 0,3-5, found {value!r}")
         found += range(int(first), min(int(last or first), int(first) + 9999) + 1)
     return tuple(found)
-
-
-Object = Annotated[dict[str, Any], BeforeValidator(_object)]
 
 
 class Frozen(BaseModel):
@@ -55,7 +40,7 @@ class DoctorModel(Frozen):
     dtype: str = Field("auto", description="As for vllm serve.")
     kv_cache_dtype: str = Field("auto", description="As for vllm serve.")
     trust_remote_code: bool = Field(False, description="Run code that lies with the model.")
-    options: Object = Field({}, description='What the server is to be given as --additional-config\'s "vsprefill".')
+    options: JsonObject = Field({}, description='What the server is to be given as --additional-config\'s "vsprefill".')
 
 
 class DoctorCommand(Frozen):
@@ -74,5 +59,5 @@ class InspectCommand(Frozen):
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_indices)] = Field(
         (), description="Layers such as 0,3-5; by default all that can run sparse."
     )
-    options: Object = Field({}, description="Options of VSPREFILL, such as preset, estimator or checkpoint.")
+    options: JsonObject = Field({}, description="Options of VSPREFILL, such as preset, estimator or checkpoint.")
     model: ModelOptions = Field(description="Model")
