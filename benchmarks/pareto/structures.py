@@ -31,14 +31,6 @@ class Estimator(Protocol):
         """What the chunk's rows look at, or what they get."""
 
 
-def group_scores(scores: Tensor, heads: int, how: str) -> Tensor:
-    """``[Hq, ...]`` -> ``[heads, ...]``: mean or maximum over the query heads that share a list."""
-    if len(scores) == heads:
-        return scores
-    grouped = scores.unflatten(0, (heads, -1))
-    return grouped.amax(1) if how == "max" else grouped.mean(1)
-
-
 def mean_query_mass(
     chunk: Chunk,
     tile: int,

@@ -18,6 +18,16 @@ from vllm_vsprefill.kernels.settings import Settings
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
 
+def causal_lse(q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
+    """Log-sum-exp of rows from ``start`` on, scaled by 0.3; NaN before them: rows outside the range are not read."""
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("thd,nhd->htn", q.double(), k.double().repeat_interleave(group, 1)) * 0.3
+    future = torch.ones(len(q), len(q), dtype=torch.bool, device=DEVICE).triu(1)
+    lse = logits.masked_fill(future, float("-inf")).logsumexp(-1).T.float()
+    lse[:start] = float("nan")
+    return lse
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_equals_the_reference(seed: int) -> None:
     choose, rng = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -30,11 +40,7 @@ def test_equals_the_reference(seed: int) -> None:
     k = torch.randn(n, heads, size, generator=rng).to(dtype).to(DEVICE)
     lse = None
     if choose.random() < 0.5:
-        logits = torch.einsum("thd,nhd->htn", q.double(), k.double().repeat_interleave(group, 1)) * 0.3
-        future = torch.ones(n, n, dtype=torch.bool, device=DEVICE).triu(1)
-        lse = logits.masked_fill(future, float("-inf")).logsumexp(-1).T.float()
-        # Rows outside the range are not read.
-        lse[:start] = float("nan")
+        lse = causal_lse(q, k, start)
     config = Settings(choose.choice([16, 32, 64]), choose.choice([16, 32, 64]), 4, 1)
     found = mass_sums(q, k, scale=0.3, row_start=start, row_end=end, lse=lse, config=config)
     expected = naive.mass_sums(q, k, scale=0.3, row_start=start, row_end=end)
@@ -75,11 +81,7 @@ def test_weights_equal_the_reference(seed: int) -> None:
     k = torch.randn(n, heads, size, generator=rng).to(dtype).to(DEVICE)
     lse = None
     if choose.random() < 0.5:
-        logits = torch.einsum("thd,nhd->htn", q.double(), k.double().repeat_interleave(group, 1)) * 0.3
-        future = torch.ones(n, n, dtype=torch.bool, device=DEVICE).triu(1)
-        lse = logits.masked_fill(future, float("-inf")).logsumexp(-1).T.float()
-        # Rows outside the range are not read.
-        lse[:start] = float("nan")
+        lse = causal_lse(q, k, start)
     config = Settings(choose.choice([16, 32, 64]), choose.choice([16, 32, 64]), 4, 1)
     options: dict[str, Any] = {"scale": 0.3, "reduce": reduce, "min_distance": near, "row_start": start, "row_end": end}
     found = column_weights(q, k, **options, lse=lse, config=config)
