@@ -77,6 +77,14 @@ class SparsePattern:
         """Keys that every row is taken to compute beside its columns and diagonals: window, own tile, rounding."""
         return self.window + self.block_q + self.block_k
 
+    def window_start(self, tile_start: int) -> int:
+        """The first key of the window of the tile that starts there: what its first row reaches, rounded to granules."""
+        return max(tile_start - self.reach + 1, 0) // self.block_k * self.block_k
+
+    def tiles(self, rows: int, seq_len: int) -> range:
+        """Tiles of the absolute grid that hold one of the last ``rows`` positions of a sequence."""
+        return range((seq_len - rows) // self.block_q, (seq_len - 1) // self.block_q + 1)
+
     @staticmethod
     def causal_pairs(rows: int, seq_len: int) -> int:
         """(query, key) pairs of the last ``rows`` rows of a sequence under the causal mask alone."""
@@ -177,6 +185,19 @@ class Selection(NamedTuple):
             self.diagonals,
             count(self.diagonals, self.num_diagonals),
         )
+
+
+class Bars(NamedTuple):
+    """How much of a chunk each KV head keeps beyond window and sinks, as ``price`` decides it and ``rank`` reads it.
+
+    Attributes:
+        scores: float32 ``[H_kv]``, the least score of a key that a tile lists (see ``rank.naive.scores``); +inf lists
+            none, -inf every key.
+        density: float32 ``[H_kv]``, share of the chunk's causal pairs that is to be expected.
+    """
+
+    scores: Tensor
+    density: Tensor
 
 
 class IndexerLayerWeights(NamedTuple):
