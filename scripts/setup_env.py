@@ -41,6 +41,7 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 # vLLM pins setuptools itself; this range satisfies its pins and builds editable installs without a `wheel` package.
 SETUPTOOLS = "setuptools>=77.0.3,<81"
+POETRY = "poetry-core>=2"  # reuse comes as source only for some registries; packages are built without isolation
 
 UV = "uv>=0.6"  # installs the same packages several times as fast
 
@@ -458,7 +459,7 @@ def setup(venv, extras):
             name_cpu_vllm(runner)
         else:
             runner.pip([CUDA_PACKAGE], "Installing {} (several GB; some minutes)".format(CUDA_PACKAGE))
-        runner.pip([SETUPTOOLS], "Installing the build tool")
+        runner.pip([SETUPTOOLS, POETRY], "Installing the build tools")
     extras = extras | installed
     runner.pip(
         ["--no-build-isolation", "-e", ".[{}]".format(",".join(sorted(extras)))],
