@@ -26,7 +26,7 @@ from .types import SparsePattern
 WORD_BITS = 32
 WORDS = 128  # a row of bits is a multiple of so many words: 4,096 keys
 LISTED = 5120
-"""Keys for which the list of a tile has room, on average: a quarter more than the longest step of ``price``'s ladder."""
+"""Keys for which the list of a tile has room, on average: a quarter more than the last step of ``price``'s ladder."""
 
 EVERYTHING = -1
 """In ``counts``: the tile attends to every key; it has no list."""

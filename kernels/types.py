@@ -78,7 +78,7 @@ class SparsePattern:
         return self.window + self.block_q + self.block_k
 
     def window_start(self, tile_start: int) -> int:
-        """The first key of the window of the tile that starts there: what its first row reaches, rounded to granules."""
+        """The first key of the window of the tile that starts there: what its first row sees, rounded to granules."""
         return max(tile_start - self.reach + 1, 0) // self.block_k * self.block_k
 
     def tiles(self, rows: int, seq_len: int) -> range:
