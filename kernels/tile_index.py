@@ -82,7 +82,7 @@ class TileStorage(NamedTuple):
     slots: Tensor
     used: Tensor
 
-    def index(self, pattern: SparsePattern, num_rows: int, num_requests: int, max_seq_len: int) -> TileIndex:
+    def view(self, pattern: SparsePattern, num_rows: int, num_requests: int, max_seq_len: int) -> TileIndex:
         """An index for a round, in this memory.
 
         Args:
