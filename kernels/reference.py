@@ -22,7 +22,17 @@ def keys_values(kv: PagedKV, request: int, seq_len: int) -> tuple[Tensor, Tensor
     """Contiguous keys and values of one sequence, ``[seq_len, Hkv, D]`` each; those of an fp8 cache as float32."""
     ids = kv.block_table[request, : -(-seq_len // kv.block_size)].long()
     # [blocks, Hkv, block, 2D] -> [n, Hkv, 2D]
-    both = kv.cache[ids].transpose(1, 2).flatten(0, 1)[:seq_len]
+    return _split(kv, kv.cache[ids].transpose(1, 2).flatten(0, 1)[:seq_len])
+
+
+def slot_values(kv: PagedKV, slots: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one KV head in some slots, ``[slots, D]`` each; those of an fp8 cache as float32."""
+    slots = slots.long()
+    return _split(kv, kv.cache[slots // kv.block_size, head, slots % kv.block_size])
+
+
+def _split(kv: PagedKV, both: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that lie side by side."""
     k, v = both[..., : kv.head_size], both[..., kv.head_size :]
     if kv.cache.dtype in FP8_DTYPES:
         k = k.float() * (1.0 if kv.k_scale is None else kv.k_scale)

@@ -15,7 +15,8 @@ it while the consumers finish the one before. The counters of the rings go on fr
 **What a consumer computes.** With ``s = scale / ln(2) * q . k``, a row's output is ``sum(2**s * v) / sum(2**s)``.
 The sums are taken tile by tile, relative to the largest logit ``m`` so far: where a tile raises it to ``m'``, what was
 summed before is multiplied by ``2**(m - m')`` (online softmax, Milakov and Gimelshein 2018). The product of a tile's
-logits runs beside the product of the weights and values of the tile before it (``_step``), as in FlashAttention 3.
+logits runs beside the product of the weights and values of the tile before it (``softmax_step``), as in
+FlashAttention 3.
 
 **In which order.** Keys of a piece come in this order, each once:
 
@@ -27,9 +28,10 @@ logits runs beside the product of the weights and values of the tile before it (
    its own: twice the bytes a product, so that each such tile is followed by a plain one;
 5. the diagonals for which there is no plain tile, one product after the other: the copies bound them.
 
-**How things are called.** What the functions pass on is declared in ``hopper_values.py``. Prefixes: ``b_`` a tensor in
-registers, ``s_`` in shared memory, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``l_`` a layout, ``i_`` an index. A
-name with a ``2`` belongs to the second consumer.
+**How things are called.** What the functions pass on is declared in ``hopper_values.py`` and, with the functions that
+need nothing of the index, in ``../hopper_shared.py``. Prefixes: ``b_`` a tensor in registers, ``s_`` in shared memory,
+``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``l_`` a layout, ``i_`` an index. A name with a ``2`` belongs to the
+second consumer.
 """
 
 from __future__ import annotations
@@ -40,33 +42,35 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from ..hopper_shared import (
+    Cache,
+    Output,
+    PipelineState,
+    Queries,
+    Requests,
+    Softmax,
+    aligned,
+    last_product,
+    logits,
+    num_pairs,
+    own_tile,
+    piece_of,
+    pipelines,
+    send,
+    send_bias,
+    send_queries,
+    softmax_step,
+    softmax_steps,
+    store_rows,
+    weigh,
+)
 from ..index import RANK, Index
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV
 from ..settings import multiprocessors
-from .hopper_values import (
-    Cache,
-    IndexView,
-    Output,
-    Piece,
-    Pipeline,
-    Pipelines,
-    PipelineState,
-    Plan,
-    Queries,
-    Requests,
-    Shape,
-    Softmax,
-    load_rows,
-)
+from .hopper_values import IndexView, Plan, Shape
 
 ROWS = 64  # of a consumer: the least that a warp group multiplies
 KEYS = 128  # of a tile
@@ -75,21 +79,6 @@ REGISTERS = (208, 88)
 
 
 # Pieces and plans, which every warp group works out for itself
-
-
-@gluon.jit
-def _piece(i_w, batch, num_tiles, shape):
-    """Number ``i_w`` of all pieces. One whose first position lies behind the sequence is empty, as are all of a request
-    without rows: it has none that could be read in place of a missing one."""
-    i_h = i_w // num_tiles % shape.HEADS
-    i_r = i_w // num_tiles // shape.HEADS
-    row_end, hi = gl.load(batch.p_row_end + i_r), gl.load(batch.p_seq_len + i_r)
-    lo = hi - (row_end - gl.load(batch.p_row_start + i_r))
-    # The latest tiles take longest where the sequence is short, so they come first.
-    both: gl.constexpr = 2 * shape.POSITIONS
-    i_p = lo // both * both + (num_tiles - 1 - i_w % num_tiles) * both
-    i_p = gl.where(lo < hi, i_p, hi)
-    return Piece(i_h=i_h, i_r=i_r, i_p=i_p, lo=lo, hi=hi, first=row_end - hi)
 
 
 @gluon.jit
@@ -148,131 +137,6 @@ def _plan(piece, index, shape):
 
 
 @gluon.jit
-def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: gl.constexpr):
-    """Weights of a tile of raw logits, the new maximum and sum, and the factor on what was summed before."""
-    if BIAS:
-        b_s = b_s * scale + b_bias
-        b_next = gl.maximum(b_max, gl.max(b_s, 1))
-        b_p = gl.exp2(b_s - gl.expand_dims(b_next, 1))
-    else:
-        b_next = gl.maximum(b_max, gl.max(b_s, 1) * scale)
-        b_p = gl.exp2(b_s * scale - gl.expand_dims(b_next, 1))
-    b_alpha = gl.exp2(b_max - b_next)
-    return b_p, b_next, b_sum * b_alpha + gl.sum(b_p, 1), b_alpha
-
-
-@gluon.jit
-def _weigh(b_s, softmax, s_bias, scale, BIAS: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights of a tile of logits for the product with its values, the factor on the output so far, the new maximum and
-    the new sum."""
-    l_s: gl.constexpr = b_s.type.layout
-    l_o: gl.constexpr = softmax.b_acc.type.layout
-    b_max = gl.convert_layout(softmax.row_max, gl.SliceLayout(1, l_s))
-    b_sum = gl.convert_layout(softmax.row_sum, gl.SliceLayout(1, l_s))
-    if BIAS:
-        b_bias = gl.expand_dims(s_bias.load(gl.SliceLayout(0, l_s)).to(gl.float32), 0)
-        b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, b_bias, scale, True)
-    else:
-        b_w, b_max, b_sum, b_alpha = _softmax(b_s, b_max, b_sum, 0.0, scale, False)
-    b_p = gl.convert_layout(b_w.to(DTYPE), gl.DotOperandLayout(0, l_o, 2))
-    b_factor = gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, l_o)), 1)
-    b_max = gl.convert_layout(b_max, gl.SliceLayout(1, l_o))
-    b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, l_o))
-    return b_p, b_factor, b_max, b_sum
-
-
-@gluon.jit
-def _logits(s_q, s_keys):
-    """Starts the product of queries and keys."""
-    LENGTH: gl.constexpr = s_keys.shape[0]
-    l_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LENGTH, 16])
-    b_zero = gl.zeros([64, LENGTH], gl.float32, l_s)
-    return warpgroup_mma(s_q, s_keys.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _step(tiles, biases, s_q, s_keys, s_values, s_row, rings, b_p, softmax, scale, BIAS: gl.constexpr):
-    """The logits of the next tile, whose keys are ``s_keys``, beside the product of the weights ``b_p`` and values
-    ``s_values`` of the tile before it; returns the weights of the tile and the softmax without its values. ``s_row`` is
-    the bias of the tile, if it has one."""
-    rings.keys.consumer_wait(tiles)
-    b_s = _logits(s_q, s_keys)
-    rings.values.consumer_wait(tiles.before())
-    b_o = warpgroup_mma(b_p, s_values, softmax.b_acc, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
-    rings.keys.consumer_release(tiles)
-    if BIAS:
-        rings.bias.consumer_wait(biases)
-    b_p, b_factor, b_max, b_sum = _weigh(b_s, softmax, s_row, scale, BIAS, s_q.dtype)
-    if BIAS:
-        rings.bias.consumer_release(biases)
-    b_acc = warpgroup_mma_wait(0, deps=[b_o])
-    rings.values.consumer_release(tiles.before())
-    return b_p, Softmax(b_acc=b_acc * b_factor, row_max=b_max, row_sum=b_sum)
-
-
-@gluon.jit
-def _steps(
-    tiles, biases, count, s_q, rings, b_p, softmax, scale, WHICH: gl.constexpr, BIAS: gl.constexpr
-):  # fmt: skip
-    """``count`` tiles of both consumers."""
-    for _ in range(count):
-        b_p, softmax = _step(
-            tiles, biases, s_q, rings.keys.at(tiles), rings.values.at(tiles.before()),
-            rings.bias.places.index(2 * biases.stage() + WHICH), rings, b_p, softmax, scale, BIAS,
-        )  # fmt: skip
-        tiles = tiles.next()
-        if BIAS:
-            biases = biases.next()
-    return tiles, biases, b_p, softmax
-
-
-@gluon.jit
-def _own_tile(tiles, s_q, rings, i_p, start, piece, plan, scale, WHICH: gl.constexpr, shape):
-    """Weights of the own tile under the causal mask, and the softmax that begins with it."""
-    KEYS: gl.constexpr = shape.KEYS
-    rings.keys.consumer_wait(tiles)
-    b_s = warpgroup_mma_wait(0, deps=[_logits(s_q, rings.keys.at(tiles))])
-    rings.keys.consumer_release(tiles)
-    l_s: gl.constexpr = b_s.type.layout
-    l_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.D, 16])
-    l_m: gl.constexpr = gl.SliceLayout(1, l_o)
-    # [1, KEYS], [64, 1]
-    b_pos = gl.expand_dims(plan.base + gl.arange(0, KEYS, layout=gl.SliceLayout(0, l_s)), 0)
-    b_i = gl.expand_dims(i_p + gl.arange(0, 64, layout=gl.SliceLayout(1, l_s)) // shape.PACK, 1)
-    # Rows behind the sequence's end, which are not stored, see its last position: no row is without a key.
-    m_s = (b_pos <= gl.minimum(b_i, piece.hi - 1)) & (b_pos >= gl.minimum(start, piece.hi - 1))
-    b_s = gl.where(m_s, b_s, float("-inf"))
-    b_max = gl.full([64], float("-inf"), gl.float32, layout=l_m)
-    b_sum = gl.zeros([64], gl.float32, layout=l_m)
-    b_acc = gl.zeros([64, shape.D], gl.float32, layout=l_o)
-    softmax = Softmax(b_acc=b_acc, row_max=b_max, row_sum=b_sum)
-    b_p, _, b_max, b_sum = _weigh(b_s, softmax, rings.bias.places.index(WHICH), scale, False, s_q.dtype)
-    return b_p, Softmax(b_acc=b_acc, row_max=b_max, row_sum=b_sum)
-
-
-@gluon.jit
-def _store(output, softmax, piece, i_p, shape, DTYPE: gl.constexpr):
-    """Normalises and writes the rows of a consumer, whose first position is ``i_p``."""
-    PACK: gl.constexpr = shape.PACK
-    l_o: gl.constexpr = softmax.b_acc.type.layout
-    # [64], [64, D]
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_o))
-    b_row = i_p + o_m // PACK
-    m_row = (b_row >= piece.lo) & (b_row < piece.hi) & (o_m % PACK < shape.GROUP)
-    b_head = (piece.i_h * shape.GROUP + o_m % PACK).to(gl.int64)
-    b_row = (piece.first + b_row).to(gl.int64)
-    o_d = gl.expand_dims(gl.arange(0, shape.D, layout=gl.SliceLayout(0, l_o)), 0)
-    b_out = softmax.b_acc * gl.expand_dims(1.0 / softmax.row_sum, 1)
-    p_row = gl.expand_dims(output.p_out + b_row * output.stride_row + b_head * output.stride_head, 1)
-    gl.store(p_row + o_d, b_out.to(DTYPE), mask=gl.expand_dims(m_row, 1))
-    if output.LSE:
-        b_lse = (softmax.row_max + gl.log2(softmax.row_sum)) * 0.6931471805599453
-        p_lse = output.p_lse + b_row * output.stride_lse_row + b_head * output.stride_lse_head
-        gl.store(p_lse, b_lse, mask=m_row)
-
-
-@gluon.jit
 def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl.constexpr, shape):
     """A consumer's 64 rows of a piece; returns the states of the rings."""
     i_p, start = piece.i_p, plan.start
@@ -284,32 +148,32 @@ def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl
 
     # 1. The own tile
     rings.queries.consumer_wait(pieces)
-    b_p, softmax = _own_tile(tiles, s_q, rings, i_p, start, piece, plan, scale, WHICH, shape)
+    b_p, softmax = own_tile(tiles, s_q, rings, i_p, start, plan.base, piece, scale, WHICH, shape)
     tiles = tiles.next()
 
     # 2., 3. Tiles of both consumers
-    tiles, biases, b_p, softmax = _steps(tiles, biases, plan.early(), s_q, rings, b_p, softmax, scale, WHICH, False)
-    tiles, biases, b_p, softmax = _steps(tiles, biases, plan.num_bias, s_q, rings, b_p, softmax, scale, WHICH, True)
+    tiles, biases, b_p, softmax = softmax_steps(
+        tiles, biases, plan.early(), s_q, rings, b_p, softmax, scale, WHICH, False
+    )
+    tiles, biases, b_p, softmax = softmax_steps(
+        tiles, biases, plan.num_bias, s_q, rings, b_p, softmax, scale, WHICH, True
+    )
 
     # 4. Half tiles of the own diagonals, in turns with tiles of both
     for _ in range(plan.num_mixed):
         s_half = rings.bias.places.index(2 * biases.stage() + WHICH).slice(WHICH * HALF, HALF)
-        b_ph, softmax = _step(
+        b_ph, softmax = softmax_step(
             tiles, biases, s_q, rings.keys.at(tiles).slice(WHICH * HALF, HALF), rings.values.at(tiles.before()), s_half,
             rings, b_p, softmax, scale, True,
         )  # fmt: skip
         tiles = tiles.next()
         biases = biases.next()
-        b_p, softmax = _step(
+        b_p, softmax = softmax_step(
             tiles, biases, s_q, rings.keys.at(tiles), rings.values.at(tiles.before()).slice(WHICH * HALF, HALF), s_half,
             rings, b_ph, softmax, scale, False,
         )  # fmt: skip
         tiles = tiles.next()
-    rings.values.consumer_wait(tiles.before())
-    b_o = warpgroup_mma(b_p, rings.values.at(tiles.before()), softmax.b_acc, is_async=True)
-    b_acc = warpgroup_mma_wait(0, deps=[b_o])
-    rings.values.consumer_release(tiles.before())
-    softmax = Softmax(b_acc=b_acc, row_max=softmax.row_max, row_sum=softmax.row_sum)
+    softmax = last_product(tiles, rings, b_p, softmax)
 
     # 5. The other diagonals
     for _ in range(plan.num_diagonal - plan.num_mixed):
@@ -317,10 +181,10 @@ def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl
         s_keys = rings.keys.at(tiles).slice(WHICH * HALF, HALF)
         s_values = rings.values.at(tiles).slice(WHICH * HALF, HALF)
         rings.keys.consumer_wait(tiles)
-        b_s = warpgroup_mma_wait(0, deps=[_logits(s_q, s_keys)])
+        b_s = warpgroup_mma_wait(0, deps=[logits(s_q, s_keys)])
         rings.keys.consumer_release(tiles)
         rings.bias.consumer_wait(biases)
-        b_ph, b_factor, b_max, b_sum = _weigh(b_s, softmax, s_half, scale, True, s_q.dtype)
+        b_ph, b_factor, b_max, b_sum = weigh(b_s, softmax, s_half, scale, True, s_q.dtype)
         rings.bias.consumer_release(biases)
         rings.values.consumer_wait(tiles)
         b_o = warpgroup_mma(b_ph, s_values, softmax.b_acc * b_factor, is_async=True)
@@ -330,7 +194,7 @@ def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl
         tiles = tiles.next()
         biases = biases.next()
     rings.queries.consumer_release(pieces)
-    _store(output, softmax, piece, i_p, shape, s_q.dtype)
+    store_rows(output, softmax, piece, i_p, shape, s_q.dtype)
     return tiles, biases
 
 
@@ -341,7 +205,7 @@ def _consumer(rings, batch, index, output, scale, num_tiles, total, WHICH: gl.co
     biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
     for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
-        piece = _piece(i_w, batch, num_tiles, shape)
+        piece = piece_of(i_w, batch, num_tiles, shape)
         if piece.i_p < piece.hi:
             plan = _plan(piece, index.of(piece, shape), shape)
             tiles, biases = _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH, shape)
@@ -349,45 +213,6 @@ def _consumer(rings, batch, index, output, scale, num_tiles, total, WHICH: gl.co
 
 
 # Producer
-
-
-@gluon.jit
-def _send(tiles, b_slot, cache, rings):
-    """Keys and values in slots as one tile of both consumers; returns the state for the next."""
-    p_k = cache.rows(b_slot)
-    rings.keys.producer_acquire(tiles)
-    rings.keys.producer_copy(tiles, p_k)
-    rings.values.producer_acquire(tiles)
-    rings.values.producer_copy(tiles, p_k + cache.D)
-    return tiles.next()
-
-
-@gluon.jit
-def _send_bias(biases, m_one, m_two, rings):
-    """0 for keys that a consumer sees, -inf for others; returns the state for the next."""
-    rings.bias.producer_acquire(biases)
-    stage = biases.stage()
-    rings.bias.places.index(2 * stage).store(gl.where(m_one, 0.0, float("-inf")).to(gl.float16))
-    rings.bias.places.index(2 * stage + 1).store(gl.where(m_two, 0.0, float("-inf")).to(gl.float16))
-    mbarrier.arrive(rings.bias.full.index(stage))
-    return biases.next()
-
-
-@gluon.jit
-def _send_queries(pieces, queries, rings, piece, shape):
-    """Queries of both consumers. Where no row is stored, a row of the request or a head of the group is read again."""
-    D: gl.constexpr = shape.D
-    PACK: gl.constexpr = shape.PACK
-    l_q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, l_q))
-    o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, l_q)), 0)
-    b_head = (piece.i_h * shape.GROUP + gl.minimum(o_m % PACK, shape.GROUP - 1)).to(gl.int64)
-    rings.queries.producer_acquire(pieces)
-    for i in gl.static_range(2):
-        b_row = gl.minimum(gl.maximum(piece.i_p + i * shape.POSITIONS + o_m // PACK, piece.lo), piece.hi - 1)
-        b_offset = (piece.first + b_row).to(gl.int64) * queries.stride_row + b_head * queries.stride_head
-        load_rows(rings.queries.places.index(i), gl.expand_dims(queries.p_q + b_offset, 1) + o_d)
-    async_copy.mbarrier_arrive(rings.queries.full.index(pieces.stage()), increment_count=False)
 
 
 @gluon.jit
@@ -399,13 +224,13 @@ def _send_early(tiles, b_block, cache, rings, index, plan, o_n, shape):
         b_pos = plan.base - (i_w + 1) * KEYS + o_n
         b_slot = cache.slot_in(b_block, b_pos)
         b_block = cache.block(gl.maximum(b_pos - KEYS, 0))
-        tiles = _send(tiles, b_slot, cache, rings)
+        tiles = send(tiles, b_slot, cache, rings)
     b_next = gl.load(index.p_slots + o_n, mask=o_n < plan.num_columns, other=0)
     for i_c in range(plan.early() - plan.num_window):
         b_slot = b_next
         o_c = (i_c + 1) * KEYS + o_n
         b_next = gl.load(index.p_slots + o_c, mask=o_c < plan.num_columns, other=0)
-        tiles = _send(tiles, b_slot, cache, rings)
+        tiles = send(tiles, b_slot, cache, rings)
     return tiles
 
 
@@ -417,8 +242,8 @@ def _send_rest(tiles, biases, cache, rings, piece, plan, o_n, shape):
         b_pos = plan.start + i_n * shape.KEYS + o_n
         m_pos = b_pos < rest_end
         b_slot = cache.slot(gl.where(m_pos, b_pos, piece.i_p))
-        biases = _send_bias(biases, m_pos, m_pos & (b_pos >= plan.start2), rings)
-        tiles = _send(tiles, b_slot, cache, rings)
+        biases = send_bias(biases, m_pos, m_pos & (b_pos >= plan.start2), rings)
+        tiles = send(tiles, b_slot, cache, rings)
     return tiles, biases
 
 
@@ -445,8 +270,8 @@ def _send_last_columns(tiles, biases, cache, rings, index, piece, plan, o_n, COU
         m_one = (o_c < plan.num_columns) & (b_pos < plan.start)
         m_two = (o_c < plan.num_columns2) & (b_pos < plan.start2)
         b_next, b_next_pos = _columns_from(o_c + KEYS, index, plan.num_columns, own_slot)
-        tiles = _send(tiles, b_slot, cache, rings)
-        biases = _send_bias(biases, m_one, m_two, rings)
+        tiles = send(tiles, b_slot, cache, rings)
+        biases = send_bias(biases, m_one, m_two, rings)
         if COUNT:
             b_count += m_one.to(gl.int32)
             b_count2 += m_two.to(gl.int32)
@@ -496,8 +321,8 @@ def _send_diagonals(tiles, biases, cache, rings, index, piece, plan, o_n, COUNT:
         o_f = (i_g + 1) * HALF + o_h
         b_pos, b_block, b_near, b_flag = _diagonal_keys(b_ahead, o_f, b_tile, cache, index, piece.i_p, BLOCK_K)
         b_ahead = index.granules(HALF + o_f, b_lanes, BLOCK_K)
-        tiles = _send(tiles, b_slot, cache, rings)
-        biases = _send_bias(biases, m_key, m_key, rings)
+        tiles = send(tiles, b_slot, cache, rings)
+        biases = send_bias(biases, m_key, m_key, rings)
         if COUNT:
             b_count += m_key.to(gl.int32)
         if i_g < plan.num_mixed:
@@ -505,16 +330,8 @@ def _send_diagonals(tiles, biases, cache, rings, index, piece, plan, o_n, COUNT:
             b_slot = cache.slot_in(b_wide, plan.base - (i_t + 1) * KEYS + o_n)
             b_slot = gl.where(i_t < plan.num_window, b_slot, b_wide)
             b_wide = _plain(i_t + 1, cache, index, plan, o_n, KEYS)
-            tiles = _send(tiles, b_slot, cache, rings)
+            tiles = send(tiles, b_slot, cache, rings)
     return tiles, biases, b_count
-
-
-@gluon.jit
-def _pairs(piece, i_p, start, visited, POSITIONS: gl.constexpr):
-    """Pairs of the stored positions from ``i_p`` up, each with ``visited`` keys below its window."""
-    first, end = gl.maximum(piece.lo, i_p), gl.minimum(piece.hi, i_p + POSITIONS)
-    count = gl.maximum(end - first, 0).to(gl.int64)
-    return count * (visited - start + 1) + count * (first + end - 1) // 2
 
 
 @gluon.jit
@@ -536,8 +353,8 @@ def _produce(
     b_pos = plan.base + o_n
     b_slot = cache.slot(gl.where((b_pos >= 0) & (b_pos < piece.hi), b_pos, piece.i_p))
     b_block = cache.block(gl.maximum(plan.base - KEYS + o_n, 0))
-    tiles = _send(tiles, b_slot, cache, rings)
-    _send_queries(pieces, queries, rings, piece, shape)
+    tiles = send(tiles, b_slot, cache, rings)
+    send_queries(pieces, queries, rings, piece, shape)
 
     tiles = _send_early(tiles, b_block, cache, rings, index, plan, o_n, shape)
     tiles, biases = _send_rest(tiles, biases, cache, rings, piece, plan, o_n, shape)
@@ -550,8 +367,8 @@ def _produce(
         # Each stored position: its window and own keys, and what was counted above.
         visited = gl.sum(b_count + gl.where(o_n < HALF, b_count_h, 0), 0) + plan.num_plain * KEYS
         visited2 = gl.sum(b_count2 + gl.where(o_n < HALF, 0, b_count_h), 0) + plan.num_plain * KEYS
-        total = _pairs(piece, piece.i_p, plan.start, visited, shape.POSITIONS)
-        total += _pairs(piece, piece.i_p + shape.POSITIONS, plan.start2, visited2, shape.POSITIONS)
+        total = num_pairs(piece, piece.i_p, plan.start, visited, shape.POSITIONS)
+        total += num_pairs(piece, piece.i_p + shape.POSITIONS, plan.start2, visited2, shape.POSITIONS)
         gl.atomic_add(p_visited + piece.i_r, total)
     return tiles, biases
 
@@ -563,7 +380,7 @@ def _producer(rings, batch, index, queries, cache, p_visited, num_tiles, total, 
     biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
     for i_w in range(gl.program_id(0), total, gl.num_programs(0)):
-        piece = _piece(i_w, batch, num_tiles, shape)
+        piece = piece_of(i_w, batch, num_tiles, shape)
         if piece.i_p < piece.hi:
             lists = index.of(piece, shape)
             plan = _plan(piece, lists, shape)
@@ -574,44 +391,6 @@ def _producer(rings, batch, index, queries, cache, p_visited, num_tiles, total, 
 
 
 # The kernel
-
-
-@gluon.jit
-def _pipeline(places, STAGES: gl.constexpr):
-    """A ring around ``places``; its barriers are not ready yet."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    return Pipeline(places=places, full=full, empty=empty)
-
-
-@gluon.jit
-def _pipelines(DTYPE: gl.constexpr, shape):
-    """Shared memory of a program, and its barriers: every thread of the producer reports its copies, and one thread a
-    bias; each consumer frees a place."""
-    D: gl.constexpr = shape.D
-    KEYS: gl.constexpr = shape.KEYS
-    STAGES: gl.constexpr = shape.STAGES
-    l_one: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
-    l_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], DTYPE)
-    s_q = gl.allocate_shared_memory(DTYPE, [2, 64, D], l_one)
-    s_k = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-    s_v = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], l_tile)
-    s_bias = gl.allocate_shared_memory(gl.float16, [2 * STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    keys = _pipeline(s_k, STAGES)
-    values = _pipeline(s_v, STAGES)
-    bias = _pipeline(s_bias, STAGES)
-    queries = _pipeline(s_q, 1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(keys.full.index(i), count=128)
-        mbarrier.init(values.full.index(i), count=128)
-        mbarrier.init(keys.empty.index(i), count=2)
-        mbarrier.init(values.empty.index(i), count=2)
-        mbarrier.init(bias.full.index(i), count=1)
-        mbarrier.init(bias.empty.index(i), count=2)
-    mbarrier.init(queries.full.index(0), count=128)
-    mbarrier.init(queries.empty.index(0), count=2)
-    fence_async_shared()
-    return Pipelines(queries=queries, keys=keys, values=values, bias=bias)
 
 
 @gluon.jit(
@@ -650,7 +429,7 @@ def _attend_kernel(
         p_out=p_out, p_lse=p_lse, stride_row=stride_out_row, stride_head=stride_out_head, stride_lse_row=stride_lse_row,
         stride_lse_head=stride_lse_head, LSE=LSE,
     )  # fmt: skip
-    rings = _pipelines(p_q.dtype.element_ty, shape)
+    rings = pipelines(p_q.dtype.element_ty, shape)
     gl.warp_specialize(
         [
             (_consumer, (rings, batch, index, output, scale, num_tiles, total, 0, shape)),
@@ -675,13 +454,6 @@ def unsupported_shape(group: int, block_q: int, head_size: int, dtype: torch.dty
     if ROWS // pack > block_q:
         return f"with {group} query heads per KV head it takes tiles of at least {ROWS // pack} rows, not {block_q}"
     return None
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether rows of 16-bit values can be copied 16 bytes at a time."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1]) for tensor in tensors
-    )
 
 
 def unsupported(q: Tensor, kv: PagedKV, index: Index, dense_last: int) -> str | None:

@@ -1,46 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, call-arg"
-"""What the functions of ``hopper.py`` pass on: the piece, its plan, views of the index and the cache, and the rings.
-
-Named as in FlashAttention 3 and CUTLASS where those have the thing: a ``Pipeline`` is a ring of places in shared memory
-with its barriers, a ``PipelineState`` says which place is next and in which round. Prefixes of names are explained in
-``hopper.py``.
-"""
+"""What the functions of ``hopper.py`` pass on beside the values of ``../hopper_shared.py``: constants, the index, and
+the plan of a piece. Prefixes of names are explained in ``hopper.py``."""
 
 from __future__ import annotations
 
-import typing
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
-from triton.language.core import _aggregate, base_value
 
-# Its name from Triton 3.6 on, and a later one
-load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-
-def aggregate(cls):
-    """Makes a class with annotated fields a value that kernels pass on; its constructor takes them by name.
-
-    Triton 3.6 has aggregates, but neither a constructor made for them nor annotations that are evaluated later. A field
-    may be a constant where Triton makes one of an argument: of None, and of a stride that is 1.
-    """
-    cls.__annotations__ = typing.get_type_hints(cls)
-    names = tuple(cls.__annotations__)
-
-    def init(self, **values):
-        for name in names:
-            value = values.pop(name)
-            setattr(self, name, value if isinstance(value, base_value) else gl.constexpr(value))
-        if values:
-            raise TypeError(f"{cls.__name__} has no {', '.join(values)}")
-
-    # Nothing that a kernel's hash has to cover: fields are given by name.
-    vars(init)["__triton_builtin__"] = True
-    cls.__init__ = init
-    return _aggregate(cls)
+from ..hopper_shared import aggregate
 
 
 @aggregate
@@ -57,31 +26,6 @@ class Shape:
     D: gl.constexpr
     KEYS: gl.constexpr
     STAGES: gl.constexpr
-
-
-@aggregate
-class Requests:
-    """Which rows belong to which request: pointers to ``[requests]`` each."""
-
-    p_row_start: gl.tensor
-    p_row_end: gl.tensor
-    p_seq_len: gl.tensor
-
-
-@aggregate
-class Piece:
-    """Two consumers' positions of one KV head of one request.
-
-    ``i_p`` is the first position, ``[lo, hi)`` those of the request that have rows, ``first`` the row of position 0,
-    were it in the query tensor.
-    """
-
-    i_h: gl.tensor
-    i_r: gl.tensor
-    i_p: gl.tensor
-    lo: gl.tensor
-    hi: gl.tensor
-    first: gl.tensor
 
 
 @aggregate
@@ -161,162 +105,3 @@ class Plan:
     def early(self):
         """How many plain tiles come before the diagonals."""
         return self.num_window + self.num_plain - self.num_mixed
-
-
-@aggregate
-class PipelineState:
-    """How many tiles have passed through a ring: which place is next, and in an even or odd round."""
-
-    count: gl.tensor
-    STAGES: gl.constexpr
-
-    @gluon.jit
-    def stage(self):
-        return self.count % self.STAGES
-
-    @gluon.jit
-    def phase(self):
-        return (self.count // self.STAGES) & 1
-
-    @gluon.jit
-    def next(self):
-        return PipelineState(count=self.count + 1, STAGES=self.STAGES)
-
-    @gluon.jit
-    def before(self):
-        return PipelineState(count=self.count - 1, STAGES=self.STAGES)
-
-
-@aggregate
-class Pipeline:
-    """A ring of places in shared memory that the producer fills and the consumers free, with two barriers a place."""
-
-    places: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-    @gluon.jit
-    def at(self, state):
-        return self.places.index(state.stage())
-
-    @gluon.jit
-    def producer_acquire(self, state):
-        stage, phase = state.stage(), state.phase() ^ 1
-        mbarrier.wait(self.empty.index(stage), phase)
-
-    @gluon.jit
-    def producer_copy(self, state, p_from):
-        """Starts to copy rows; the barrier counts every thread of the producer once its copies are done."""
-        s_to, full = self.at(state), self.full.index(state.stage())
-        load_rows(s_to, p_from)
-        async_copy.mbarrier_arrive(full, increment_count=False)
-
-    @gluon.jit
-    def consumer_wait(self, state):
-        mbarrier.wait(self.full.index(state.stage()), state.phase())
-
-    @gluon.jit
-    def consumer_release(self, state):
-        mbarrier.arrive(self.empty.index(state.stage()))
-
-
-@aggregate
-class Pipelines:
-    """All rings of a program: one place of queries ``[2, 64, D]``; tiles of keys and values ``[KEYS, D]``, whose states
-    are the same; biases ``[KEYS]``, of which a place has two neighbouring ones."""
-
-    queries: Pipeline
-    keys: Pipeline
-    values: Pipeline
-    bias: Pipeline
-
-
-@aggregate
-class Cache:
-    """The paged cache: of all KV heads of all requests, or, after ``of``, of one."""
-
-    p_kv: gl.tensor
-    p_table: gl.tensor
-    stride_block: gl.tensor | gl.constexpr
-    stride_head: gl.tensor | gl.constexpr
-    stride_token: gl.tensor | gl.constexpr
-    stride_table: gl.tensor | gl.constexpr
-    BLOCK_SIZE: gl.constexpr
-    LINEAR: gl.constexpr
-    D: gl.constexpr
-
-    @gluon.jit
-    def of(self, piece):
-        """The cache as the head of ``piece`` sees it."""
-        return Cache(
-            p_kv=self.p_kv + piece.i_h.to(gl.int64) * self.stride_head,
-            p_table=self.p_table + piece.i_r.to(gl.int64) * self.stride_table,
-            stride_block=self.stride_block,
-            stride_head=self.stride_head,
-            stride_token=self.stride_token,
-            stride_table=self.stride_table,
-            BLOCK_SIZE=self.BLOCK_SIZE,
-            LINEAR=self.LINEAR,
-            D=self.D,
-        )
-
-    @gluon.jit
-    def block(self, b_pos):
-        """Blocks of positions inside the sequence."""
-        return gl.load(self.p_table + b_pos // self.BLOCK_SIZE)
-
-    @gluon.jit
-    def slot_in(self, b_block, b_pos):
-        """Slots of positions, whose blocks are known."""
-        return b_block * self.BLOCK_SIZE + b_pos % self.BLOCK_SIZE
-
-    @gluon.jit
-    def slot(self, b_pos):
-        """Slots of positions inside the sequence."""
-        return self.slot_in(self.block(b_pos), b_pos)
-
-    @gluon.jit
-    def rows(self, b_slot):
-        """Pointers ``[keys, D]`` to the keys in slots, of which each thread holds one; values lie ``D`` behind."""
-        l_kv: gl.constexpr = gl.BlockedLayout([1, 8], [256 // self.D, self.D // 8], [4, 1], [1, 0])
-        if self.LINEAR:
-            b_offset = b_slot.to(gl.int64) * self.stride_token
-        else:
-            b_offset = (b_slot // self.BLOCK_SIZE).to(gl.int64) * self.stride_block
-            b_offset += (b_slot % self.BLOCK_SIZE).to(gl.int64) * self.stride_token
-        b_offset = gl.convert_layout(b_offset, gl.SliceLayout(1, l_kv))
-        o_d = gl.expand_dims(gl.arange(0, self.D, layout=gl.SliceLayout(0, l_kv)), 0)
-        return gl.expand_dims(self.p_kv + b_offset, 1) + o_d
-
-
-@aggregate
-class Queries:
-    """Where queries are read."""
-
-    p_q: gl.tensor
-    stride_row: gl.tensor | gl.constexpr
-    stride_head: gl.tensor | gl.constexpr
-
-
-@aggregate
-class Output:
-    """Where outputs and, if asked for, the log-sum-exp go."""
-
-    p_out: gl.tensor
-    p_lse: gl.tensor | gl.constexpr
-    stride_row: gl.tensor | gl.constexpr
-    stride_head: gl.tensor | gl.constexpr
-    stride_lse_row: gl.tensor | gl.constexpr
-    stride_lse_head: gl.tensor | gl.constexpr
-    LSE: gl.constexpr
-
-
-@aggregate
-class Softmax:
-    """The online softmax of a consumer's rows: the largest logit so far, and relative to it the sums of weights and of
-    weighted values. ``row_max`` and ``row_sum`` have the layout of the rows of ``b_acc``, whatever a tile's length.
-    """
-
-    b_acc: gl.tensor
-    row_max: gl.tensor
-    row_sum: gl.tensor

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import load_kv, load_queries, slot_offsets, softmax_step, store_rows
 from ..index import RANK, Index
 from ..launch import cdiv, next_power_of_2, raised_by_compiler
 from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, key_offsets
@@ -51,65 +52,6 @@ if not is_interpreted():
     except ImportError as error:
         _no_hopper = f"this Triton has no Gluon: {error}"
         logger.debug("%s", _no_hopper)
-
-
-@triton.jit
-def _load_kv(p_kv, b_offset, o_d, D: tl.constexpr, BD: tl.constexpr, dtype: tl.constexpr):
-    """Keys and values ``[BN, BD]`` at offsets ``b_offset`` of one head.
-
-    Nothing is masked by key, which would cost a store to shared memory and a predicate per copy: lanes without a key
-    read one of the tile's own positions (finite, unlike an unused slot) and their weights are zero.
-    """
-    p_k = p_kv + b_offset[:, None] + o_d[None, :]
-    # [BN, BD]
-    if D != BD:
-        m_d = (o_d < D)[None, :]
-        b_k = tl.load(p_k, mask=m_d, other=0.0)
-        b_v = tl.load(p_k + D, mask=m_d, other=0.0)
-    else:
-        b_k = tl.load(p_k)
-        b_v = tl.load(p_k + D)
-    return b_k.to(dtype), b_v.to(dtype)
-
-
-@triton.jit
-def _softmax(b_s, b_max, b_sum, b_bias, scale, BIAS: tl.constexpr):
-    """Weights of a tile of raw logits, the new maximum and sum, and the factor on what was summed before."""
-    if BIAS:
-        b_s = b_s * scale + b_bias
-        b_next = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.math.exp2(b_s - b_next[:, None])
-    else:
-        b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_p = tl.math.exp2(b_s * scale - b_next[:, None])
-    b_alpha = tl.math.exp2(b_max - b_next)
-    return b_p, b_next, b_sum * b_alpha + tl.sum(b_p, 1), b_alpha
-
-
-@triton.jit
-def _step(
-    queries, lanes, b_k, b_v, biases, scale, BIAS: tl.constexpr, UPCAST: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """One key tile of the online softmax in base 2, for each lane.
-
-    ``queries`` and ``biases`` have an entry per lane; a bias is 0 or -inf and broadcasts to ``[BM, BN]``. ``lanes``
-    holds the output, maximum and sum of each, and is returned anew. All logits come first: the product of the second
-    lane runs while the weights of the first are computed.
-    """
-    if UPCAST:
-        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-    logits = ()
-    for i in tl.static_range(LANES):
-        b_q = queries[i].to(tl.float32) if UPCAST else queries[i]
-        # [BM, BN]
-        logits += (tl.dot(b_q, tl.trans(b_k), input_precision="ieee"),)
-    after = ()
-    for i in tl.static_range(LANES):
-        b_acc, b_max, b_sum = lanes[i]
-        b_p, b_max, b_sum, b_alpha = _softmax(logits[i], b_max, b_sum, biases[i], scale, BIAS)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
-        after += ((b_acc, b_max, b_sum),)
-    return after
 
 
 @triton.jit
@@ -132,8 +74,8 @@ def _diagonals(
         # [BN]
         b_pos = tile - tl.load(p_granules + o_f // BLOCK_K) * BLOCK_K + o_f % BLOCK_K
         b_offset = key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
-        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     visited = num_whole * BN
     for i_f in range(num_whole * BN, num_lanes, BN):
         o_f = i_f + o_n
@@ -144,9 +86,9 @@ def _diagonals(
         b_near = tl.load(p_near + b_granule, mask=m_f, other=255)
         m_f = m_f & (b_pos >= 0) & (b_near.to(tl.int32) <= length + BLOCK_K - 2)
         b_offset = key_offsets(p_table, tl.where(m_f, b_pos, tile), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_bias = tl.where(m_f, 0.0, float("-inf"))[None, :]
-        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias), scale, True, UPCAST, LANES)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (b_bias, b_bias), scale, True, UPCAST, LANES)
         if COUNT:
             visited += tl.sum(m_f.to(tl.int32), 0)
     return lanes, visited
@@ -159,46 +101,6 @@ def _open(p_near, b_pos, m_pos, tile, length, start, BLOCK_K: tl.constexpr):
     # [BN]
     b_near = tl.load(p_near + (tile // BLOCK_K - b_pos // BLOCK_K), mask=m_pos, other=255)
     return m_pos & (b_near.to(tl.int32) > length + BLOCK_K - 2)
-
-
-@triton.jit
-def _slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, LINEAR: tl.constexpr):
-    """64-bit offsets of cache slots."""
-    if LINEAR:
-        b_offset = b_slot.to(tl.int64) * stride_token
-    else:
-        b_offset = (b_slot // BLOCK_SIZE).to(tl.int64) * stride_block
-        b_offset += (b_slot % BLOCK_SIZE).to(tl.int64) * stride_token
-    return b_offset
-
-
-@triton.jit
-def _load_q(p_q, b_pos, m_row, b_head, first, stride_row, stride_head, o_d, D: tl.constexpr, BD: tl.constexpr):
-    """Query rows ``[BM, BD]``; ``first`` is the row of position 0, were it in the query tensor."""
-    b_offset = (first + b_pos).to(tl.int64) * stride_row + b_head.to(tl.int64) * stride_head
-    m_q = m_row[:, None]
-    if D != BD:
-        m_q = m_q & (o_d[None, :] < D)
-    return tl.load(p_q + b_offset[:, None] + o_d[None, :], mask=m_q, other=0.0)
-
-
-@triton.jit
-def _store(
-    p_out, p_lse, lane, v_scale, b_pos, m_row, b_head, first, stride_row, stride_head,
-    stride_lse_row, stride_lse_head, o_d, D: tl.constexpr, BD: tl.constexpr, LSE: tl.constexpr,
-):  # fmt: skip
-    """Normalises and writes rows and, if asked for, their log-sum-exp (natural logarithm)."""
-    b_acc, b_max, b_sum = lane
-    b_out = b_acc * (v_scale / b_sum)[:, None]
-    b_offset = (first + b_pos).to(tl.int64) * stride_row + b_head.to(tl.int64) * stride_head
-    m_out = m_row[:, None]
-    if D != BD:
-        m_out = m_out & (o_d[None, :] < D)
-    tl.store(p_out + b_offset[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
-    if LSE:
-        b_lse = (b_max + tl.math.log2(b_sum)) * 0.6931471805599453
-        b_offset = (first + b_pos).to(tl.int64) * stride_lse_row + b_head.to(tl.int64) * stride_lse_head
-        tl.store(p_lse + b_offset, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -265,7 +167,7 @@ def _attend_kernel(
     # [BM], positions of the rows; rows outside [lo, hi) are computed with zero queries and not stored
     b_i = i_p + o_m // PACK
     m_i = (b_i >= lo) & (b_i < hi) & (o_m % PACK < GROUP)
-    b_q = _load_q(p_q, b_i, m_i, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
+    b_q = load_queries(p_q, b_i, m_i, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
     tile, length, start = _tile_of(i_p, n, window, dense, BLOCK_Q, BLOCK_K)
     b_acc = tl.zeros([POSITIONS * PACK, BD], tl.float32)
     b_max = tl.full([POSITIONS * PACK], float("-inf"), tl.float32)
@@ -275,7 +177,7 @@ def _attend_kernel(
     if LANES == 2:
         b_i2 = b_i + POSITIONS
         m_i2 = (b_i2 >= lo) & (b_i2 < hi) & (o_m % PACK < GROUP)
-        b_q2 = _load_q(p_q, b_i2, m_i2, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
+        b_q2 = load_queries(p_q, b_i2, m_i2, b_head, first, stride_q_row, stride_q_head, o_d, D, BD)
         queries, lanes = (b_q, b_q2), ((b_acc, b_max, b_sum), (b_acc, b_max, b_sum))
         # A second tile behind the end of the sequence is computed like an empty one at its place and not stored.
         tile2, length2, start2 = _tile_of(i_p + POSITIONS, n, window, dense, BLOCK_Q, BLOCK_K)
@@ -290,7 +192,7 @@ def _attend_kernel(
         b_pos = i_n + o_n
         m_pos = b_pos < own_end
         b_offset = key_offsets(p_table, tl.where(m_pos, b_pos, i_p), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         m_s = m_pos[None, :] & (b_pos[None, :] <= b_i[:, None])
         b_bias = tl.where(m_s, 0.0, float("-inf"))
         b_bias2 = b_bias
@@ -298,26 +200,26 @@ def _attend_kernel(
             # The last comparison keeps rows behind the sequence's end finite: they see their tile's last key.
             m_s = m_pos[None, :] & (b_pos[None, :] <= b_i2[:, None]) & (b_pos[None, :] >= tl.minimum(start2, n - 1))
             b_bias2 = tl.where(m_s, 0.0, float("-inf"))
-        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
 
     # 2. The window, from the own positions downwards: whole tiles that both lanes see, then the ragged end.
     num_whole = tl.maximum(i_p - start2, 0) // BN
     for i_w in range(num_whole):
         b_pos = i_p - (i_w + 1) * BN + o_n
         b_offset = key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
-        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     rest_end = i_p - num_whole * BN
     for i_n in range(start, rest_end, BN):
         b_pos = i_n + o_n
         m_pos = b_pos < rest_end
         b_offset = key_offsets(p_table, tl.where(m_pos, b_pos, i_p), stride_block, stride_token, BLOCK_SIZE)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_bias = tl.where(m_pos, 0.0, float("-inf"))[None, :]
         b_bias2 = b_bias
         if LANES == 2:
             b_bias2 = tl.where(m_pos & (b_pos >= start2), 0.0, float("-inf"))[None, :]
-        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
 
     # 3. Diagonals: each lane its own, or both lanes those of the tile that they share.
     if LANES == 1 or BLOCK_Q >= 2 * POSITIONS:
@@ -349,16 +251,16 @@ def _attend_kernel(
     for i_c in range(0, num_plain * BN, BN):
         # [BN]
         b_slot = tl.load(p_slots + i_c + o_n)
-        b_offset = _slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
-        lanes = _step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
+        b_offset = slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (0.0, 0.0), scale, False, UPCAST, LANES)
     for i_c in range(num_plain * BN, num_columns, BN):
         o_c = i_c + o_n
         m_c = o_c < num_columns
         # [BN]
         b_slot = tl.load(p_slots + o_c, mask=m_c, other=own_slot)
-        b_offset = _slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
-        b_k, b_v = _load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
+        b_offset = slot_offsets(b_slot, stride_block, stride_token, BLOCK_SIZE, LINEAR)
+        b_k, b_v = load_kv(p_kv, b_offset, o_d, D, BD, queries[0].dtype)
         b_pos = tl.load(p_columns + o_c, mask=m_c, other=0)
         m_open = _open(p_near, b_pos, m_c, tile, length, start, BLOCK_K)
         m_open2 = m_open
@@ -366,12 +268,12 @@ def _attend_kernel(
             m_open2 = _open(p_near, b_pos, o_c < num_columns2, tile2, length2, start2, BLOCK_K)
         b_bias = tl.where(m_open, 0.0, float("-inf"))[None, :]
         b_bias2 = tl.where(m_open2, 0.0, float("-inf"))[None, :]
-        lanes = _step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
+        lanes = softmax_step(queries, lanes, b_k, b_v, (b_bias, b_bias2), scale, True, UPCAST, LANES)
         if COUNT:
             visited += tl.sum(m_open.to(tl.int32), 0)
             visited2 += tl.sum(m_open2.to(tl.int32), 0)
 
-    _store(
+    store_rows(
         p_out, p_lse, lanes[0], v_scale, b_i, m_i, b_head, first, stride_out_row, stride_out_head,
         stride_lse_row, stride_lse_head, o_d, D, BD, LSE,
     )  # fmt: skip
@@ -386,7 +288,7 @@ def _attend_kernel(
             total += tl.sum(tl.where(m_count, b_count, 0), 0)
         tl.atomic_add(p_visited + i_r, total)
     if LANES == 2:
-        _store(
+        store_rows(
             p_out, p_lse, lanes[1], v_scale, b_i2, m_i2, b_head, first, stride_out_row, stride_out_head,
             stride_lse_row, stride_lse_head, o_d, D, BD, LSE,
         )  # fmt: skip

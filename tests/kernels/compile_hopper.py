@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Compiles the Hopper kernel for capability 9.0 with the Triton at hand and prints what came out as JSON; no GPU.
+"""Compiles the Hopper kernels for capability 9.0 with the Triton at hand and prints what came out as JSON; no GPU.
 
 ``--save FOLDER`` keeps the PTX, for ``same_code``.
 
@@ -38,11 +38,15 @@ class NoDevice:
         return 0
 
 
-def compiled(head_size: int, group: int, dtype: torch.dtype, save: Path | None = None) -> dict[str, Any]:
-    """Compiles one shape; facts about its code."""
+def compiled(
+    operation: str, head_size: int, group: int, dtype: torch.dtype, save: Path | None = None
+) -> dict[str, Any]:
+    """Compiles one shape of an operation; facts about its code."""
     from vllm_vsprefill.kernels.attend import hopper
+    from vllm_vsprefill.kernels.attend_tiles import hopper as tiles_hopper
     from vllm_vsprefill.kernels.index import allocate_index
     from vllm_vsprefill.kernels.paged import Batch, PagedKV
+    from vllm_vsprefill.kernels.tile_index import allocate_tiles
     from vllm_vsprefill.kernels.types import SparsePattern
 
     found: list[Any] = []
@@ -59,12 +63,19 @@ def compiled(head_size: int, group: int, dtype: torch.dtype, save: Path | None =
     cache = torch.zeros(seq_len // 16, 16, heads, 2 * head_size, dtype=dtype).transpose(1, 2)
     kv = PagedKV(cache, torch.arange(seq_len // 16, dtype=torch.int32)[None])
     q = torch.zeros(64, group * heads, head_size, dtype=dtype)
-    index = allocate_index(1, heads, seq_len, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
+    batch = Batch.from_lists([64], [seq_len])
     visited = torch.zeros(1, dtype=torch.int64)
-    hopper.attend(q, kv, index, Batch.from_lists([64], [seq_len]), scale=0.1, visited=visited)
+    if operation == "attend":
+        index = allocate_index(1, heads, seq_len, SparsePattern(block_q=16, block_k=4, dense_last=0), "cpu")
+        hopper.attend(q, kv, index, batch, scale=0.1, visited=visited)
+    else:
+        pattern = SparsePattern(block_q=2 * tiles_hopper.piece_positions(group), block_k=16)
+        tiles = allocate_tiles(1, heads, 64, [(pattern, seq_len)], "cpu").view(pattern, 64, 1, seq_len)
+        assert tiles_hopper.unsupported(q, kv, tiles) is None
+        tiles_hopper.attend_tiles(q, kv, tiles, batch, scale=0.1, visited=visited)
     (kernel,) = found
     if save is not None:
-        (save / f"hopper_{head_size}_{group}.ptx").write_text(kernel.asm["ptx"])
+        (save / f"{operation}_{head_size}_{group}.ptx").write_text(kernel.asm["ptx"])
     code = kernel.asm["ptx"].splitlines()
     arrivals = [i for i, line in enumerate(code) if re.search(r"(?<!cp\.async\.)\bmbarrier\.arrive\.", line)]
     return {
@@ -83,5 +94,10 @@ if __name__ == "__main__":
     parser.add_argument("--save", type=Path, help="an existing folder")
     options = parser.parse_args()
     driver.set_active(NoDevice())
-    shapes = ((128, 4, torch.bfloat16), (64, 7, torch.float16))
+    shapes = (
+        ("attend", 128, 4, torch.bfloat16),
+        ("attend", 64, 7, torch.float16),
+        ("attend_tiles", 128, 6, torch.bfloat16),
+        ("attend_tiles", 64, 7, torch.float16),
+    )
     print(json.dumps([compiled(*shape, options.save) for shape in shapes]))

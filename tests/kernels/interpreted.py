@@ -29,6 +29,7 @@ try:
 
         import vllm_vsprefill.distil.mass.triton
         import vllm_vsprefill.kernels.attend.triton
+        import vllm_vsprefill.kernels.attend_tiles.triton
         import vllm_vsprefill.kernels.forget.triton
         import vllm_vsprefill.kernels.guard.triton
         import vllm_vsprefill.kernels.merge.triton
