@@ -38,6 +38,7 @@ from vllm_vsprefill.distil.mass import triton as mass_module
 from vllm_vsprefill.kernels import launch as launch_module
 from vllm_vsprefill.kernels import settings as settings_module
 from vllm_vsprefill.kernels.attend import triton as attend_module
+from vllm_vsprefill.kernels.attend_tiles import triton as tiles_module
 from vllm_vsprefill.kernels.forget import triton as forget_module
 from vllm_vsprefill.kernels.gathered import allocate_gathered
 from vllm_vsprefill.kernels.guard import triton as guard_module
@@ -50,6 +51,7 @@ from vllm_vsprefill.kernels.score import triton as score_module
 from vllm_vsprefill.kernels.score.paged import allocate_missing, prepare_weights
 from vllm_vsprefill.kernels.select import triton as select_module
 from vllm_vsprefill.kernels.select.paged import allocate_select
+from vllm_vsprefill.kernels.tile_index import allocate_tiles
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
 
 # Bytes of shared memory that a program can have, by compute capability.
@@ -147,6 +149,13 @@ def attend(size: int, dtype: str, group: int, block_q: int) -> None:
     attend_module.attend(q, kv, _index(block_q), batch, scale=0.1, lse=lse, visited=visited)
 
 
+def attend_tiles(size: int, dtype: str, group: int, block_q: int) -> None:
+    kv, q = _paged(size, dtype, group)
+    pattern, visited = SparsePattern(block_q=block_q, block_k=16), torch.zeros(1, dtype=torch.int64)
+    index = allocate_tiles(1, HEADS, ROWS, [(pattern, SEQ_LEN)], "cpu").view(pattern, ROWS, 1, SEQ_LEN)
+    tiles_module.attend_tiles(q, kv, index, Batch.from_lists([ROWS], [SEQ_LEN]), scale=0.1, visited=visited)
+
+
 def score(size: int, dtype: str, hidden: int) -> None:
     kv, q = _paged(size, dtype)
     weights = IndexerLayerWeights(
@@ -197,7 +206,8 @@ def others(block_q: int, block_k: int, logits: str) -> None:
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    "attend": attend, "score": score, "sampled": sampled, "mass": mass, "peak": peak, "others": others,
+    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "mass": mass, "peak": peak,
+    "others": others,
 }  # fmt: skip
 
 
@@ -208,6 +218,8 @@ def cases(everything: bool) -> Iterator[Case]:
             for size, hidden in itertools.product((128, 256), (64, 256)):
                 yield capability, "score", {"size": size, "dtype": "bf16", "hidden": hidden}
             yield capability, "attend", {"size": 256, "dtype": "fp32", "group": 64, "block_q": 16}
+            for size, dtype in ((128, "bf16"), (256, "fp32")):
+                yield capability, "attend_tiles", {"size": size, "dtype": dtype, "group": 6, "block_q": 60}
             yield capability, "sampled", {"size": 128, "dtype": "bf16", "group": 1}
             yield capability, "mass", {"size": 256, "dtype": "fp32", "group": 16}
         for capability in (86, 120):
@@ -222,6 +234,8 @@ def cases(everything: bool) -> Iterator[Case]:
             yield capability, "score", {**shape, "hidden": hidden}
         for group, block_q in PATTERNS if dtype == "bf16" else PATTERNS[::3]:
             yield capability, "attend", {**shape, "group": group, "block_q": block_q}
+            yield capability, "attend_tiles", {**shape, "group": group, "block_q": block_q}
+        yield capability, "attend_tiles", {**shape, "group": 6, "block_q": 60}
         for group in GROUPS:
             yield capability, "sampled", {**shape, "group": group}
             if not fp8:  # these read the keys of a calibration run, not a cache

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""The Hopper version of ``attend``: compiled anywhere, compared with the reference on a GPU of capability 9.0."""
+"""The Hopper versions: compiled anywhere, compared with the references on a GPU of capability 9.0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import make_paged
 from tests.kernels.programs import run_compiler
+from tests.kernels.tile_problems import random_keys, tile_index
 from vllm_vsprefill.kernels.index import allocate_index
 from vllm_vsprefill.kernels.merge.paged import set_flags
 from vllm_vsprefill.kernels.merge.triton import build_index
@@ -80,9 +81,52 @@ def test_equals_the_reference(seed: int) -> None:
         assert bool(lse[start:end].isfinite().all())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not USABLE, reason=REASON)
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("seed", range(60))
+def test_lists_of_tiles_equal_the_reference(seed: int) -> None:
+    from vllm_vsprefill.kernels.attend_tiles import hopper, paged
+    from vllm_vsprefill.kernels.attend_tiles.triton import without_hopper
+
+    rng = random.Random(seed)
+    group = rng.choice([1, 4, 6, 7, 8, 64])
+    seq_lens = [rng.choice([1, 17, rng.randint(1, 400), rng.randint(1000, 3000)]) for _ in range(rng.randint(1, 3))]
+    rows = [min(n, rng.choice([0, 1, 33, rng.randint(1, 300), n])) for n in seq_lens]
+    rows[0] = max(rows[0], 1)
+    pattern = SparsePattern(
+        block_q=hopper.piece_positions(group) * rng.choice([1, 2, 3, 8]),
+        block_k=rng.choice([1, 4, 16, 64]),
+        window=rng.choice([0, 1, 40, 700]),
+        sinks=rng.choice([0, 5, 64]),
+    )
+    problem = make_paged(
+        seq_lens=seq_lens,
+        rows=rows,
+        pattern=pattern,
+        heads=rng.randint(1, 2),
+        group=group,
+        size=rng.choice([64, 128]),
+        dtype=rng.choice([torch.bfloat16, torch.float16]),
+        layout=rng.choice(["NHD", "HND"]),
+        seed=seed,
+    )
+    index = tile_index(problem, random_keys(problem, rng.choice([0.0, 0.1, 0.4]), seed))
+    out, expected = (torch.full_like(problem.q, float("nan")) for _ in range(2))
+    visited, counted = (torch.zeros(len(rows), dtype=torch.int64, device=DEVICE) for _ in range(2))
+    assert without_hopper(problem.q, problem.kv, index) is None
+    for attend_tiles, to, pairs in ((hopper.attend_tiles, out, visited), (paged.attend_tiles, expected, counted)):
+        attend_tiles(problem.q, problem.kv, index, problem.batch, scale=problem.scale, out=to, visited=pairs)
+    assert visited.tolist() == counted.tolist()
+    # Rows of no request are left as they are.
+    assert torch.equal(out.isnan(), expected.isnan())
+    found, wanted = (x[~expected.isnan()].float() for x in (out, expected))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
 @pytest.mark.skipif(not USABLE, reason=REASON)
 def test_rows_that_cannot_be_copied_16_bytes_at_a_time_are_told_apart() -> None:
-    from vllm_vsprefill.kernels.attend.hopper import aligned
+    from vllm_vsprefill.kernels.hopper_shared import aligned
 
     wide = torch.zeros(4, 3, 64, dtype=torch.bfloat16)
     assert aligned(wide, wide[1:], wide[:, 1:], wide[..., 8:])

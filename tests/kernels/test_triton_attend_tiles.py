@@ -152,10 +152,10 @@ def test_a_first_request_without_rows() -> None:
 def test_no_request_and_no_row() -> None:
     problem = make_paged(seq_lens=[40], rows=[40], pattern=PATTERN)
     index = tile_index(problem, random_keys(problem, 0.3))
-    for batch in (Batch.from_lists([], []), problem.batch._replace(row_end=problem.batch.row_start, max_rows=0)):
+    nothing = problem.batch._replace(row_end=problem.batch.row_start)
+    for batch in (Batch.from_lists([], [], DEVICE), nothing, nothing._replace(max_rows=0)):
         out = torch.full_like(problem.q, float("nan"))
-        moved = Batch(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in batch))
-        assert attend_tiles(problem.q, problem.kv, index, moved, scale=0.3, out=out).isnan().all()
+        assert attend_tiles(problem.q, problem.kv, index, batch, scale=0.3, out=out).isnan().all()
 
 
 def test_output_with_strides_and_a_new_one() -> None:
