@@ -72,14 +72,16 @@ class Case:
     seq_len: int
 
     @classmethod
-    def make(cls, seq_len: int, rows: int) -> Case:
+    def make(
+        cls, seq_len: int, rows: int, query_heads: int = QUERY_HEADS, kv_heads: int = KV_HEADS, size: int = SIZE
+    ) -> Case:
         rng = torch.Generator("cuda").manual_seed(0)
         blocks = -(-seq_len // BLOCK)
-        storage = torch.empty(blocks, BLOCK, KV_HEADS, 2 * SIZE, dtype=torch.bfloat16, device="cuda")
+        storage = torch.empty(blocks, BLOCK, kv_heads, 2 * size, dtype=torch.bfloat16, device="cuda")
         for part in storage.split(4096):  # float32 random numbers of the whole would not fit beside it at 1M tokens
             part.copy_(torch.randn(part.shape, generator=rng, device="cuda"))
         table = torch.randperm(blocks, generator=rng, device="cuda").int().unsqueeze(0)
-        q = torch.randn(rows, QUERY_HEADS, SIZE, generator=rng, device="cuda").bfloat16()
+        q = torch.randn(rows, query_heads, size, generator=rng, device="cuda").bfloat16()
         kv = PagedKV(storage.transpose(1, 2), table)
         return cls(q, kv, Batch.from_lists([rows], [seq_len], "cuda"), seq_len)
 
@@ -133,15 +135,15 @@ def flash_attention(case: Case, empty: bool = False) -> Callable[[], Any] | None
     def call() -> Any:
         return flash_attn_varlen_func(
             q=case.q,
-            k=cache[..., :SIZE],
-            v=cache[..., SIZE:],
+            k=cache[..., : case.kv.head_size],
+            v=cache[..., case.kv.head_size :],
             out=out,
             cu_seqlens_q=rows,
             max_seqlen_q=case.q.shape[0],
             seqused_k=case.batch.seq_len,
             max_seqlen_k=case.seq_len,
             block_table=case.kv.block_table,
-            softmax_scale=SCALE,
+            softmax_scale=case.kv.head_size**-0.5,
             causal=True,
             fa_version=3,
             return_softmax_lse=True,
