@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pareto.field import Anchor, FlashPrefill, FlexPrefill, VerticalSlash, XAttention
+from benchmarks.pareto.priced import Priced
 from benchmarks.pareto.structures import Estimator, RowOracle, Sampled, Structure
 
 METHODS: dict[str, type] = {
     "structure": Structure,
+    "priced": Priced,
     "sampled": Sampled,
     "row_oracle": RowOracle,
     "vertical_slash": VerticalSlash,

@@ -305,3 +305,25 @@ def test_a_row_keeps_its_own_keys(lists: Any) -> None:
     mask = near.expand(4, -1, -1).scatter(-1, best, True)
     torch.testing.assert_close(found.output, masked(c, mask))
     assert float(found.pairs) == pytest.approx(float(mask.sum()) / 4)
+
+
+def test_priced_is_what_the_operations_compute() -> None:
+    """The line of the plot that stands for the backend, against the operations themselves."""
+    from benchmarks.pareto.priced import Priced
+    from vllm_vsprefill.kernels.price.naive import price
+    from vllm_vsprefill.kernels.rank.naive import rank
+    from vllm_vsprefill.kernels.types import SparsePattern
+
+    rng = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(shape, generator=rng) for shape in ((4, 96, 16), (2, 384, 16), (2, 384, 16)))
+    q *= 2.0
+    chunk = Chunk(0, q, k, v, 0.25, 16)
+    pattern = SparsePattern(block_q=16, block_k=1, window=32, sinks=8, dense_last=0)
+    for cost in (0.5, 1.0, 3.0):
+        kept = Priced(price=cost, window=32, sinks=8).keep(chunk).keys
+        rows = (x.transpose(0, 1) for x in (q, k, v))
+        query, key, value = rows
+        bars = price(query, key, value, scale=0.25, pattern=pattern, price=cost)
+        listed = rank(query, key, bars.scores, scale=0.25, pattern=pattern)
+        near = chunk.nearby(32, 8)
+        assert torch.equal(kept & (chunk.positions < chunk.ends[:, None]), listed | near)
