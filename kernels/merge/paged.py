@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""The index of a round: the plain reference over requests, and flags from selections that were made elsewhere."""
+"""The index of a round, or the lists of its tiles: the plain references over requests, and flags from selections that
+were made elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ..checks import check_selection
 from ..index import NONE, RANK, Index, check_index
 from ..paged import Batch, PagedKV, check_device, check_paged
 from ..reference import cache_slots
+from ..tile_index import EVERYTHING, WORD_BITS, TileIndex, check_tiles
 from ..types import Selection
 
 
@@ -88,4 +90,53 @@ def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
                 below = F.pad(members, (1, -len(members) % RANK)).cumsum(0)[::RANK]
                 rank[: len(below)] = below.int()
             index.slots[i, head, : int(columns[head].sum())] = slots[columns[head]].int()
+    return index
+
+
+def check_build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> None:
+    """Checks every argument of ``build_tiles``.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; names the argument.
+    """
+    check_device("index", index.bits)
+    check_paged(kv, batch, index.bits.device)
+    check_tiles(index, batch, kv.num_kv_heads, index.bits.device)
+
+
+def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
+    """Lists of the tiles from their bits: sinks and marked keys before a tile's window, ascending, as cache slots.
+
+    Args:
+        index: ``bars`` and ``bits`` are read; ``used`` is written, and ``starts``, ``counts`` and ``slots`` of tiles
+            that hold rows. A tile whose list finds no room attends to every key.
+        kv: its block table gives the slots.
+        batch: the requests. Those without rows are left out.
+
+    Returns:
+        ``index``.
+    """
+    pattern, room, used = index.pattern, index.slots.shape[0], 0
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    bit = torch.arange(WORD_BITS, device=index.bits.device)
+    for i, (start, end, n) in enumerate(bounds):
+        if start == end:
+            continue
+        first, slots = n - (end - start), cache_slots(kv, i, n).int()
+        for tile in pattern.tiles(end - start, n):
+            place = index.place(start, i, first, tile)
+            last = pattern.window_start(tile * pattern.block_q)
+            for head, bar in enumerate(index.bars[i].tolist()):
+                marked = (index.bits[head, place].unsqueeze(1) >> bit & 1).flatten()[:last] != 0
+                if bar == float("inf"):
+                    marked[:] = False
+                marked[: pattern.sink_keys] = True
+                count = int(marked.sum())
+                everything = bar == -float("inf") or count > room - used
+                index.starts[head, place] = 0 if everything else used
+                index.counts[head, place] = EVERYTHING if everything else count
+                if not everything:
+                    index.slots[used : used + count] = slots[:last][marked]
+                    used += count
+    index.used.fill_(used)
     return index

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""Union of columns, diagonals, window and sinks in a form that every query tile can read, for CUDA devices.
+"""Union of columns, diagonals, window and sinks in a form that every query tile can read, or a list for each tile, for
+CUDA devices.
 
 The union of a tile is never written out (that would grow with tiles times keys). Two facts make one small index per
 request and KV head enough for all tiles:
@@ -19,6 +20,9 @@ Sinks are listed as columns: a tile drops a column iff its window or a granule c
 to a sink, too. The Hopper kernel does it the other way round: it drops from the granules what is a column or a sink, by
 the columns' flags, which have to stay as they are from ``build_index`` to ``attend``. Granules of the local window (a
 contiguous range that is cheaper to address directly) are not listed.
+
+The list of a tile comes from its bits: a program counts them, takes as much of the common room, and then takes the
+lowest bit of every word at a time until none is left.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ import triton.language as tl
 from ..index import BLOCK, RANK, Index
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV
+from ..tile_index import EVERYTHING, TileIndex
+
+LISTED_WORDS = 512  # bits of so many words become entries of a list at once
 
 
 @triton.jit
@@ -131,5 +138,115 @@ def build_index(index: Index, kv: PagedKV, batch: Batch) -> Index:
         ),
         HEADS=num_heads, BLOCK_SIZE=kv.block_size, BLOCK=BLOCK, BLOCKS=next_power_of_2(width // BLOCK),
         RANK=RANK,
+    )  # fmt: skip
+    return index
+
+
+@triton.jit
+def _low_bits(b_count):
+    """Words whose lowest ``b_count`` bits are set; any number."""
+    b_few = tl.minimum(tl.maximum(b_count, 0), 31)
+    return tl.where(b_count >= 32, -1, (tl.full(b_count.shape, 1, tl.int32) << b_few) - 1)
+
+
+@triton.jit
+def _bit_count(b_word):
+    """How many bits are set in each word; what a shift brings in with the sign is masked."""
+    b_word = b_word - ((b_word >> 1) & 0x55555555)
+    b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+    b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+    b_word = b_word + (b_word >> 8)
+    return (b_word + (b_word >> 16)) & 63
+
+
+@triton.jit
+def _listed(p_bits, o_w, window, sinks, marked):
+    """Words of what a tile lists: sinks and keys marked in the words before ``marked``, all before its window."""
+    b_first = o_w * 32
+    # [WORDS]
+    b_word = tl.load(p_bits + o_w, mask=b_first < marked, other=0)
+    return (b_word | _low_bits(sinks - b_first)) & _low_bits(window - b_first)
+
+
+@triton.jit
+def _zero_kernel(p_used):
+    """Nothing is taken."""
+    tl.store(p_used, 0)
+
+
+@triton.jit(do_not_specialize=["stride_table", "tiles", "words", "room", "reach", "sinks"])
+def _tiles_kernel(
+    p_bits, p_bars, p_starts, p_counts, p_slots, p_used, p_row_start, p_row_end, p_seq_len, p_table,
+    stride_table, tiles, words, room, reach, sinks,
+    HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SIZE: tl.constexpr, WORDS: tl.constexpr,
+    EVERYTHING: tl.constexpr,
+):  # fmt: skip
+    """The list of one tile."""
+    i_t, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_start, n = tl.load(p_row_start + i_r), tl.load(p_seq_len + i_r)
+    rows = tl.load(p_row_end + i_r) - row_start
+    tile = (n - rows) // BLOCK_Q + i_t
+    if rows <= 0:
+        return
+    if tile * BLOCK_Q >= n:
+        return
+    i_place = i_h.to(tl.int64) * tiles + row_start // BLOCK_Q + 2 * i_r + i_t
+    window = tl.maximum(tile * BLOCK_Q - reach + 1, 0) // BLOCK_K * BLOCK_K
+    bar = tl.load(p_bars + i_r * HEADS + i_h)
+    marked = tl.where(bar == float("inf"), 0, window)
+    everything = bar == -float("inf")
+    p_bits += i_place * words
+    o_w = tl.arange(0, WORDS)
+    end = tl.where(everything, 0, tl.maximum(marked, tl.minimum(window, sinks)))
+    b_total = tl.zeros([WORDS], tl.int32)
+    for i in range(0, tl.cdiv(end, 32), WORDS):
+        b_total += _bit_count(_listed(p_bits, i + o_w, window, sinks, marked))
+    total = tl.sum(b_total, 0)
+    start = 0
+    # Who sees that nothing is left takes nothing, so that the sum stays in range.
+    if not everything:
+        start = tl.atomic_add(p_used, 0)
+        if start <= room:
+            start = tl.atomic_add(p_used, total)
+        everything = (start < 0) | (start > room - total)
+    tl.store(p_starts + i_place, tl.where(everything, 0, start))
+    tl.store(p_counts + i_place, tl.where(everything, EVERYTHING, total))
+    if everything:
+        return
+    p_slots += start
+    p_table += i_r.to(tl.int64) * stride_table
+    for i in range(0, tl.cdiv(end, 32), WORDS):
+        b_word = _listed(p_bits, i + o_w, window, sinks, marked)
+        b_count = _bit_count(b_word)
+        b_place = tl.cumsum(b_count, 0) - b_count
+        for _ in range(tl.max(b_count, 0)):
+            m_j = b_word != 0
+            # The bits below the lowest one that is set say which one it is.
+            b_rest = b_word & (b_word - 1)
+            b_j = (i + o_w) * 32 + _bit_count((b_word ^ b_rest) - 1)
+            b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0)
+            tl.store(p_slots + b_place, b_block * BLOCK_SIZE + b_j % BLOCK_SIZE, mask=m_j)
+            b_place += 1
+            b_word = b_rest
+        p_slots += tl.sum(b_count, 0)
+
+
+def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
+    """As ``paged.build_tiles``; in which order tiles take room is left to chance."""
+    if batch.num_requests == 0:
+        return index
+    pattern, (num_heads, tiles, words) = index.pattern, index.bits.shape
+    launch(_zero_kernel, (1,), (index.used,), num_warps=1)
+    if batch.max_rows == 0:
+        return index
+    launch(
+        _tiles_kernel, (cdiv(batch.max_rows - 1, pattern.block_q) + 1, num_heads, batch.num_requests),
+        (
+            index.bits, index.bars, index.starts, index.counts, index.slots, index.used, batch.row_start,
+            batch.row_end, batch.seq_len, kv.block_table, kv.block_table.stride(0), tiles, words,
+            index.slots.shape[0], pattern.reach, pattern.sink_keys,
+        ),
+        HEADS=num_heads, BLOCK_Q=pattern.block_q, BLOCK_K=pattern.block_k, BLOCK_SIZE=kv.block_size,
+        WORDS=LISTED_WORDS, EVERYTHING=EVERYTHING,
     )  # fmt: skip
     return index

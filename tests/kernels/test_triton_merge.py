@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""The index of the device against the plain reference, and the reference against the union of a tile."""
+"""The index of the device against the plain reference, and the reference against the union of a tile; lists of tiles
+against their bits."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from vllm_vsprefill.kernels.index import NONE, RANK, Index, allocate_index
 from vllm_vsprefill.kernels.merge import paged, triton
 from vllm_vsprefill.kernels.merge.naive import merge
 from vllm_vsprefill.kernels.reference import selection_of
+from vllm_vsprefill.kernels.tile_index import EVERYTHING, TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.types import SparsePattern
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
@@ -117,3 +119,156 @@ def test_wrong_selections_are_named() -> None:
         paged.set_flags(index, wrong, problem.batch)
     with pytest.raises(ValueError, match=r"^index has room for"):
         paged.check_build_index(index._replace(flags=index.flags[:0]), problem.kv, problem.batch)
+
+
+def tiles_problem(seed: int) -> tuple[PagedProblem, TileIndex]:
+    """Random bits, some heads without; whatever else is read has to be written first."""
+    rng = random.Random(seed)
+    block_q = rng.choice([1, 7, 16, 20, 64])
+    pattern = SparsePattern(
+        block_q=block_q, block_k=rng.choice([1, 4, 16]), window=rng.choice([0, 1, 5, 40]),
+        sinks=rng.choice([0, 1, 16, 40, 300]), dense_last=0,
+    )  # fmt: skip
+    seq_lens = [rng.choice([rng.randint(1, 250), 128, 129, 700]) for _ in range(rng.randint(1, 3))]
+    most = 6 * block_q
+    rows = [rng.choice([0, 1, rng.randint(1, min(n, most)), min(n, most)]) for n in seq_lens]
+    problem = make_paged(
+        seq_lens=seq_lens, rows=rows, pattern=pattern, heads=rng.randint(1, 2), size=16, group=1, seed=seed,
+    )  # fmt: skip
+    return problem, tile_index(problem, rng)
+
+
+def tile_index(problem: PagedProblem, rng: random.Random) -> TileIndex:
+    batch, heads = problem.batch, problem.kv.num_kv_heads
+    total = max(problem.q.shape[0], batch.max_rows)
+    storage = allocate_tiles(batch.num_requests, heads, total, [(problem.pattern, batch.max_seq_len)], DEVICE)
+    index = storage.view(problem.pattern, total, batch.num_requests, batch.max_seq_len)
+    for tensor in (index.starts, index.counts, index.slots, index.used):
+        tensor.fill_(77)
+    seed = torch.Generator().manual_seed(rng.randrange(1000))
+    bits = torch.randint(-(2**31), 2**31, index.bits.shape, generator=seed)
+    if rng.random() < 0.5:  # few bits, at both ends of words and anywhere
+        bits &= torch.tensor([-(2**31), 1, 0, 0, 1 << 17])[torch.randint(0, 5, bits.shape, generator=seed)]
+    index.bits.copy_(bits)
+    for i in range(batch.num_requests):
+        for head in range(heads):
+            index.bars[i, head] = rng.choice([-3.0, -1.0, -3.0, float("inf"), -float("inf")])
+    return index
+
+
+def copied(index: TileIndex) -> TileIndex:
+    return TileIndex(
+        index.bars.clone(), index.density.clone(), index.bits.clone(), index.starts.clone(), index.counts.clone(),
+        index.slots.clone(), index.used.clone(), index.pattern,
+    )  # fmt: skip
+
+
+def wanted_lists(problem: PagedProblem, index: TileIndex) -> dict[tuple[int, int], list[int] | None]:
+    """The list of every tile, by KV head and place, bit by bit; None where it attends to every key."""
+    found: dict[tuple[int, int], list[int] | None] = {}
+    pattern, kv = problem.pattern, problem.kv
+    for i, n in enumerate(problem.seq_lens()):
+        start, end = int(problem.batch.row_start[i]), int(problem.batch.row_end[i])
+        table = kv.block_table[i].tolist()
+        for position in range(n - (end - start), n):
+            tile = position // pattern.block_q
+            window = max(tile * pattern.block_q - max(pattern.window, 1) + 1, 0) // pattern.block_k * pattern.block_k
+            sinks = -(-pattern.sinks // pattern.block_k) * pattern.block_k
+            for head, bar in enumerate(index.bars[i].tolist()):
+                place = index.place(start, i, n - (end - start), tile)
+                if (head, place) in found:
+                    continue
+                words = index.bits[head, place].tolist()
+                keys = [
+                    j for j in range(window) if j < sinks or (bar < float("inf") and words[j // 32] >> (j % 32) & 1)
+                ]  # fmt: skip
+                slots = [table[j // kv.block_size] * kv.block_size + j % kv.block_size for j in keys]
+                found[head, place] = None if bar == -float("inf") else slots
+    return found
+
+
+def check_lists(index: TileIndex, wanted: dict[tuple[int, int], list[int] | None], room: int | None = None) -> int:
+    """Compares lists; with ``room`` some may be missing. Returns how many are."""
+    taken, missing = [], 0
+    for head in range(index.counts.shape[0]):
+        for place in range(index.counts.shape[1]):
+            start, count = int(index.starts[head, place]), int(index.counts[head, place])
+            if (head, place) not in wanted:
+                assert (start, count) == (77, 77)
+                continue
+            slots = wanted[head, place]
+            if slots is None:
+                assert count == EVERYTHING
+            elif count == EVERYTHING:
+                missing += 1
+            else:
+                assert index.slots[start : start + count].tolist() == slots
+                taken += list(range(start, start + count))
+    assert len(set(taken)) == len(taken)
+    assert all(at < index.slots.shape[0] for at in taken)
+    assert int(index.used) >= len(taken)
+    if room is None:
+        assert missing == 0
+        assert int(index.used) == len(taken)
+    return missing
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lists_of_tiles_are_their_bits(seed: int) -> None:
+    problem, index = tiles_problem(seed)
+    wanted = wanted_lists(problem, index)
+    paged.check_build_tiles(index, problem.kv, problem.batch)
+    for version in (paged, triton):
+        found = copied(index)
+        assert version.build_tiles(found, problem.kv, problem.batch) is found
+        check_lists(found, wanted)
+
+
+def test_lists_of_more_words_than_a_program_takes_at_once() -> None:
+    pattern = SparsePattern(block_q=20, block_k=1, window=30, sinks=4, dense_last=0)
+    problem = make_paged(seq_lens=[33000, 40], rows=[10, 40], pattern=pattern, heads=1, size=16, group=1, block=64)
+    index = tile_index(problem, random.Random(1))
+    index.bars.fill_(-1.0)
+    index.bits.fill_(0)
+    index.bits[:, :, ::3] = 1 << 9
+    index.bits[:, :, 700:1000:7] = -(2**31) + 1
+    index.bits[:, :, 900] = -1
+    wanted = wanted_lists(problem, index)
+    index = index._replace(slots=torch.full((100000,), 77, dtype=torch.int32, device=DEVICE))
+    for version in (paged, triton):
+        found = copied(index)
+        version.build_tiles(found, problem.kv, problem.batch)
+        check_lists(found, wanted)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 500])
+def test_tiles_whose_lists_find_no_room_attend_to_every_key(room: int) -> None:
+    pattern = SparsePattern(block_q=16, block_k=1, window=8, sinks=4, dense_last=0)
+    problem = make_paged(seq_lens=[150, 90], rows=[64, 90], pattern=pattern, heads=2, size=16, group=1)
+    index = tile_index(problem, random.Random(0))
+    index.bars.fill_(-1.0)
+    index.bits.fill_(0x5555555)
+    wanted = wanted_lists(problem, index)
+    behind = torch.full((room + 64,), 77, dtype=torch.int32, device=DEVICE)
+    for version in (paged, triton):
+        behind.fill_(77)
+        found = copied(index)._replace(slots=behind[:room])
+        version.build_tiles(found, problem.kv, problem.batch)
+        assert check_lists(found, wanted, room) > 0
+        assert (behind[room:] == 77).all()
+
+
+def test_no_rows_no_lists() -> None:
+    pattern = SparsePattern(block_q=16, block_k=1, window=8, sinks=4, dense_last=0)
+    problem = make_paged(seq_lens=[150], rows=[0], pattern=pattern, heads=1, size=16, group=1)
+    index = tile_index(problem, random.Random(0))
+    for version, most in ((paged, 0), (triton, 0), (triton, 3)):
+        found = copied(index)
+        version.build_tiles(found, problem.kv, problem.batch._replace(max_rows=most))
+        check_lists(found, {})
+
+
+def test_wrong_tiles_are_named() -> None:
+    problem, index = tiles_problem(0)
+    with pytest.raises(ValueError, match=r"^index has room for 0 KV heads"):
+        paged.check_build_tiles(index._replace(bits=index.bits[:0]), problem.kv, problem.batch)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+"""Keys that the tiles of a round list, over a paged cache, for CUDA devices.
+
+Three kernels: mean queries; what they pay to sinks and window; and one pass over the keys. In that pass a program holds
+a block of keys and goes through the tiles that may list them, one query head of the group after the other: the largest
+score over the group is then a maximum of registers, groups need no padding, and the scattered cache is read once. 32
+marks become a word within four lanes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import cdiv, launch, next_power_of_2
+from ..paged import Batch, PagedKV, is_interpreted
+from ..settings import padded
+from ..tile_index import TileIndex
+from .paged import RankWorkspace
+
+ROWS = 16  # of a tile, added at once
+NEAR_ROWS = 64  # of the second kernel: tiles times heads of the group
+NEAR_SPAN = 256  # positions that its tiles cover together, about: they share the keys of their windows
+NEAR_KEYS = 64
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q: tl.constexpr):
+    """First row, rows, keys, first tile, number of tiles and place of the first tile of a request."""
+    row_start = tl.load(p_row_start + i_r)
+    rows, n = tl.load(p_row_end + i_r) - row_start, tl.load(p_seq_len + i_r)
+    tile = (n - rows) // BLOCK_Q
+    count = tl.where(rows > 0, (n - 1) // BLOCK_Q - tile + 1, 0)
+    return row_start, rows, n, tile, count, row_start // BLOCK_Q + 2 * i_r
+
+
+@triton.jit
+def _no_bits(p_bars, i_r, i_h, HEADS: tl.constexpr):
+    """Whether a head lists all keys or none."""
+    return tl.abs(tl.load(p_bars + i_r * HEADS + i_h)) == float("inf")
+
+
+@triton.jit
+def _keys(
+    p_k, p_table, b_j, m_j, stride_block, stride_token, o_d,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Keys ``[BN, BD]`` at positions ``b_j``, zero outside ``m_j``."""
+    b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0).to(tl.int64)
+    b_offset = b_block * stride_block + (b_j % BLOCK_SIZE).to(tl.int64) * stride_token
+    # [BN, BD]
+    b_k = tl.load(p_k + b_offset[:, None] + o_d[None, :], mask=m_j[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
+    if UPCAST:
+        b_k = b_k.to(tl.float32)
+    return b_k
+
+
+@triton.jit(do_not_specialize=["room"])
+def _means_kernel(
+    p_q, p_means, p_bars, p_row_start, p_row_end, p_seq_len, stride_row, stride_head, room,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """The mean query of one tile and query head."""
+    i_t, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_start, rows, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
+    if i_t >= count:
+        return
+    if _no_bits(p_bars, i_r, i_h // GROUP, HEADS):
+        return
+    start = tl.maximum((tile + i_t) * BLOCK_Q - (n - rows), 0)
+    end = tl.minimum((tile + i_t + 1) * BLOCK_Q - (n - rows), rows)
+    o_d = tl.arange(0, BD)
+    b_sum = tl.zeros([ROWS, BD], tl.float32)
+    for i in range(start, end, ROWS):
+        o_m = i + tl.arange(0, ROWS)
+        p_row = p_q + (row_start + o_m).to(tl.int64)[:, None] * stride_row + i_h.to(tl.int64) * stride_head
+        # [ROWS, BD]
+        b_q = tl.load(p_row + o_d[None, :], mask=(o_m < end)[:, None] & (o_d < D)[None, :], other=0.0)
+        b_sum += b_q.to(tl.float32)
+    b_mean = tl.sum(b_sum, 0) / (end - start).to(tl.float32)
+    p_mean = p_means + (i_h.to(tl.int64) * room + place + i_t) * D
+    tl.store(p_mean + o_d, b_mean.to(p_means.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["stride_table", "room", "reach", "sinks"])
+def _near_kernel(
+    p_means, p_near, p_bars, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_k_scale, log2_scale,
+    stride_block, stride_head, stride_token, stride_table, room, reach, sinks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
+    UPCAST: tl.constexpr, LOG2E: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp over sinks and window of ``BM // PACK`` neighbouring tiles."""
+    i_t, i_h, i_r = tl.program_id(0) * (BM // PACK), tl.program_id(1), tl.program_id(2)
+    _, _, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
+    if i_t >= count:
+        return
+    if _no_bits(p_bars, i_r, i_h, HEADS):
+        return
+    o_d, o_n, o_m = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BM)
+    b_t = i_t + o_m // PACK
+    m_m = (b_t < count) & (o_m % PACK < GROUP)
+    b_place = (i_h * GROUP + o_m % PACK).to(tl.int64) * room + place + b_t
+    # [BM, BD]
+    b_q = tl.load(p_means + b_place[:, None] * D + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    b_start = tl.maximum((tile + b_t) * BLOCK_Q - reach + 1, 0) // BLOCK_K * BLOCK_K
+    b_end = tl.minimum((tile + b_t + 1) * BLOCK_Q, n)
+    p_k = p_cache + i_h.to(tl.int64) * stride_head
+    p_table += i_r.to(tl.int64) * stride_table
+    if SCALED:
+        log2_scale *= tl.load(p_k_scale)
+    b_max = tl.full([BM], -1e30, tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    window = tl.maximum((tile + i_t) * BLOCK_Q - reach + 1, 0) // BLOCK_K * BLOCK_K
+    end = tl.minimum((tile + i_t + BM // PACK) * BLOCK_Q, n)
+    # Sinks before the first window, then everything from there: steps of one loop.
+    few = tl.cdiv(tl.minimum(sinks, window), BN)
+    for i in range(few + tl.cdiv(end - window, BN)):
+        b_j = tl.where(i < few, i * BN, window + (i - few) * BN) + o_n
+        m_j = b_j < tl.where(i < few, tl.minimum(sinks, window), end)
+        b_k = _keys(
+            p_k, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_means.dtype.element_ty
+        )
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * log2_scale
+        m_s = ((b_j < sinks)[None, :] | (b_j[None, :] >= b_start[:, None])) & (b_j[None, :] < b_end[:, None])
+        m_s &= m_j[None, :]
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_next = tl.maximum(b_max, tl.max(b_s, 1))
+        b_sum = b_sum * tl.math.exp2(b_max - b_next) + tl.sum(tl.math.exp2(b_s - b_next[:, None]), 1)
+        b_max = b_next
+    b_near = (b_max + tl.math.log2(tl.where(m_m, b_sum, 1.0))) / LOG2E
+    tl.store(p_near + b_place, b_near, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["stride_table", "room", "tiles", "words", "reach"])
+def _marks_kernel(
+    p_means, p_near, p_bars, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_bits, p_k_scale, scale,
+    stride_block, stride_head, stride_token, stride_table, room, tiles, words, reach,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Words of one block of keys for all tiles that may list one of them."""
+    i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, _, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
+    # No window of an earlier tile begins behind the first key of the block.
+    first = tl.maximum((i_n * BN + reach) // BLOCK_Q - tile, 0) // BM
+    if first * BM >= count:
+        return
+    if _no_bits(p_bars, i_r, i_h, HEADS):
+        return
+    bar = tl.load(p_bars + i_r * HEADS + i_h)
+    o_d, o_m, o_w = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, BN // 32)
+    b_j = i_n * BN + tl.arange(0, BN)
+    b_k = _keys(
+        p_cache + i_h.to(tl.int64) * stride_head, p_table + i_r.to(tl.int64) * stride_table, b_j, b_j < n,
+        stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_means.dtype.element_ty,
+    )  # fmt: skip
+    b_k = tl.trans(b_k)
+    if SCALED:
+        scale *= tl.load(p_k_scale)
+    b_one = tl.full([BN], 1, tl.int32) << (tl.arange(0, BN) % 32)
+    p_out = p_bits + (i_h.to(tl.int64) * tiles + place) * words + i_n * (BN // 32) + o_w[None, :]
+    b_max = tl.full([BM, BN], float("-inf"), tl.float32)
+    for i in range(first * GROUP, tl.cdiv(count, BM) * GROUP):
+        i_g = i % GROUP
+        b_t = i // GROUP * BM + o_m
+        m_t = b_t < count
+        b_place = (i_h * GROUP + i_g).to(tl.int64) * room + place + b_t
+        # [BM, BD]
+        b_q = tl.load(p_means + b_place[:, None] * D + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
+        b_near = tl.load(p_near + b_place, mask=m_t, other=0.0)
+        if UPCAST:
+            b_q = b_q.to(tl.float32)
+        b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale - b_near[:, None]
+        b_max = tl.maximum(b_max, b_s)
+        if i_g == GROUP - 1:
+            b_mark = tl.where(b_max >= bar, b_one[None, :], 0)
+            b_word = tl.sum(tl.reshape(b_mark, [BM, BN // 32, 32]), 2)
+            tl.store(p_out + b_t.to(tl.int64)[:, None] * words, b_word, mask=m_t[:, None])
+            b_max = tl.full([BM, BN], float("-inf"), tl.float32)
+
+
+def means_and_near(
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float
+) -> None:
+    """Mean queries, and what they pay to sinks and window. Arguments are as for ``rank``."""
+    heads, size, pattern = kv.num_kv_heads, kv.head_size, index.pattern
+    group, room, block_q = q.shape[1] // heads, workspace.near.shape[1], pattern.block_q
+    tiles = cdiv(batch.max_rows - 1, block_q) + 1  # of a request, at most
+    rounds = batch.row_start, batch.row_end, batch.seq_len
+    launch(
+        _means_kernel, (tiles, q.shape[1], batch.num_requests),
+        (q, workspace.means, index.bars, *rounds, q.stride(0), q.stride(1), room),
+        HEADS=heads, GROUP=group, BLOCK_Q=block_q, ROWS=ROWS, D=size, BD=padded(size),
+    )  # fmt: skip
+    pack = next_power_of_2(group)
+    wide = q.element_size() > 2
+    block_m = max(16, pack, min(16 if wide else NEAR_ROWS, pack * next_power_of_2(max(NEAR_SPAN // block_q, 1))))
+    launch(
+        _near_kernel, (cdiv(tiles, block_m // pack), heads, batch.num_requests),
+        (
+            workspace.means, workspace.near, index.bars, kv.cache, kv.block_table, *rounds, kv.k_scale,
+            scale * LOG2E, *kv.cache.stride()[:3], kv.block_table.stride(0), room, pattern.reach, pattern.sink_keys,
+        ),
+        num_stages=1 if wide else 2,
+        HEADS=heads, GROUP=group, PACK=pack, BM=block_m, BN=NEAR_KEYS // 2 if wide else NEAR_KEYS, D=size,
+        BD=padded(size), BLOCK_Q=block_q, BLOCK_K=pattern.block_k, BLOCK_SIZE=kv.block_size,
+        SCALED=kv.k_scale is not None, UPCAST=is_interpreted() and q.dtype == torch.bfloat16, LOG2E=LOG2E,
+    )  # fmt: skip
+
+
+def marks(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float) -> None:
+    """Bits, after ``means_and_near``. Arguments are as for ``rank``."""
+    heads, size, bits = kv.num_kv_heads, kv.head_size, index.bits
+    wide = q.element_size() > 2
+    block_m, block_n = (32, 64) if wide else (64, 128)
+    if size > 128:
+        block_m, block_n = block_m // 2 if wide else block_m, block_n // 2
+    launch(
+        _marks_kernel, (cdiv(batch.max_seq_len, block_n), heads, batch.num_requests),
+        (
+            workspace.means, workspace.near, index.bars, kv.cache, kv.block_table, batch.row_start, batch.row_end,
+            batch.seq_len, bits, kv.k_scale, scale, *kv.cache.stride()[:3], kv.block_table.stride(0),
+            workspace.near.shape[1], bits.shape[1], bits.shape[2], index.pattern.reach,
+        ),
+        num_stages=1 if wide else 2,
+        HEADS=heads, GROUP=q.shape[1] // heads, BM=block_m, BN=block_n, D=size, BD=padded(size),
+        BLOCK_Q=index.pattern.block_q, BLOCK_SIZE=kv.block_size, SCALED=kv.k_scale is not None,
+        UPCAST=is_interpreted() and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float) -> None:
+    """As ``paged.rank``, but that means are rounded to the model's type with an fp8 cache, too."""
+    if batch.num_requests == 0 or batch.max_rows == 0:
+        return
+    means_and_near(q, kv, batch, index, workspace, scale=scale)
+    marks(q, kv, batch, index, workspace, scale=scale)
