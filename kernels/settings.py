@@ -108,7 +108,7 @@ def settings(operation: str, head_size: int, device: torch.device, element_size:
     """The entry for an operation, of the highest capability that the device has.
 
     Args:
-        operation: ``attend``, ``attend_tiles``, ``score``, ``sampled`` or ``mass``.
+        operation: ``attend``, ``attend_tiles``, ``score``, ``sampled``, ``price`` or ``mass``.
         head_size: channels of a head.
         device: device of the tensors.
         element_size: bytes of an element; with float32 the tiles are halved, they would not fit.

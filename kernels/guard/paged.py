@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Which requests of a round sparse attention would not pay for: the plain reference, and the checks."""
+"""Which requests of a round sparse attention would not pay for: the plain references, and the checks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..checks import check_tensor
 from ..index import Index, check_index
 from ..paged import Batch, check_device
 from ..reference import selection_of
+from ..tile_index import TileIndex, check_tiles
 from . import naive
 
 DENSE_PAIRS, DENSE_CHUNKS = 0, 1
@@ -26,6 +27,31 @@ def check_guard(
         ValueError: wrong dtype, shape or device, or a density outside (0, 1]; names the argument.
     """
     check_index(index, batch, index.rank.shape[1], index.rank.device)
+    _check_outputs(index.rank.device, batch, max_density, dense_rows, sparse_end, counts)
+    check_device("index", index.rank)
+
+
+def check_guard_tiles(
+    index: TileIndex, batch: Batch, max_density: float, dense_rows: Tensor, sparse_end: Tensor, counts: Tensor | None
+) -> None:
+    """Checks every argument of ``guard_tiles``.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, or a density outside (0, 1]; names the argument.
+    """
+    density = check_tensor("index.density", index.density, 2, (torch.float32,))
+    check_tiles(index, batch, density.shape[1], density.device)
+    if density.shape[0] < batch.num_requests or not density.is_contiguous():
+        raise ValueError(f"index.density must be contiguous with {batch.num_requests} rows, got {tuple(density.shape)}")
+    _check_outputs(density.device, batch, max_density, dense_rows, sparse_end, counts)
+    check_device("index", density)
+
+
+def _check_outputs(
+    device: torch.device, batch: Batch, max_density: float, dense_rows: Tensor, sparse_end: Tensor,
+    counts: Tensor | None,
+) -> None:  # fmt: skip
+    """Checks the limit and what is written."""
     if not 0.0 < max_density <= 1.0:
         raise ValueError(f"max_density must be > 0 and <= 1, got {max_density!r}")
     outputs: list[tuple[str, Tensor | None, torch.dtype, int]] = [
@@ -37,12 +63,11 @@ def check_guard(
         if value is None:
             continue
         check_tensor(name, value, 1, (dtype,))
-        if value.shape[0] < minimum or not value.is_contiguous() or value.device != index.rank.device:
+        if value.shape[0] < minimum or not value.is_contiguous() or value.device != device:
             raise ValueError(
-                f"{name} must be contiguous with {minimum} entries on {index.rank.device}, got shape "
-                f"{tuple(value.shape)} on {value.device}"
+                f"{name} must be contiguous with {minimum} entries on {device}, got shape {tuple(value.shape)} on "
+                f"{value.device}"
             )
-    check_device("index", index.rank)
 
 
 def guard(
@@ -74,4 +99,33 @@ def guard(
         sparse_end[i] = start if dense else end
         if counts is not None and dense:
             counts[DENSE_PAIRS] += heads * pattern.causal_pairs(rows, n)
+            counts[DENSE_CHUNKS] += 1
+
+
+def guard_tiles(
+    index: TileIndex,
+    batch: Batch,
+    max_density: float,
+    *,
+    dense_rows: Tensor,
+    sparse_end: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """Sorts the requests of a batch by the mean over heads of the density that ``price`` expects.
+
+    Args:
+        index: ``density`` as ``price`` wrote it for the same batch.
+        batch: which rows belong to which request.
+        max_density: above this share the dense kernel runs.
+        dense_rows, sparse_end, counts: as for ``guard``.
+    """
+    heads = index.density.shape[1]
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    for i, (start, end, n) in enumerate(bounds):
+        rows = end - start
+        dense = rows > 0 and not float(index.density[i].double().mean()) <= max_density
+        dense_rows[2 * i], dense_rows[2 * i + 1] = 0, rows if dense else 0
+        sparse_end[i] = start if dense else end
+        if counts is not None and dense:
+            counts[DENSE_PAIRS] += heads * index.pattern.causal_pairs(rows, n)
             counts[DENSE_CHUNKS] += 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..index import RANK, Index
 from ..launch import launch, next_power_of_2
 from ..paged import Batch
+from ..tile_index import TileIndex
 
 
 @triton.jit(do_not_specialize=["limit", "fixed", "rank_width", "granule_width"])
@@ -46,13 +47,45 @@ def _guard_kernel(
     b_keys = tl.where(m_h, share * b_columns.to(tl.float32) + b_granules.to(tl.float32) * BLOCK_K + fixed, 0.0)
     keys = tl.sum(b_keys, 0) / HEADS
     density = tl.minimum(keys * rows.to(tl.float32) / pairs.to(tl.float32), 1.0)
-    dense = density > limit
+    _write(density > limit, i_r, row_start, row_end, pairs, p_dense_rows, p_sparse_end, p_counts, HEADS, COUNT)
+
+
+@triton.jit
+def _write(
+    dense, i_r, row_start, row_end, pairs, p_dense_rows, p_sparse_end, p_counts, HEADS: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """The decision about one request."""
     tl.store(p_dense_rows + 2 * i_r, 0)
-    tl.store(p_dense_rows + 2 * i_r + 1, tl.where(dense, rows, 0))
+    tl.store(p_dense_rows + 2 * i_r + 1, tl.where(dense, row_end - row_start, 0))
     tl.store(p_sparse_end + i_r, tl.where(dense, row_start, row_end))
     if COUNT:
         tl.atomic_add(p_counts, tl.where(dense, pairs * HEADS, 0))
         tl.atomic_add(p_counts + 1, tl.where(dense, 1, 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _guard_tiles_kernel(
+    p_row_start, p_row_end, p_seq_len, p_density, p_dense_rows, p_sparse_end, p_counts, limit,
+    HEADS: tl.constexpr, BH: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One request."""
+    i_r = tl.program_id(0)
+    row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
+    n = tl.load(p_seq_len + i_r)
+    rows = row_end - row_start
+    if rows <= 0:
+        tl.store(p_dense_rows + 2 * i_r, 0)
+        tl.store(p_dense_rows + 2 * i_r + 1, 0)
+        tl.store(p_sparse_end + i_r, row_end)
+        return
+    o_h = tl.arange(0, BH)
+    # [BH]
+    b_density = tl.load(p_density + (i_r * HEADS).to(tl.int64) + o_h, mask=o_h < HEADS, other=0.0)
+    density = tl.sum(b_density, 0) / HEADS
+    pairs = rows.to(tl.int64) * (2 * n.to(tl.int64) - rows + 1) // 2
+    # What is no number is dense.
+    _write((density > limit) | (density != density), i_r, row_start, row_end, pairs, p_dense_rows, p_sparse_end, p_counts, HEADS, COUNT)
 
 
 def guard(
@@ -77,4 +110,27 @@ def guard(
         ),
         num_warps=1, HEADS=heads, BH=next_power_of_2(heads), BLOCK_K=pattern.block_k, RANK=RANK,
         COUNT=counts is not None,
+    )  # fmt: skip
+
+
+def guard_tiles(
+    index: TileIndex,
+    batch: Batch,
+    max_density: float,
+    *,
+    dense_rows: Tensor,
+    sparse_end: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """As ``paged.guard_tiles``, computed in float32."""
+    if batch.num_requests == 0:
+        return
+    heads = index.density.shape[1]
+    launch(
+        _guard_tiles_kernel, (batch.num_requests,),
+        (
+            batch.row_start, batch.row_end, batch.seq_len, index.density, dense_rows, sparse_end, counts,
+            float(max_density),
+        ),
+        num_warps=1, HEADS=heads, BH=next_power_of_2(heads), COUNT=counts is not None,
     )  # fmt: skip

@@ -47,6 +47,12 @@ def bar_of(bins: Tensor) -> Tensor:
     return LOWEST + bins.float() * ((HIGHEST - LOWEST) / BINS)
 
 
+def check_num_rows(num_rows: int) -> None:
+    """Checks the number of rows to look at."""
+    if isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 1:
+        raise ValueError(f"num_rows must be a positive int, got {num_rows!r}")
+
+
 def check_price(q: Tensor, k: Tensor, v: Tensor, scale: float, price: float, num_rows: int) -> None:
     """Checks every argument of ``price``."""
     check_query_key(q, k)
@@ -55,8 +61,7 @@ def check_price(q: Tensor, k: Tensor, v: Tensor, scale: float, price: float, num
     check_scale(scale)
     if not math.isfinite(price) or price < 0:
         raise ValueError(f"price must be a finite number of at least 0, got {price!r}")
-    if isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 1:
-        raise ValueError(f"num_rows must be a positive int, got {num_rows!r}")
+    check_num_rows(num_rows)
 
 
 def ladder(bins: Tensor, num_rows: int) -> Tensor:

@@ -33,6 +33,7 @@ try:
         import vllm_vsprefill.kernels.forget.triton
         import vllm_vsprefill.kernels.guard.triton
         import vllm_vsprefill.kernels.merge.triton
+        import vllm_vsprefill.kernels.price.triton
         import vllm_vsprefill.kernels.rank.triton
         import vllm_vsprefill.kernels.sampled.triton
         import vllm_vsprefill.kernels.score.triton

@@ -15,7 +15,7 @@ from tests.kernels.programs import run_compiler
 from vllm_vsprefill.kernels import settings as settings_module
 from vllm_vsprefill.kernels.settings import TABLE, settings
 
-OPERATIONS = ("attend", "attend_tiles", "score", "sampled", "mass")
+OPERATIONS = ("attend", "attend_tiles", "score", "sampled", "price", "mass")
 
 
 @pytest.mark.slow

@@ -16,11 +16,12 @@ from vllm_vsprefill.kernels.guard.naive import expected_density, upper_bound
 from vllm_vsprefill.kernels.types import Budgets, Selection, SparsePattern
 
 if USABLE:
-    from vllm_vsprefill.kernels.guard.triton import guard
+    from vllm_vsprefill.kernels.guard.triton import guard, guard_tiles
     from vllm_vsprefill.kernels.index import allocate_index
     from vllm_vsprefill.kernels.merge.paged import set_flags
     from vllm_vsprefill.kernels.merge.triton import build_index
     from vllm_vsprefill.kernels.paged import Batch, PagedKV
+    from vllm_vsprefill.kernels.tile_index import allocate_tiles
 
 BOUNDS = ((200, 6), (None, 6), (200, None))  # columns and diagonals at most
 
@@ -137,3 +138,65 @@ def test_wrong_arguments_are_named() -> None:
             paged.check_guard(index, batch, limit, bounds, good, None)
     with pytest.raises(ValueError, match="counts"):
         paged.check_guard(index, batch, 0.5, good, good, good[:1].long())
+
+
+@pytest.mark.skipif(not USABLE, reason=REASON)
+@pytest.mark.parametrize("seed", range(10))
+def test_lists_of_tiles_are_judged_by_the_mean_over_heads(seed: int) -> None:
+    rng = random.Random(seed)
+    heads, pattern = rng.choice([1, 2, 3, 8]), SparsePattern(16, 4, 30, 8, 0)
+    seq_lens = [rng.randrange(1, 3000) for _ in range(4)]
+    rows = [rng.randrange(1, n + 1) for n in seq_lens]
+    rows[rng.randrange(4)] = 0
+    batch = Batch.from_lists(rows, seq_lens, DEVICE)
+    index = allocate_tiles(4, heads, sum(rows), [(pattern, 3000)], DEVICE).view(pattern, sum(rows), 4, 3000)
+    limit = 0.4
+    wanted = [rng.random() < 0.5 for _ in range(4)]
+    for i, dense in enumerate(wanted):  # one head may be far on the other side of the limit
+        index.density[i] = limit + (0.01 if dense else -0.01)
+        if heads > 1:
+            index.density[i, 0] += 0.3
+            index.density[i, -1] -= 0.3
+    index.density[rows.index(0)] = float("nan")  # nobody has written it
+    found = []
+    for version in (guard_tiles, paged.guard_tiles):
+        dense_rows, sparse_end = (torch.full((size,), -7, dtype=torch.int32, device=DEVICE) for size in (10, 5))
+        counts = torch.tensor([5, 1], device=DEVICE)
+        paged.check_guard_tiles(index, batch, limit, dense_rows, sparse_end, counts)
+        version(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end, counts=counts)
+        found.append([x.tolist() for x in (dense_rows, sparse_end, counts)])
+        version(index, batch, limit, dense_rows=dense_rows, sparse_end=sparse_end)
+        assert counts.tolist() == found[-1][2]
+    bounds, ends, pairs, chunks = [], [], 0, 0
+    for i, (count, n) in enumerate(zip(rows, seq_lens, strict=True)):
+        dense = count > 0 and wanted[i]
+        bounds += [0, count if dense else 0]
+        ends.append(int(batch.row_start[i] if dense else batch.row_end[i]))
+        pairs += dense * heads * pattern.causal_pairs(count, n)
+        chunks += dense
+    assert found == [[[*bounds, -7, -7], [*ends, -7], [5 + pairs, 1 + chunks]]] * 2
+
+
+@pytest.mark.skipif(not USABLE, reason=REASON)
+def test_a_density_that_is_no_number_is_dense() -> None:
+    pattern = SparsePattern(16, 4, 30, 8, 0)
+    index = allocate_tiles(1, 2, 10, [(pattern, 100)], DEVICE).view(pattern, 10, 1, 100)
+    index.density[0] = torch.tensor([0.1, float("nan")])
+    for version in (guard_tiles, paged.guard_tiles):
+        dense_rows, sparse_end = (torch.full((size,), -7, dtype=torch.int32, device=DEVICE) for size in (2, 1))
+        version(index, Batch.from_lists([10], [100], DEVICE), 0.5, dense_rows=dense_rows, sparse_end=sparse_end)
+        assert [*dense_rows.tolist(), *sparse_end.tolist()] == [0, 10, 0]
+
+
+@pytest.mark.skipif(not USABLE, reason=REASON)
+def test_wrong_arguments_of_tiles_are_named() -> None:
+    pattern = SparsePattern(16, 4, 30, 8, 0)
+    index = allocate_tiles(2, 1, 20, [(pattern, 100)], DEVICE).view(pattern, 20, 2, 100)
+    batch = Batch.from_lists([10, 10], [100, 50], DEVICE)
+    good = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    paged.check_guard_tiles(index, batch, 0.5, good, good, None)
+    wrong = ((index, 0.0, good, "max_density"), (index, 0.5, good[:3], "dense_rows"),
+             (index._replace(density=index.density[:1]), 0.5, good, r"index\.density"))  # fmt: skip
+    for one, limit, bounds, named in wrong:
+        with pytest.raises(ValueError, match=named):
+            paged.check_guard_tiles(one, batch, limit, bounds, good, None)
