@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """Time of ``price`` on one GPU, by kernel, and what its choices cost beside the best ones.
 
-Two shapes: 12 query heads on 2 KV heads, the last 8,192 rows of 32,768; and 32 on 8, the last 8,192 of 131,072. Head size
-128, bfloat16, cache blocks of 16, tiles of 16 positions, 64 sampled rows. Heads differ in how sharp and how local they
-are. A figure is the median of repeated runs between device events, warmed up; as a graph, too, without the host's gaps.
+Two shapes: 12 query heads on 2 KV heads, the last 8,192 rows of 32,768; and 32 on 8, the last 8,192 of 131,072. Heads
+of 128 channels, bfloat16, cache blocks of 16, tiles of 16 positions, 64 sampled rows. Heads differ in how sharp and how
+local they are. A figure is the median of repeated runs between device events, warmed up; as a graph, too, without the
+host's gaps.
 
 A choice is made from estimated errors. What it costs is worked out in float32 from the true attention of the sampled
 rows: ``worst_cost`` is the largest quotient of that and of the cost of the plain reference's choice, over heads and
@@ -32,6 +33,7 @@ from vllm_vsprefill.kernels.price.triton import price
 from vllm_vsprefill.kernels.reference import keys_values
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
+from vllm_vsprefill.kernels.tile_scores import tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
 SIZE, BLOCK, CHUNK, ROWS = 128, 16, 8192, 64
@@ -76,16 +78,12 @@ class Problem:
         self.q, self.seq_len = q, seq_len
         self.kv = PagedKV(storage.transpose(1, 2), table.unsqueeze(0))
         self.batch = Batch.from_lists([CHUNK], [seq_len], "cuda")
-        self.workspace = paged.allocate_price(
-            1, query_heads, kv_heads, SIZE, seq_len, ROWS, torch.bfloat16, "cuda"
-        )
+        self.workspace = paged.allocate_price(1, query_heads, kv_heads, SIZE, seq_len, ROWS, torch.bfloat16, "cuda")
         self.index: TileIndex = allocate_tiles(1, kv_heads, CHUNK, [(PATTERN, seq_len)], "cuda").view(
             PATTERN, CHUNK, 1, seq_len
         )
 
-    def call(
-        self, worth: float, config: Settings | None = None, splits: int | None = None
-    ) -> Callable[[], None]:
+    def call(self, worth: float, config: Settings | None = None, splits: int | None = None) -> Callable[[], None]:
         """The operation, ready to run."""
         workspace = self.workspace
         if splits is not None:
@@ -106,7 +104,7 @@ class Problem:
         rows = torch.tensor(naive.priced_rows(CHUNK, ROWS), device=device)
         tiles = ((rows + first) // PATTERN.block_q).tolist()
         k, v = keys_values(self.kv, 0, n)
-        scores = naive.tile_scores(self.q, k, tiles, scale=SCALE, pattern=PATTERN)
+        scores = tile_scores(self.q, k, tiles, scale=SCALE, pattern=PATTERN)
         starts = torch.tensor([PATTERN.window_start(tile * PATTERN.block_q) for tile in tiles], device=device)
         position = torch.arange(n, device=device)
         seen = position <= (rows + first).unsqueeze(1)
@@ -145,7 +143,7 @@ def kernel_times(call: Callable[[], None], runs: int = 10) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if str(event.device_type).endswith("CUDA"):
             times[event.name] += event.time_range.elapsed_us() / runs
     return dict(times)
 
@@ -192,20 +190,20 @@ def main(
     def save() -> None:
         out.write_text(json.dumps(record, indent=1) + "\n")
 
-    def timed(problem: Problem, config: Settings | None, splits: int | None) -> dict[str, Any]:
-        call = problem.call(0.02, config, splits)
-        return {"graph_ms": graph_milliseconds(call), "kernels_us": kernel_times(call)}
+    def all_of(name: str, problem: Problem) -> None:
+        def timed(config: Settings | None, splits: int | None) -> dict[str, Any]:
+            call = problem.call(0.02, config, splits)
+            return {"graph_ms": graph_milliseconds(call), "kernels_us": kernel_times(call)}
+
+        attempt(record, name, lambda: row(problem), save)
+        for config in CANDIDATES if candidates else ():
+            attempt(record, f"{name}, {config}", lambda: timed(config, None), save)  # noqa: B023 (called at once)
+        for splits in SPLITS if candidates else ():
+            attempt(record, f"{name}, {splits} splits", lambda: timed(None, splits), save)  # noqa: B023 (called at once)
 
     with torch.inference_mode():
         for name, shape in SHAPES.items():
-            problem = Problem(*shape)
-            attempt(record, name, lambda: row(problem), save)  # noqa: B023 (called at once)
-            if candidates:
-                for config in CANDIDATES:
-                    attempt(record, f"{name}, {config}", lambda: timed(problem, config, None), save)  # noqa: B023
-                for splits in SPLITS:
-                    attempt(record, f"{name}, {splits} splits", lambda: timed(problem, None, splits), save)  # noqa: B023
-            del problem
+            all_of(name, Problem(*shape))
             torch.cuda.empty_cache()
     failed = [name for name in SHAPES if not record["rows"].get(name, {}).get("correct", False)]
     if failed:

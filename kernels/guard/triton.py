@@ -85,7 +85,18 @@ def _guard_tiles_kernel(
     density = tl.sum(b_density, 0) / HEADS
     pairs = rows.to(tl.int64) * (2 * n.to(tl.int64) - rows + 1) // 2
     # What is no number is dense.
-    _write((density > limit) | (density != density), i_r, row_start, row_end, pairs, p_dense_rows, p_sparse_end, p_counts, HEADS, COUNT)
+    _write(
+        (density > limit) | (density != density),
+        i_r,
+        row_start,
+        row_end,
+        pairs,
+        p_dense_rows,
+        p_sparse_end,
+        p_counts,
+        HEADS,
+        COUNT,
+    )
 
 
 def guard(

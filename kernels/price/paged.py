@@ -36,8 +36,8 @@ class PriceWorkspace(NamedTuple):
         density: float32 ``[requests, Hkv, STEPS]``, share of the sampled rows' pairs that each step keeps.
         maxima: float32 ``[turn, Hkv, splits, M]``, of the logits of a split, base 2.
         sums: float32 ``[turn, Hkv, splits, M, STEPS, SKETCH]``, sketches of the outputs of each step.
-        errors: float32 ``[requests, Hkv, M / CHUNK_ROWS, STEPS]``, squared errors; in place of the last, which is 0, the
-            square of the output.
+        errors: float32 ``[requests, Hkv, M / CHUNK_ROWS, STEPS]``, squared errors; in place of the last, which is 0,
+            the square of the output.
         num_rows: rows to look at.
     """
 

@@ -18,6 +18,7 @@ errors average out.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -149,7 +150,7 @@ def _mean_kernel(
     b_max = tl.full([BM], -1e30, tl.float32)
     b_total = tl.zeros([BM], tl.float32)
     blocks = tl.cdiv(sinks, BN)
-    for i_n in range(0, blocks + tl.cdiv(high - window, BN)):
+    for i_n in range(blocks + tl.cdiv(high - window, BN)):
         b_j = tl.where(i_n < blocks, i_n * BN, window + (i_n - blocks) * BN) + o_n
         m_j = b_j < tl.where(i_n < blocks, sinks, high)
         b_k = _paged_rows(
@@ -385,7 +386,7 @@ def _error_kernel(
     split = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
     b_max = tl.full([BM], -1e30, tl.float32)
     b_sum = tl.zeros([BM, STEPS * SKETCH], tl.float32)
-    for i_s in range(0, tl.cdiv(n, split)):
+    for i_s in range(tl.cdiv(n, split)):
         b_place = ((i_turn * HEADS + i_h).to(tl.int64) * SPLITS + i_s) * rows + o_m
         # [BM]
         b_top = tl.load(p_maxima + b_place)
@@ -425,7 +426,7 @@ def _choose_kernel(
     m_h = o_h < HEADS
     b_head = (i_r * HEADS + o_h).to(tl.int64)[:, None]
     b_error = tl.zeros([BH, STEPS], tl.float32)
-    for i_c in range(0, tl.cdiv(tl.minimum(num_rows, row_end - row_start) * PACK, CHUNK_ROWS)):
+    for i_c in range(tl.cdiv(tl.minimum(num_rows, row_end - row_start) * PACK, CHUNK_ROWS)):
         # [BH, STEPS]
         b_error += tl.load(p_errors + (b_head * chunks + i_c) * STEPS + o_s[None, :], mask=m_h[:, None], other=0.0)
     b_last = (o_s == STEPS - 1)[None, :]
@@ -491,7 +492,7 @@ def price(
         "HEADS": heads, "PACK": pack, "BN": config.block_n, "D": size, "BD": depth, "BLOCK_SIZE": kv.block_size,
         "FP8": fp8, "UPCAST": is_interpreted() and q.dtype == torch.bfloat16, **tile,
     }  # fmt: skip
-    bins = {"LOWEST": LOWEST, "BINS_PER_UNIT": BINS_PER_UNIT}
+    bins: dict[str, Any] = {"LOWEST": LOWEST, "BINS_PER_UNIT": BINS_PER_UNIT}
     run = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     padded_heads = max(pack, 16)
     launch(

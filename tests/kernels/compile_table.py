@@ -45,13 +45,15 @@ from vllm_vsprefill.kernels.guard import triton as guard_module
 from vllm_vsprefill.kernels.index import Index, allocate_index
 from vllm_vsprefill.kernels.merge import triton as merge_module
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV
+from vllm_vsprefill.kernels.price import triton as price_module
+from vllm_vsprefill.kernels.price.paged import allocate_price
 from vllm_vsprefill.kernels.sampled import triton as sampled_module
 from vllm_vsprefill.kernels.sampled.paged import allocate_sampled
 from vllm_vsprefill.kernels.score import triton as score_module
 from vllm_vsprefill.kernels.score.paged import allocate_missing, prepare_weights
 from vllm_vsprefill.kernels.select import triton as select_module
 from vllm_vsprefill.kernels.select.paged import allocate_select
-from vllm_vsprefill.kernels.tile_index import allocate_tiles
+from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
 
 # Bytes of shared memory that a program can have, by compute capability.
@@ -142,6 +144,11 @@ def _index(block_q: int = 16, block_k: int = 4) -> Index:
     return allocate_index(1, HEADS, SEQ_LEN, pattern, "cpu")
 
 
+def _tile_index(block_q: int = 16) -> TileIndex:
+    pattern = SparsePattern(block_q=block_q, block_k=16)
+    return allocate_tiles(1, HEADS, ROWS, [(pattern, SEQ_LEN)], "cpu").view(pattern, ROWS, 1, SEQ_LEN)
+
+
 def attend(size: int, dtype: str, group: int, block_q: int) -> None:
     kv, q = _paged(size, dtype, group)
     visited, lse = torch.zeros(1, dtype=torch.int64), torch.zeros(q.shape[:2])
@@ -151,8 +158,7 @@ def attend(size: int, dtype: str, group: int, block_q: int) -> None:
 
 def attend_tiles(size: int, dtype: str, group: int, block_q: int) -> None:
     kv, q = _paged(size, dtype, group)
-    pattern, visited = SparsePattern(block_q=block_q, block_k=16), torch.zeros(1, dtype=torch.int64)
-    index = allocate_tiles(1, HEADS, ROWS, [(pattern, SEQ_LEN)], "cpu").view(pattern, ROWS, 1, SEQ_LEN)
+    index, visited = _tile_index(block_q), torch.zeros(1, dtype=torch.int64)
     tiles_module.attend_tiles(q, kv, index, Batch.from_lists([ROWS], [SEQ_LEN]), scale=0.1, visited=visited)
 
 
@@ -175,6 +181,13 @@ def sampled(size: int, dtype: str, group: int) -> None:
     workspace = allocate_sampled(1, group * HEADS, HEADS, SEQ_LEN, 32, "cpu")
     batch = Batch.from_lists([ROWS], [SEQ_LEN])
     sampled_module.sampled(q, kv, batch, workspace, into, scale=0.1)
+
+
+def price(size: int, dtype: str, group: int) -> None:
+    kv, q = _paged(size, dtype, group)
+    index = _tile_index(16)
+    workspace = allocate_price(1, group * HEADS, HEADS, size, SEQ_LEN, 64, q.dtype, "cpu")
+    price_module.price(q, kv, Batch.from_lists([ROWS], [SEQ_LEN]), index, workspace, scale=0.1, price=0.02)
 
 
 def mass(size: int, dtype: str, group: int) -> None:
@@ -202,12 +215,13 @@ def others(block_q: int, block_k: int, logits: str) -> None:
     ends = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)
     guard_module.guard(index, batch, 0.5, dense_rows=ends[0], sparse_end=ends[1], counts=counts)
+    guard_module.guard_tiles(_tile_index(), batch, 0.5, dense_rows=ends[0], sparse_end=ends[1], counts=counts)
     forget_module.forget(values, torch.arange(ROWS))
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "mass": mass, "peak": peak,
-    "others": others,
+    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "price": price, "mass": mass,
+    "peak": peak, "others": others,
 }  # fmt: skip
 
 
@@ -221,6 +235,8 @@ def cases(everything: bool) -> Iterator[Case]:
             for size, dtype in ((128, "bf16"), (256, "fp32")):
                 yield capability, "attend_tiles", {"size": size, "dtype": dtype, "group": 6, "block_q": 60}
             yield capability, "sampled", {"size": 128, "dtype": "bf16", "group": 1}
+            for size in (128, 256):
+                yield capability, "price", {"size": size, "dtype": "bf16", "group": 4}
             yield capability, "mass", {"size": 256, "dtype": "fp32", "group": 16}
         for capability in (86, 120):
             yield capability, "attend", {"size": 128, "dtype": "bf16", "group": 4, "block_q": 16}
@@ -238,6 +254,7 @@ def cases(everything: bool) -> Iterator[Case]:
         yield capability, "attend_tiles", {**shape, "group": 6, "block_q": 60}
         for group in GROUPS:
             yield capability, "sampled", {**shape, "group": group}
+            yield capability, "price", {**shape, "group": group}
             if not fp8:  # these read the keys of a calibration run, not a cache
                 yield capability, "mass", {**shape, "group": group}
                 yield capability, "peak", {**shape, "group": group}

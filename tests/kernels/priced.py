@@ -87,8 +87,8 @@ class Priced:
 
 
 def planted(n: int, size: int, rng: torch.Generator, group: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries ``[n, 3 * group, size]``, keys and values of three heads: one that looks at what is near, one that looks at
-    a few keys far behind, and one that looks at everything, whose values change with the distance."""
+    """Queries ``[n, 3 * group, size]``, keys and values of three heads: one that looks at what is near, one that looks
+    at a few keys far behind, and one that looks at everything, whose values change with the distance."""
     position = torch.arange(n, dtype=torch.float64)
     angles = position[:, None] / torch.logspace(0.7, 2.2, size // 2, dtype=torch.float64)
     places = torch.cat((angles.cos(), angles.sin()), 1)

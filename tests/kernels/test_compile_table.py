@@ -34,7 +34,9 @@ def test_row_of_a_device(have: int, row: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(settings_module, "capability", lambda _: have)
     device = torch.device("cpu")
     for operation, size in itertools.product(OPERATIONS, (64, 128, 256)):
-        assert settings(operation, size, device) == TABLE[row, operation, size]
+        # With tensor memory `price` takes smaller tiles, too.
+        own = 100 if row == 90 and have >= 100 and operation == "price" else row
+        assert settings(operation, size, device) == TABLE[own, operation, size]
 
 
 @pytest.mark.skipif(not USABLE, reason=REASON)

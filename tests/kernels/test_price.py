@@ -75,7 +75,8 @@ def test_rows_are_of_the_chunk_and_at_different_places_of_their_tiles() -> None:
     for total in [1, 2, 63, 64, 65, *(rng.randrange(1, 20000) for _ in range(50))]:
         rows = priced_rows(total, 64)
         assert len(rows) == min(64, total)
-        assert 0 <= rows[0] and rows[-1] < total
+        assert rows[0] >= 0
+        assert rows[-1] < total
         assert rows == sorted(set(rows))
     assert len({row % 16 for row in priced_rows(8192, 64)}) == 16
 

@@ -19,6 +19,7 @@ from vllm_vsprefill.kernels.price.paged import PriceWorkspace, allocate_price, c
 from vllm_vsprefill.kernels.reference import keys_values
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
+from vllm_vsprefill.kernels.tile_scores import tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
 if USABLE:
@@ -48,7 +49,7 @@ def room(problem: PagedProblem, num_rows: int) -> tuple[TileIndex, PriceWorkspac
     _, query_heads, size = problem.q.shape
     workspace = allocate_price(requests, query_heads, heads, size, longest, num_rows, problem.q.dtype, DEVICE)
     for tensor in workspace[:-1]:
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 123456)  # type: ignore[attr-defined]
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 123456)
     return index, workspace
 
 
@@ -116,7 +117,7 @@ def test_counts_and_errors_are_close_to_exact_ones(group: int) -> None:
     k, _ = keys_values(problem.kv, 0, 700)
     start = int(problem.batch.row_start[0])
     tiles = [(400 + row) // 20 for row in true.rows]
-    scores = naive.tile_scores(problem.q[start : start + 300], k, tiles, scale=problem.scale, pattern=PATTERN)
+    scores = tile_scores(problem.q[start : start + 300], k, tiles, scale=problem.scale, pattern=PATTERN)
     counts = torch.zeros(2, naive.BINS, dtype=torch.int64)
     for i, places in enumerate(true.places):
         for head in range(2):
@@ -248,4 +249,6 @@ def test_bad_arguments_are_named() -> None:
         with pytest.raises(ValueError, match=r"^workspace"):
             check_price(q, kv, batch, index, wrong, 1.0, 0.1)
     with pytest.raises(ValueError, match=r"^index has no room for sequences"):
-        check_price(q, kv, batch._replace(max_seq_len=64), index._replace(bits=index.bits[..., :1]), workspace, 1.0, 0.1)
+        check_price(
+            q, kv, batch._replace(max_seq_len=64), index._replace(bits=index.bits[..., :1]), workspace, 1.0, 0.1
+        )
