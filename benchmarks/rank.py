@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +24,17 @@ from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.rank import triton as version
 from vllm_vsprefill.kernels.rank.paged import allocate_rank, check_rank
 from vllm_vsprefill.kernels.reference import cache_slots, keys_values
+from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.tile_scores import tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
 SIZE, BLOCK, LISTED = 128, 16, 1000
 SCALE = SIZE**-0.5
+CANDIDATES = (
+    Settings(64, 128, 4, 3), Settings(64, 64, 4, 2), Settings(64, 64, 4, 3), Settings(128, 128, 8, 2),
+    Settings(64, 256, 8, 2), Settings(64, 128, 8, 2),
+)  # fmt: skip
 # Query heads, KV heads, rows, tokens, positions of a tile
 SHAPES = ((12, 2, 8192, 32768, 20), (32, 8, 8192, 131072, 128), (12, 2, 2048, 16384, 20), (12, 2, 8192, 32768, 64))
 
@@ -92,11 +98,19 @@ def row(query_heads: int, kv_heads: int, rows: int, n: int, block_q: int) -> dic
 
     everything()
     found: dict[str, Any] = {"listed": float(index.counts[:, : len(pattern.tiles(rows, n))].float().mean())}
-    errors = wrong(q, kv, index, n)
-    found |= errors
     for name, call in (("means", means), ("marks", marks), ("lists", lists), ("all", everything)):
         found[f"{name}_ms"] = graph_milliseconds(call)
     found["launched_ms"] = milliseconds(everything)
+    errors = wrong(q, kv, index, n)
+    for config in CANDIDATES:
+        index.bits.zero_()
+        name = "marks_{}x{}_{}_warps_{}_stages_ms".format(*astuple(config))
+        found[name] = graph_milliseconds(
+            lambda: version.marks(q, kv, batch, index, workspace, scale=SCALE, config=config)  # noqa: B023 (called at once)
+        )
+        lists()
+        errors = {name: errors[name] + more for name, more in wrong(q, kv, index, n).items()}
+    found |= errors
     pairs = sum(pattern.window_start(tile * block_q) for tile in pattern.tiles(rows, n)) * query_heads
     if found["marks_ms"]:
         found["marks_tflops"] = 2 * SIZE * pairs / found["marks_ms"] / 1e9

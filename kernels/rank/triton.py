@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV, is_interpreted
-from ..settings import padded
+from ..settings import Settings, padded
 from ..tile_index import TileIndex
 from .paged import RankWorkspace
 
@@ -219,30 +219,45 @@ def means_and_near(
     )  # fmt: skip
 
 
-def marks(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float) -> None:
+def marks_settings(head_size: int, element_size: int) -> Settings:
+    """Tiles of ``marks``: three programs of a multiprocessor of capability 9.0 take turns with heads of 128."""
+    if element_size > 2:
+        return Settings(32, 64, 4, 1) if head_size <= 128 else Settings(16, 32, 4, 1)
+    return Settings(64, 128 if head_size <= 128 else 64, 4, 2)
+
+
+def marks(
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float,
+    config: Settings | None = None,
+) -> None:  # fmt: skip
     """Bits, after ``means_and_near``. Arguments are as for ``rank``."""
     heads, size, bits = kv.num_kv_heads, kv.head_size, index.bits
-    wide = q.element_size() > 2
-    block_m, block_n = (32, 64) if wide else (64, 128)
-    if size > 128:
-        block_m, block_n = block_m // 2 if wide else block_m, block_n // 2
+    config = config or marks_settings(size, q.element_size())
     launch(
-        _marks_kernel, (cdiv(batch.max_seq_len, block_n), heads, batch.num_requests),
+        _marks_kernel, (cdiv(batch.max_seq_len, config.block_n), heads, batch.num_requests),
         (
             workspace.means, workspace.near, index.bars, kv.cache, kv.block_table, batch.row_start, batch.row_end,
             batch.seq_len, bits, kv.k_scale, scale, *kv.cache.stride()[:3], kv.block_table.stride(0),
             workspace.near.shape[1], bits.shape[1], bits.shape[2], index.pattern.reach,
         ),
-        num_stages=1 if wide else 2,
-        HEADS=heads, GROUP=q.shape[1] // heads, BM=block_m, BN=block_n, D=size, BD=padded(size),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        HEADS=heads, GROUP=q.shape[1] // heads, BM=config.block_m, BN=config.block_n, D=size, BD=padded(size),
         BLOCK_Q=index.pattern.block_q, BLOCK_SIZE=kv.block_size, SCALED=kv.k_scale is not None,
         UPCAST=is_interpreted() and q.dtype == torch.bfloat16,
     )  # fmt: skip
 
 
-def rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float) -> None:
-    """As ``paged.rank``, but that means are rounded to the model's type with an fp8 cache, too."""
+def rank(
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float,
+    config: Settings | None = None,
+) -> None:  # fmt: skip
+    """As ``paged.rank``, but that means are rounded to the model's type with an fp8 cache, too.
+
+    Args:
+        config: query tiles and keys of a program of ``marks``; 4,096 keys at most. None for those of
+            ``marks_settings``.
+    """
     if batch.num_requests == 0 or batch.max_rows == 0:
         return
     means_and_near(q, kv, batch, index, workspace, scale=scale)
-    marks(q, kv, batch, index, workspace, scale=scale)
+    marks(q, kv, batch, index, workspace, scale=scale, config=config)
