@@ -45,11 +45,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import environment
+from tests.kernels.paged_problems import PagedProblem
+from tests.kernels.tile_problems import random_keys, tile_index
 from vllm_vsprefill.distil.mass import naive as naive_mass
 from vllm_vsprefill.distil.mass.triton import column_weights, mass_sums
 from vllm_vsprefill.kernels.attend import naive as naive_attend
 from vllm_vsprefill.kernels.attend.paged import check_attend
 from vllm_vsprefill.kernels.attend.triton import attend
+from vllm_vsprefill.kernels.attend_tiles import naive as naive_tiles
+from vllm_vsprefill.kernels.attend_tiles.paged import check_attend_tiles
+from vllm_vsprefill.kernels.attend_tiles.triton import attend_tiles
 from vllm_vsprefill.kernels.forget import paged as paged_forget
 from vllm_vsprefill.kernels.forget.triton import forget
 from vllm_vsprefill.kernels.gathered import allocate_gathered
@@ -537,6 +542,100 @@ def solve_attend(
     check.measure("output", math.sqrt(off / max(norm, 1e-60)), ATTEND_LIMIT[dtype])
     if dtype != torch.float32:
         check.yardstick = math.sqrt(stock_off / max(norm, 1e-60))
+
+
+# Attention to lists of tiles
+
+
+def visible_of_tiles(keys: Tensor, pattern: SparsePattern, rows: int) -> Tensor:
+    """bool ``[Hkv, rows, n]`` from lists ``[Hkv, tiles, n]``: what ``attend_tiles.naive`` defines, without its loop."""
+    place = torch.arange(keys.shape[2], device=DEVICE)
+    i = place[len(place) - rows :]
+    tile = i // pattern.block_q
+    start = (tile * pattern.block_q - pattern.reach + 1).clamp(min=0) // pattern.block_k * pattern.block_k
+    near = (place < pattern.sink_keys) | (place >= start.unsqueeze(1))  # [rows, n]
+    return (keys[:, tile - int(tile[0])] | near) & (place <= i.unsqueeze(1))
+
+
+def draw_tiles(rng: random.Random, tiny: bool) -> Params:
+    config = draw_attend(rng, tiny) | {"lse": False}
+    config["group"] = rng.choice((config["group"], 6))
+    config["block_q"] = rng.choice((1, 7, 16, 18, 20, 32, 40, 126, 128, 200)[:: 2 if tiny else 1])
+    config["block_k"] = rng.choice((1, 3, 4, 16, 64))
+    return config
+
+
+def draw_tiles_hopper(rng: random.Random, tiny: bool) -> Params:
+    from vllm_vsprefill.kernels.attend_tiles import hopper
+
+    for _ in range(10_000):
+        config = draw_tiles(rng, tiny)
+        config["cache"] = config["dtype"]
+        config["block_q"] = hopper.piece_positions(config["group"]) * rng.choice((1, 1, 2, 3, 6))
+        shape = config["group"], config["block_q"], config["size"], DTYPES[config["dtype"]]
+        if hopper.unsupported_shape(*shape) is None:
+            return config
+    raise RuntimeError("the Hopper kernel supports none of 10,000 random shapes")
+
+
+def run_tiles(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
+    table = settings("attend_tiles", config["size"], torch.device(DEVICE), DTYPES[config["dtype"]].itemsize)
+    solve_tiles(config, rng, gen, check, told, attend_settings(config) if config["tiles"] == "narrow" else table)
+
+
+def run_tiles_hopper(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
+    # Without settings attend_tiles takes the Hopper kernel.
+    solve_tiles(config, rng, gen, check, told, None)
+    check.holds(f"the Hopper kernel did not run: {WARNINGS.seen}", not WARNINGS.seen)
+
+
+def solve_tiles(
+    config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params, tiles: Settings | None
+) -> None:
+    dtype, heads, size = DTYPES[config["dtype"]], config["heads"], config["size"]
+    pattern = draw_pattern(rng, config, (0, 64))
+    rows, seq_lens = draw_lengths(rng, config)
+    scale, share = size**-0.5 * rng.choice((1, 3)), rng.choice((0.0, 0.01, 0.1, 0.5))
+    told |= {"rows": rows, "seq_lens": seq_lens, "pattern": str(pattern), "scale": scale, "share": share}
+    batch, total = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
+    q, used = make_queries(gen, config, batch, total)
+    problem = PagedProblem(q, kv, batch, [], pattern)
+    keys = random_keys(problem, share, rng.randrange(2**31))
+    index = tile_index(problem, keys)
+    out = torch.full(q.shape, float("nan"), dtype=dtype, device=DEVICE)
+    visited = torch.full((len(rows),), 5, dtype=torch.int64, device=DEVICE)  # they are added
+    check_attend_tiles(q, kv, index, batch, scale, out, visited)
+    attend_tiles(q, kv, index, batch, scale=scale, out=out, visited=visited, config=tiles)
+
+    check.holds("rows of no request were written", bool(out[~used].isnan().all()))
+    check.holds("an output is not finite", bool(out[used].isfinite().all()))
+    k_scale, v_scale = factor(kv.k_scale), factor(kv.v_scale)
+    pairs, off, norm = [], 0.0, 0.0
+    for i, (count, n, start) in enumerate(zip(rows, seq_lens, batch.row_start.tolist(), strict=True)):
+        pairs.append(5)
+        if not count:
+            continue
+        part = q[start : start + count]
+        k, v = contiguous(kv, i, n, dtype)
+        mask = visible_of_tiles(keys[i], pattern, count)
+        pairs[i] += int(mask.sum())
+        wanted, _ = masked_attention(part, k, v, mask, scale * k_scale)
+        wanted *= v_scale
+        error = out[start : start + count].double() - wanted
+        off, norm = off + float(error.square().sum()), norm + float(wanted.square().sum())
+        worst = float((error.norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)).max())
+        check.measure("worst row", worst, ROW_FACTOR * ATTEND_LIMIT[dtype])
+        if heads * count * n <= 100_000 and rng.random() < 0.3:
+            by_naive, naive_pairs = naive_tiles.attend_tiles(
+                part.double(), k.double(), v.double(), keys[i], pattern, scale=scale * k_scale
+            )
+            check.equal("pairs of the two references", pairs[i] - 5, naive_pairs)
+            difference = (by_naive * v_scale - wanted).norm() / wanted.norm().clamp(min=1e-30)
+            check.measure("between the references", float(difference), 1e-5)  # one computes in float32
+            check.by_naive += 1
+    check.equal("visited pairs", visited.tolist(), pairs)
+    check.measure("output", math.sqrt(off / max(norm, 1e-60)), ATTEND_LIMIT[dtype])
 
 
 # The index
@@ -1034,6 +1133,8 @@ class Operation(NamedTuple):
 OPERATIONS = {
     "attend": Operation(draw_attend, run_attend, 5),
     "hopper": Operation(draw_hopper, run_hopper, 5),
+    "attend_tiles": Operation(draw_tiles, run_tiles, 5),
+    "attend_tiles_hopper": Operation(draw_tiles_hopper, run_tiles_hopper, 5),
     "score": Operation(draw_score, run_score, 2),
     "sampled": Operation(draw_sampled, run_sampled, 2),
     "select": Operation(draw_select, run_select, 2),
@@ -1047,7 +1148,7 @@ OPERATIONS = {
 
 def available() -> list[str]:
     """Operations that this machine can run."""
-    return [name for name in OPERATIONS if name != "hopper" or on_hopper()]
+    return [name for name in OPERATIONS if not name.endswith("hopper") or on_hopper()]
 
 
 @dataclass
@@ -1223,7 +1324,7 @@ def summarize(results: list[Result]) -> Params:
 
 def print_table(report: Params) -> None:
     print(
-        f"{'operation':<10}{'type':<15}{'problems':>9}{'failed':>8}  {'largest error of':<24}{'error':>10}{'limit':>10}"
+        f"{'operation':<21}{'type':<15}{'problems':>9}{'failed':>8}  {'largest error of':<24}{'error':>10}{'limit':>10}"
     )
     for name, found in report.items():
         failed = len(found["failures"])
@@ -1231,7 +1332,7 @@ def print_table(report: Params) -> None:
             worst = max(
                 one["errors"].items(), key=lambda item: item[1]["max"] / (item[1]["limit"] or math.inf), default=None
             )
-            line = f"{name if i == 0 else '':<10}{dtype:<15}{one['problems']:>9}{failed if i == 0 else '':>8}"
+            line = f"{name if i == 0 else '':<21}{dtype:<15}{one['problems']:>9}{failed if i == 0 else '':>8}"
             if worst is not None:
                 limit = "" if worst[1]["limit"] is None else f"{worst[1]['limit']:.1e}"
                 line += f"  {worst[0]:<24}{worst[1]['max']:>10.2e}{limit:>10}"

@@ -20,7 +20,9 @@ if USABLE:
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
 
 
-@pytest.mark.parametrize("name", sorted({*fuzz.OPERATIONS} - {"hopper"}) if USABLE else [])
+@pytest.mark.parametrize(
+    "name", sorted(name for name in fuzz.OPERATIONS if not name.endswith("hopper")) if USABLE else []
+)
 def test_a_problem(name: str) -> None:
     result = fuzz.solve(name, 125, tiny=True)
     assert not result.faults, result.params
