@@ -47,6 +47,8 @@ from vllm_vsprefill.kernels.merge import triton as merge_module
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV
 from vllm_vsprefill.kernels.price import triton as price_module
 from vllm_vsprefill.kernels.price.paged import allocate_price
+from vllm_vsprefill.kernels.rank import triton as rank_module
+from vllm_vsprefill.kernels.rank.paged import allocate_rank
 from vllm_vsprefill.kernels.sampled import triton as sampled_module
 from vllm_vsprefill.kernels.sampled.paged import allocate_sampled
 from vllm_vsprefill.kernels.score import triton as score_module
@@ -190,6 +192,13 @@ def price(size: int, dtype: str, group: int) -> None:
     price_module.price(q, kv, Batch.from_lists([ROWS], [SEQ_LEN]), index, workspace, scale=0.1, price=0.02)
 
 
+def rank(size: int, dtype: str, group: int, block_q: int) -> None:
+    kv, q = _paged(size, dtype, group)
+    workspace = allocate_rank(ROWS, 1, group * HEADS, size, block_q, q.dtype, "cpu")
+    batch = Batch.from_lists([ROWS], [SEQ_LEN])
+    rank_module.rank(q, kv, batch, _tile_index(block_q), workspace, scale=0.1)
+
+
 def mass(size: int, dtype: str, group: int) -> None:
     _, q = _paged(size, dtype, group)
     mass_module.mass_sums(q, q[:, :HEADS].contiguous(), scale=0.1)
@@ -212,6 +221,7 @@ def others(block_q: int, block_k: int, logits: str) -> None:
     select_module.gather(values, kv, batch, gathered)
     select_module.select(gathered, batch, tau, index, allocate_select(1, HEADS, SEQ_LEN, "cpu"))
     merge_module.build_index(index, kv, batch)
+    merge_module.build_tiles(_tile_index(), kv, batch)
     ends = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     counts = torch.zeros(2, dtype=torch.int64)
     guard_module.guard(index, batch, 0.5, dense_rows=ends[0], sparse_end=ends[1], counts=counts)
@@ -220,8 +230,8 @@ def others(block_q: int, block_k: int, logits: str) -> None:
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "price": price, "mass": mass,
-    "peak": peak, "others": others,
+    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "price": price, "rank": rank,
+    "mass": mass, "peak": peak, "others": others,
 }  # fmt: skip
 
 
@@ -237,6 +247,7 @@ def cases(everything: bool) -> Iterator[Case]:
             yield capability, "sampled", {"size": 128, "dtype": "bf16", "group": 1}
             for size in (128, 256):
                 yield capability, "price", {"size": size, "dtype": "bf16", "group": 4}
+                yield capability, "rank", {"size": size, "dtype": "bf16", "group": 16, "block_q": 20}
             yield capability, "mass", {"size": 256, "dtype": "fp32", "group": 16}
         for capability in (86, 120):
             yield capability, "attend", {"size": 128, "dtype": "bf16", "group": 4, "block_q": 16}
@@ -255,6 +266,7 @@ def cases(everything: bool) -> Iterator[Case]:
         for group in GROUPS:
             yield capability, "sampled", {**shape, "group": group}
             yield capability, "price", {**shape, "group": group}
+            yield capability, "rank", {**shape, "group": group, "block_q": 20}
             if not fp8:  # these read the keys of a calibration run, not a cache
                 yield capability, "mass", {**shape, "group": group}
                 yield capability, "peak", {**shape, "group": group}
