@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Keys that tiles list: the plain reference against a loop in float64."""
+"""Keys that tiles list: the plain reference against a loop in float64, the version for CPUs against the reference."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from vllm_vsprefill.kernels.rank.naive import rank
+from vllm_vsprefill.kernels.rank import cpu, naive
+from vllm_vsprefill.kernels.tile_scores import listable, tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
 
@@ -43,7 +45,7 @@ def test_equals_the_definition(seed: int) -> None:
     k = torch.randn(n, heads, 8, dtype=torch.float64)
     tiles = pattern.tiles(q.shape[0], n)
     bars = torch.tensor([rng.uniform(-4.0, -1.0), rng.choice([-4.0, math.inf, -math.inf])])
-    found = rank(q, k, bars, scale=scale, pattern=pattern)
+    found = naive.rank(q, k, bars, scale=scale, pattern=pattern)
     assert found.dtype == torch.bool
     assert found.shape == (heads, len(tiles), n)
     for i, tile in enumerate(tiles):
@@ -58,9 +60,34 @@ def test_equals_the_definition(seed: int) -> None:
                     assert bool(found[head, i, key]) == (margin > 0)
 
 
-def test_bad_arguments_are_named() -> None:
+@pytest.mark.parametrize("seed", range(24))
+def test_cpu_equals_the_reference(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    pattern = SparsePattern(
+        block_q=rng.choice([1, 7, 16, 20, 128]), block_k=rng.choice([1, 4, 16]), window=rng.choice([0, 1, 33, 100]),
+        sinks=rng.choice([0, 3, 40, 200]), dense_last=0,
+    )  # fmt: skip
+    n, heads, group, size = rng.randint(1, 400), rng.randint(1, 3), rng.choice([1, 3, 6, 40]), rng.choice([8, 64])
+    dtype, margin = rng.choice([(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 5e-3)])
+    q, k = torch.randn(rng.randint(1, n), heads * group, size), torch.randn(n, heads, size)
+    q, k, scale = q.to(dtype), k.to(dtype), size**-0.5
+    bars = torch.tensor([rng.choice([-2.0, -3.0, -5.0, math.inf, -math.inf]) for _ in range(heads)])
+    found = cpu.rank(q, k, bars, scale=scale, pattern=pattern)
+    wanted = naive.rank(q, k, bars, scale=scale, pattern=pattern)
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    tiles = pattern.tiles(q.shape[0], n)
+    assert not (found & ~listable(pattern, tiles, n, q.device)).any()
+    scores = tile_scores(q, k, list(tiles), scale=scale, pattern=pattern)
+    clear = (scores - bars.view(-1, 1, 1)).abs() > margin
+    assert torch.equal(found[clear], wanted[clear])
+
+
+@pytest.mark.parametrize("version", [naive, cpu])
+def test_bad_arguments_are_named(version: Any) -> None:
     q, k = torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match=r"^scale"):
-        rank(q, k, torch.zeros(2), scale=0.0, pattern=SparsePattern())
+        version.rank(q, k, torch.zeros(2), scale=0.0, pattern=SparsePattern())
     with pytest.raises(ValueError, match=r"^k has head size"):
-        rank(q, k[..., :4], torch.zeros(2), scale=1.0, pattern=SparsePattern())
+        version.rank(q, k[..., :4], torch.zeros(2), scale=1.0, pattern=SparsePattern())
