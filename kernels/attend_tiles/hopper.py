@@ -260,7 +260,7 @@ def _producer(rings, batch, lists, queries, cache, p_visited, num_tiles, total, 
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "total", "width", "reach", "stride_table"])
-def _attend_kernel(
+def _attend_tiles_kernel(
     p_q, p_cache, p_out, p_visited, p_table, p_row_start, p_row_end, p_seq_len, p_starts, p_counts, p_slots, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_block, stride_head, stride_token, stride_table,
     num_tiles, total, width, reach,
@@ -355,7 +355,7 @@ def attend_tiles(
     total = num_tiles * num_kv_heads * batch.num_requests
     strides = kv.cache.stride()
     launch(
-        _attend_kernel, (min(total, multiprocessors(q.device)),),
+        _attend_tiles_kernel, (min(total, multiprocessors(q.device)),),
         (
             q, kv.cache, out, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
             index.starts, index.counts, index.slots, scale / math.log(2), q.stride(0), q.stride(1), out.stride(0),

@@ -58,7 +58,7 @@ def _slots(p_table, p_slots, o_j, window, base, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tiles", "width", "reach", "stride_table"])
-def _attend_kernel(
+def _attend_tiles_kernel(
     p_q, p_cache, p_out, p_visited, p_table, p_row_start, p_row_end, p_seq_len, p_starts, p_counts, p_slots,
     p_k_scale, p_v_scale, scale, stride_q_row, stride_q_head, stride_out_row, stride_out_head,
     stride_block, stride_head, stride_token, stride_table, num_tiles, width, reach,
@@ -216,7 +216,7 @@ def attend_tiles(
     num_tiles = cdiv(batch.max_rows - 1, pattern.block_q) + 1
     fp8, strides = kv.cache.dtype in FP8_DTYPES, kv.cache.stride()
     launch(
-        _attend_kernel, (num_tiles * num_parts, num_kv_heads, batch.num_requests),
+        _attend_tiles_kernel, (num_tiles * num_parts, num_kv_heads, batch.num_requests),
         (
             q, kv.cache, out, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
             index.starts, index.counts, index.slots, kv.k_scale, kv.v_scale, scale / math.log(2),

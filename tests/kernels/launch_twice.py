@@ -68,6 +68,7 @@ def main() -> None:
         driver.set_active(device)
         settings_module.capability = lambda _: 90  # type: ignore[assignment]
         compile_table.attend_module.capability = lambda _: 90  # type: ignore[attr-defined]
+        compile_table.tiles_module.capability = lambda _: 90  # type: ignore[attr-defined]
         compile_table.take_host_tensors()
 
         sizes: dict[int, list[int]] = {}
@@ -109,6 +110,8 @@ def main() -> None:
                         setattr(module, name, twice)
 
         compile_table.attend(64, "bf16", 4, 16)
+        for block_q in (32, 48):  # the version for capability 9.0 and the portable one
+            compile_table.attend_tiles(64, "bf16", 4, block_q)
         compile_table.score(64, "bf16", 64)
         compile_table.sampled(64, "bf16", 4)
         compile_table.others(16, 4, "fp32")

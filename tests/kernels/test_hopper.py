@@ -89,14 +89,19 @@ def test_lists_of_tiles_equal_the_reference(seed: int) -> None:
     from vllm_vsprefill.kernels.attend_tiles import hopper, paged
     from vllm_vsprefill.kernels.attend_tiles.triton import without_hopper
 
+    # What the kernel is compiled for is the same for every tenth seed.
+    rng = random.Random(seed % 10)
+    group = (6, 7, 4, 8, 1, 64, 6, 7, 12, 3)[seed % 10]
+    block_q, block_k = hopper.piece_positions(group) * rng.choice([1, 2, 3, 8]), rng.choice([1, 4, 16, 64])
+    heads, size, layout = rng.randint(1, 2), rng.choice([64, 128]), rng.choice(["NHD", "HND"])
+    dtype = rng.choice([torch.bfloat16, torch.float16])
     rng = random.Random(seed)
-    group = rng.choice([1, 4, 6, 7, 8, 64])
     seq_lens = [rng.choice([1, 17, rng.randint(1, 400), rng.randint(1000, 3000)]) for _ in range(rng.randint(1, 3))]
     rows = [min(n, rng.choice([0, 1, 33, rng.randint(1, 300), n])) for n in seq_lens]
     rows[0] = max(rows[0], 1)
     pattern = SparsePattern(
-        block_q=hopper.piece_positions(group) * rng.choice([1, 2, 3, 8]),
-        block_k=rng.choice([1, 4, 16, 64]),
+        block_q=block_q,
+        block_k=block_k,
         window=rng.choice([0, 1, 40, 700]),
         sinks=rng.choice([0, 5, 64]),
     )
@@ -104,11 +109,11 @@ def test_lists_of_tiles_equal_the_reference(seed: int) -> None:
         seq_lens=seq_lens,
         rows=rows,
         pattern=pattern,
-        heads=rng.randint(1, 2),
+        heads=heads,
         group=group,
-        size=rng.choice([64, 128]),
-        dtype=rng.choice([torch.bfloat16, torch.float16]),
-        layout=rng.choice(["NHD", "HND"]),
+        size=size,
+        dtype=dtype,
+        layout=layout,
         seed=seed,
     )
     index = tile_index(problem, random_keys(problem, rng.choice([0.0, 0.1, 0.4]), seed))

@@ -75,7 +75,7 @@ def test_the_driver_sees_what_triton_shows_it() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["differences"] == []
-    for name in ("attend", "score", "missing", "sum", "cut", "tie", "count", "list", "guard", "forget"):
+    for name in ("attend", "attend_tiles", "score", "missing", "sum", "cut", "tie", "count", "list", "guard", "forget"):
         assert told["compared"].get(f"_{name}_kernel", 0) > 0, name
 
 
