@@ -18,6 +18,7 @@ from vllm_vsprefill.kernels.rank import naive, paged
 from vllm_vsprefill.kernels.rank.paged import RankWorkspace, allocate_rank, check_rank
 from vllm_vsprefill.kernels.rank.triton import rank
 from vllm_vsprefill.kernels.reference import keys_values
+from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.tile_index import WORD_BITS, TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.tile_scores import listable, tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
@@ -92,7 +93,8 @@ def test_equals_the_scores(seed: int) -> None:
     problem = random_problem(seed)
     index, workspace = tiles_for(problem, [-3.0, -4.5, -2.0])
     check_rank(problem.q, problem.kv, problem.batch, index, workspace, problem.scale)
-    rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale)
+    config = None if seed % 2 else Settings(16, [32, 64, 256][seed % 3], 4, 1)
+    rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, config=config)
     check_marks(problem, index, 1e-4)
 
 
