@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Keys that tiles list, a few tiles of a KV head at a time: the fast path for CPUs."""
+"""Keys that a tile of queries lists, by the attention of its mean query: the fast path for CPUs."""
 
 from __future__ import annotations
 
@@ -12,56 +12,45 @@ from torch import Tensor
 
 from ..checks import check_query_key, check_scale
 from ..parallel import run_pieces
+from ..tiles_cpu import TILES, TileScores
 from ..types import SparsePattern
-
-# Mean queries of one piece of work: its logits [ROWS, n] are 8 MiB at n = 131072, bfloat16.
-ROWS = 32
 
 
 def rank(q: Tensor, k: Tensor, bars: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
-    """Same contract as ``naive.rank``.
+    """Same contract as ``naive.rank``, for CPU tensors.
 
-    Products of mean queries and keys are in the dtype of the inputs: with bfloat16 they carry its rounding (2**-9 of
-    their size), and keys whose score is as close to the bar may be listed or not.
+    The product of mean queries and keys is in the dtype of the inputs, so that a key whose score differs from the bar
+    by the rounding of float32 may be on the other side of it.
     """
     check_query_key(q, k)
     check_scale(scale)
-    n, num_kv_heads, _ = k.shape
-    first = n - q.shape[0]
+    if q.device.type != "cpu":
+        raise ValueError(f"q is on {q.device}; this version runs on the CPU only")
+    n, num_kv_heads = k.shape[0], k.shape[1]
     tiles = pattern.tiles(q.shape[0], n)
-    queries = q.unflatten(1, (num_kv_heads, -1))
-    found = torch.zeros(num_kv_heads, len(tiles), n, dtype=torch.bool, device=q.device)
-    step = max(ROWS // queries.shape[2], 1)
+    found = torch.zeros(num_kv_heads, len(tiles), n, dtype=torch.bool)
+    listing = [head for head, bar in enumerate(bars.tolist()) if bar != math.inf]
+    if not listing:
+        return found
+    call = TileScores(q, k, scale=scale, pattern=pattern)
+    sinks = pattern.sink_keys
 
-    def piece(head: int, bar: float, some: range) -> None:
-        windows = [pattern.window_start(tile * pattern.block_q) for tile in some]
-        places = range(some[0] - tiles[0], some[0] - tiles[0] + len(some))
+    def piece(head: int, first: int, end: int) -> None:
+        some, bar = tiles[first:end], float(bars[head])
+        marks = found[head, first:end]
         if bar == -math.inf:
-            for place, window in zip(places, windows, strict=True):
-                found[head, place, pattern.sink_keys : window] = True
-        if math.isinf(bar) or windows[-1] <= pattern.sink_keys:
-            return
-        ends = [min((tile + 1) * pattern.block_q, n) for tile in some]
-        means = torch.stack(
-            [
-                queries[max(tile * pattern.block_q - first, 0) : end - first, head].float().mean(0)
-                for tile, end in zip(some, ends, strict=True)
-            ]
-        )
-        # [tiles, group, keys]
-        logits = (means.to(q.dtype).flatten(0, 1) @ k[: ends[-1], head].T).unflatten(0, means.shape[:2])
-        for place, window, end, one in zip(places, windows, ends, logits, strict=True):
-            near = torch.cat((one[:, : min(pattern.sink_keys, window)], one[:, window:end]), 1).float() * scale
-            # A logit is compared instead of the score that it makes.
-            least = ((bar + near.logsumexp(1, keepdim=True)) / scale).to(one.dtype)
-            listed = one[:, pattern.sink_keys : window] >= least
-            found[head, place, pattern.sink_keys : window] = listed.any(0)
+            marks[:, sinks : call.width(some)] = True
+        else:
+            for start, scores in call.scores(head, some, bar):
+                # Not negative is what has no sign bit, which integers are searched for six times as fast.
+                signed = scores.view(torch.int16) if scores.element_size() == 2 else scores
+                marks[:, start : start + scores.shape[2]] = signed.amax(1) >= 0
+            marks[:, :sinks] = False
+        for mark, tile in zip(marks, some, strict=True):
+            mark[pattern.window_start(tile * pattern.block_q) :] = False
 
+    step = max(min(len(tiles) // 4, TILES), 1)
     run_pieces(
-        [
-            partial(piece, head, bar, tiles[i : i + step])
-            for i in reversed(range(0, len(tiles), step))  # the long ones first
-            for head, bar in enumerate(bars.tolist())
-        ]
+        [partial(piece, head, i, min(i + step, len(tiles))) for i in range(0, len(tiles), step) for head in listing]
     )
     return found
