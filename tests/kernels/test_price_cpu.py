@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +93,7 @@ def test_the_choice_is_as_good_as_the_reference(
         expected = naive.price(q, k, v, scale=0.125, pattern=pattern, price=price, num_rows=num_rows)
     assert actual.scores.dtype == actual.density.dtype == torch.float32
     assert actual.scores.shape == actual.density.shape == (heads,)
-    call = {"scale": 0.125, "pattern": pattern, "price": price, "num_rows": num_rows}
+    call: dict[str, Any] = {"scale": 0.125, "pattern": pattern, "price": price, "num_rows": num_rows}
     ours, density = objectives(q, k, v, actual.scores, **call)
     best, _ = objectives(q, k, v, expected.scores, **call)
     exact = dtype in (torch.float32, torch.float64)
