@@ -219,7 +219,7 @@ def test_nothing_to_list_is_everything() -> None:
 
 
 def test_large_heads_and_groups() -> None:
-    problem = make_paged(seq_lens=[140], rows=[30], pattern=PATTERN, heads=1, group=64, size=256)
+    problem = make_paged(seq_lens=[140], rows=[30], pattern=PATTERN, heads=1, group=64, size=256, dtype=torch.float16)
     sharpen(problem)
     index, workspace = room(problem, 3)
     config = Settings(64, 64, 4, 1)
