@@ -34,7 +34,7 @@ from vllm_vsprefill.eval.targets import CPU_CACHE, CPU_CACHE_GIB, Plan, Target
 from vllm_vsprefill.tools import bench_report
 from vllm_vsprefill.tools.bench_figures import capacity
 from vllm_vsprefill.tools.bench_options import BenchCommand
-from vllm_vsprefill.tools.benching import Measurement
+from vllm_vsprefill.tools.benching import Measurement, check_lengths
 
 TARGETS = ("stock", "vsprefill")
 SERVE = "--max-num-batched-tokens 8192 --gpu-memory-utilization 0.9"
@@ -53,8 +53,8 @@ def measure(name: str, server: VLLMServer, options: BenchCommand, tokenizer: str
     with server, Client(server.url) as client:
         about = {"vllm": client.version(), "start_seconds": round(time.monotonic() - started, 1)}
         print(f"{name}: started in {about['start_seconds']} s", flush=True)
+        check_lengths(options, client)
         measurement = Measurement(options, client, tokenizer)
-        measurement.check(client)
         measurement.run([Plan(name, lambda: contextlib.nullcontext(Target(name, client)))], until)
     return about
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from vllm_vsprefill.eval.errors import EvalError
@@ -55,7 +56,11 @@ class Prompts:
     def __init__(self, texts: Sequence[Text], tokens: LocalTokens, seed: int, answer: int) -> None:
         self._tokens, self._seed = tokens, seed
         self._room = answer + len(tokens.prefix())
-        self._ids = [token for text in texts for token in tokens.encode(text.content)]
+        self._texts = texts
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        return [token for text in self._texts for token in self._tokens.encode(text.content)]
 
     def check(self, lengths: Sequence[int]) -> None:
         """EvalError if the text is too short for a length."""

@@ -182,7 +182,9 @@ class Bench:
             )
         measured = Measured.parse(json.loads(result.read_text()))
         if all(measured.errors):
-            raise EvalError(f"{client.url} answered none of {len(requests)} requests: {reason(measured.errors[0])}")
+            raise EvalError(
+                f"{client.url} answered none of {len(requests)} requests ({reason(measured.errors[0])}); its log says more"
+            )
         return measured
 
     def _arguments(

@@ -47,12 +47,14 @@ def bench(options: BenchCommand, say: Say) -> None:
     bench_serve.check()
     server = options.server
     with targets.connect(server.url, server.model) as client:
+        check_lengths(options, client)
         measurement = Measurement(options, client, _tokenizer(options, client))
-        measurement.check(client)
+        check_tokens(measurement.tokens, client, measurement.tokenizer)
         versions = {"sparse": client.version()} if options.mode != "dense" else {}
     if server.dense_url is not None:
         with targets.connect(server.dense_url, None) as client:
-            measurement.check(client)
+            check_lengths(options, client)
+            check_tokens(measurement.tokens, client, measurement.tokenizer)
             versions["dense"] = client.version()
     found = plans(options, say)
     try:
@@ -61,6 +63,16 @@ def bench(options: BenchCommand, say: Say) -> None:
         if measurement.journal.records:
             measurement.write([plan.name for plan in found], {"vllm": versions}, say)
     say(f"report: {options.out / bench_report.REPORT}")
+
+
+def check_lengths(options: BenchCommand, client: Client) -> None:
+    """EvalError if a server cannot take prompts of all lengths."""
+    longest, limit = max(options.lengths), client.max_model_len
+    if limit is not None and longest > limit:
+        raise EvalError(
+            f"prompts of {longest:,} tokens, answer included, do not fit the {limit:,} of {client.url} "
+            "(--max-model-len); give shorter --lengths or start it with more"
+        )
 
 
 def _tokenizer(options: BenchCommand, client: Client) -> str:
@@ -113,7 +125,6 @@ class Measurement:
         texts = read_texts(options.data)
         self.tokens = LocalTokens(tokenizer)
         self.prompts = Prompts(texts, self.tokens, options.seed, options.output_tokens)
-        self.prompts.check(options.lengths)
         self._texts = {text.name: text.digest for text in texts}
         self._session = uuid.uuid4().hex  # what an earlier command left in a server's cache is not found
         self._warm: set[str] = set()
@@ -128,16 +139,6 @@ class Measurement:
             depends |= {"version": 1, "model": self.model, "tokenizer": fingerprint(self.tokens), "texts": self._texts}
             self._journal = Journal(o.out, {**depends, "concurrency": o.concurrency})
         return self._journal
-
-    def check(self, client: Client) -> None:
-        """EvalError if a server cannot take the prompts."""
-        longest, limit = max(self.options.lengths), client.max_model_len
-        if limit is not None and longest > limit:
-            raise EvalError(
-                f"prompts of {longest:,} tokens, answer included, do not fit the {limit:,} of {client.url} "
-                "(--max-model-len); give shorter --lengths or start it with more"
-            )
-        check_tokens(self.tokens, client, self.tokenizer)
 
     def missing(self, names: Iterable[str]) -> list[tuple[Job, str]]:
         """What is to be run, in this order: the targets in turn, and which comes first in turn, too."""
@@ -160,6 +161,8 @@ class Measurement:
         by_name = {plan.name: plan for plan in found}
         missing = self.missing(by_name)
         kept = len(by_name) * len(jobs(self.options)) - len(missing)
+        if missing:
+            self.prompts.check(self.options.lengths)
         bar = tqdm(total=sum(job.count for job, _ in missing), unit="request", disable=None, dynamic_ncols=True)
         if kept:
             bar.write(
@@ -192,7 +195,7 @@ class Measurement:
             target.client,
             requests,
             key.replace("/", "-"),
-            f"{self._session}/{key}",
+            f"{self._session}-{key}".replace("/", "-"),
             rate=job.rate,
             concurrency=job.concurrency,
             until=until,
