@@ -145,8 +145,10 @@ def draw(file: Path, figures: Figures) -> None:
                 rates = [f["rate"] for f in of]
                 axes.plot(rates, [f["ttft_p50"] for f in of], marker=".", color=colour, label=f"{target}, P50")
                 p99 = [f["ttft_p99"] for f in of]
-                axes.plot(rates, p99, marker=".", linestyle="--", color=colour, label=f"{target}, P99")
+                axes.plot(rates, p99, marker="^", linestyle="--", color=colour, label=f"{target}, P99")
         axes.set(ylabel="time to first token, s", yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         if loop == "closed":
             axes.set(xlabel="tokens of prompt and answer", xscale="log")
             axes.set_xticks(sorted({f["length"] for f in here}))

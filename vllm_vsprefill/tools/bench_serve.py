@@ -177,9 +177,8 @@ class Bench:
         if status or not result.exists():
             if "vllm[bench]" in said or "No module named" in said:
                 raise EvalError(f"vllm bench serve needs what its extra installs ({reason(said)}): {EXTRAS}")
-            raise EvalError(
-                f"vllm bench serve failed: {reason(said) or 'it said nothing'}\nThe whole log: {_shown(log)}"
-            )
+            why = reason(said) or "it said nothing"
+            raise EvalError(f"vllm bench serve failed: {why}\nThe whole log: {_shown(log)}")
         measured = Measured.parse(json.loads(result.read_text()))
         if all(measured.errors):
             raise EvalError(
