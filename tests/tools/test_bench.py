@@ -319,6 +319,7 @@ def test_both_targets_get_the_same_and_share_no_cache(program: Path) -> None:
     assert (program / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_failure_costs_nothing_that_was_finished(program: Path) -> None:
     out = ("--out", program / "out")
     with two() as urls:
@@ -345,6 +346,7 @@ def test_a_failure_costs_nothing_that_was_finished(program: Path) -> None:
         assert "seed: 0 in the run so far, 1 now" in said
 
 
+@pytest.mark.slow
 def test_stopped_from_the_keyboard(program: Path) -> None:
     (program / "hang").touch()
     words = [str(word) for word in (*WORDS, "--out", program / "out")]

@@ -181,9 +181,8 @@ class Bench:
             raise EvalError(f"vllm bench serve failed: {why}\nThe whole log: {_shown(log)}")
         measured = Measured.parse(json.loads(result.read_text()))
         if all(measured.errors):
-            raise EvalError(
-                f"{client.url} answered none of {len(requests)} requests ({reason(measured.errors[0])}); its log says more"
-            )
+            why = reason(measured.errors[0])
+            raise EvalError(f"{client.url} answered none of {len(requests)} requests ({why}); its log says more")
         return measured
 
     def _arguments(
