@@ -40,11 +40,11 @@ TARGETS = ("stock", "vsprefill")
 SERVE = "--max-num-batched-tokens 8192 --gpu-memory-utilization 0.9"
 
 
-def measure(name: str, server: VLLMServer, options: BenchCommand, tokenizer: str, until: float) -> dict[str, Any]:
+def measure(name: str, server: VLLMServer, measurement: Measurement, until: float) -> dict[str, Any]:
     """Start a server, measure what is missing of it, end it.
 
     Returns:
-        What it was: version, command, seconds to start.
+        What it was: version, seconds to start.
 
     Raises:
         EvalError, ServerError: it did not start, or something failed; what is finished is kept.
@@ -53,8 +53,7 @@ def measure(name: str, server: VLLMServer, options: BenchCommand, tokenizer: str
     with server, Client(server.url) as client:
         about = {"vllm": client.version(), "start_seconds": round(time.monotonic() - started, 1)}
         print(f"{name}: started in {about['start_seconds']} s", flush=True)
-        check_lengths(options, client)
-        measurement = Measurement(options, client, tokenizer)
+        check_lengths(measurement.options, client)
         measurement.run([Plan(name, lambda: contextlib.nullcontext(Target(name, client)))], until)
     return about
 
@@ -112,7 +111,12 @@ def main(
         "servers": {},
         "failed": {},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        measurement = Measurement(command, model.name, str(model))
+        measurement.missing(names)  # whether what is in the folder belongs to this load
+    except (EvalError, OSError) as error:
+        sys.exit(str(error))
     for number, name in enumerate(names):
         share = (begin + limit_s - time.monotonic()) / (len(names) - number)
         server = VLLMServer(
@@ -127,7 +131,8 @@ def main(
         record["servers"][name] = {"command": shown(server.command)}
         try:
             until = time.monotonic() + share
-            record["servers"][name] |= measure(name, server, command, str(model), until)
+            if measurement.missing([name]):
+                record["servers"][name] |= measure(name, server, measurement, until)
         except (EvalError, ServerError) as error:
             record["failed"][name] = str(error)[-4000:]
         except Exception:  # the other server is to be measured all the same

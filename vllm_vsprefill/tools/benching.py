@@ -48,7 +48,7 @@ def bench(options: BenchCommand, say: Say) -> None:
     server = options.server
     with targets.connect(server.url, server.model) as client:
         check_lengths(options, client)
-        measurement = Measurement(options, client, _tokenizer(options, client))
+        measurement = Measurement(options, Path(client.model).name, _tokenizer(options, client))
         check_tokens(measurement.tokens, client, measurement.tokenizer)
         versions = {"sparse": client.version()} if options.mode != "dense" else {}
     if server.dense_url is not None:
@@ -113,15 +113,15 @@ class Measurement:
 
     Args:
         options: of the command; which servers is said by plans.
-        client: of one of the servers; they have the same model.
+        model: what it is called; all servers have the same.
         tokenizer: folder or id.
 
     Raises:
         EvalError: texts, tokenizer or folder cannot be used.
     """
 
-    def __init__(self, options: BenchCommand, client: Client, tokenizer: str) -> None:
-        self.options, self.tokenizer, self.model = options, tokenizer, Path(client.model).name
+    def __init__(self, options: BenchCommand, model: str, tokenizer: str) -> None:
+        self.options, self.tokenizer, self.model = options, tokenizer, model
         texts = read_texts(options.data)
         self.tokens = LocalTokens(tokenizer)
         self.prompts = Prompts(texts, self.tokens, options.seed, options.output_tokens)
