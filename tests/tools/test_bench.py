@@ -72,6 +72,7 @@ def main():
 
 def run(*words: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["bench", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -202,8 +203,8 @@ class Pretender:
 
     tokens = LocalTokens(str(NEEDLE))
 
-    def __init__(self, sparse: bool, root: str = str(NEEDLE), limit: int = 4096) -> None:
-        self.sparse, self.root, self.limit = sparse, root, limit
+    def __init__(self, sparse: bool, root: str = str(NEEDLE), limit: int = 4096, counts: bool = True) -> None:
+        self.sparse, self.root, self.limit, self.counts = sparse, root, limit, counts
 
     def paths(self) -> dict[str, Any]:
         model = {"id": "needle", "root": self.root, "max_model_len": self.limit}
@@ -214,7 +215,7 @@ class Pretender:
             "/v1/completions": (200, {"choices": [{"text": ""}]}),
             "/tokenize": self._tokenize,
             "/version": (200, {"version": "0.0"}),
-            "/metrics": (200, counters),
+            "/metrics": (200, counters if self.counts else ""),
         }
 
     def _tokenize(self, body: dict[str, Any]) -> Reply:
@@ -313,10 +314,25 @@ def test_both_targets_get_the_same_and_share_no_cache(program: Path) -> None:
     assert by["open", "dense", None]["requests"] == 6
     assert (by["open", "dense", None]["goodput"], by["open", "sparse", None]["goodput"]) == (0.2, 0.4)
     report = (program / "out" / "report.md").read_text()
+    assert "is none with VSPREFILL" not in report
     assert "| 256 | sparse | 4 | 1.500 s | 1.000 s to 2.250 s | 2.00x |" in report
     assert "Not complete" not in report
     pytest.importorskip("matplotlib")
     assert (program / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_mode_of_a_server_that_cannot_be_switched(program: Path) -> None:
+    words = (*WORDS[:2], "--lengths", 256, "--samples", 1)
+    with two() as (_, sparse, _, dense):
+        code, said = run("--url", dense, *words, "--mode", "dense", "--out", program / "dense")
+        assert code == 0, said
+        code, said = run("--url", sparse, *words, "--mode", "dense", "--out", program / "sparse")
+        assert code == 0, said  # nothing was computed between the two looks at its counters
+    with two(counts=False) as (_, sparse, _, _):
+        code, said = run("--url", sparse, *words, "--mode", "sparse", "--out", program / "stock")
+    assert code == 0, said
+    assert "it is measured in the mode that it is in" in said
+    assert "it is none with VSPREFILL" in (program / "stock" / "report.md").read_text()
 
 
 @pytest.mark.slow

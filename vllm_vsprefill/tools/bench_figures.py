@@ -95,8 +95,8 @@ def _common(records: list[dict[str, Any]], options: BenchCommand) -> tuple[dict[
     prompts = [run.prompts[i] for run, i in done]
     answers = [run.answers[i] for run, i in done]
     requests = sum(len(run.errors) for run in runs)
-    pairs = [record["pairs"] for record in records]
-    computed, causal = (sum(pair[i] for pair in pairs if pair is not None) for i in (0, 1))
+    pairs = [record["pairs"] for record in records if record["pairs"] is not None]
+    computed, causal = (sum(pair[i] for pair in pairs) for i in (0, 1))
     found = {
         "requests": requests,
         "failed": requests - len(done),
@@ -104,7 +104,7 @@ def _common(records: list[dict[str, Any]], options: BenchCommand) -> tuple[dict[
         "requests_per_second": _round(len(done) / seconds),
         "tokens_per_second": _round((sum(prompts) + sum(answers)) / seconds),
         "seconds": _round(seconds),
-        "density": round(computed / causal, 4) if causal else None,
+        "density": None if not pairs else round(computed / causal, 4) if causal else 1.0,
     }
     if options.ttft_limit is not None:
         within = sum(t <= options.ttft_limit for t in ttfts)

@@ -87,19 +87,21 @@ def _tokenizer(options: BenchCommand, client: Client) -> str:
 
 
 def plans(options: BenchCommand, say: Say) -> list[Plan]:
-    """The servers, or states of one, that are compared; dense first.
+    """The servers, or states of one, that are compared; dense first. One alone is taken as it is found if need be.
 
     Raises:
-        EvalError: there is no way to have dense prefill.
+        EvalError: there is no way to have both.
     """
     wanted = options.server.for_targets()
     sparse = Plan(SPARSE, partial(targets.running, SPARSE, wanted.url, wanted.model))
-    dense = Plan(DENSE, partial(targets.running, DENSE, wanted.dense_url, None))
-    if wanted.dense_url is None:
+    if wanted.dense_url is not None:
+        dense = Plan(DENSE, partial(targets.running, DENSE, wanted.dense_url, None))
+    else:
+        dense = Plan(DENSE, partial(targets.running, DENSE, wanted.url, wanted.model))
         try:
             here = targets.local_server(wanted)
         except EvalError:
-            if options.mode != "sparse":
+            if options.mode == "both":
                 raise
             say("the server cannot be switched from here: it is measured in the mode that it is in")
         else:
@@ -232,6 +234,10 @@ class Measurement:
         """Write the report; with the plot if there is somebody to tell. Returns what is in it."""
         found = {name.partition("/")[0] for name in self.journal.records}
         order = [*names, *sorted(found - {*names})] if say is not None else sorted(found)
+        made = figures(self.journal, self.options, order)
+        notes = [self.options.note] if self.options.note is not None else []
+        if any(f["target"] == SPARSE and f["density"] is None for f in made):
+            notes.append("the server that was to be sparse counts no densities: it is none with VSPREFILL")
         results = {
             "about": {
                 "model": self.model,
@@ -249,9 +255,9 @@ class Measurement:
                 "texts": self._texts,
                 **about,
             },
-            "notes": [self.options.note] if self.options.note is not None else [],
+            "notes": notes,
             "complete": not self.missing(order),
-            "figures": figures(self.journal, self.options, order),
+            "figures": made,
         }
         try:
             bench_report.write(self.options.out, results, say)
