@@ -282,6 +282,7 @@ def test_bench_times_both_modes_and_shares_no_cache_between_them(server: VLLMSer
     pytest.importorskip("pandas")
     words = ["bench", "--url", server.url, "--out", str(tmp_path), "--lengths", "4k", "--samples", "1"]
     words += ["--rate", "2", "--seconds", "2", "--prefix-share", "1", "--output-tokens", "4", "--ttft-limit", "100"]
+    words += ["--seed", "3"]  # of which the first four prompts go on from the same document
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     found = {(f["loop"], f["target"]): f for f in json.loads((tmp_path / "results.json").read_text())["figures"]}
@@ -295,7 +296,7 @@ def test_bench_times_both_modes_and_shares_no_cache_between_them(server: VLLMSer
     for target in ("dense", "sparse"):
         # Both were sent the same prompts, of which neither may find what the other has left.
         assert found["closed", target]["prefix_hits"] == 0
-        assert found["open", target]["prefix_hits"] > 0
+        assert found["open", target]["prefix_hits"] > 0.2
         assert found["open", target]["goodput"] == found["open", target]["requests_per_second"]
         theirs = json.loads((tmp_path / "runs" / f"{target}-open-2-2s.json").read_text())
         for name in ("p50", "p99"):
