@@ -31,7 +31,7 @@ from vllm_vsprefill.eval.client import Client
 from vllm_vsprefill.eval.errors import EvalError
 from vllm_vsprefill.eval.server import ServerError, VLLMServer
 from vllm_vsprefill.eval.targets import CPU_CACHE, CPU_CACHE_GIB, Plan, Target
-from vllm_vsprefill.tools import bench_report
+from vllm_vsprefill.tools import bench_report, bench_serve
 from vllm_vsprefill.tools.bench_figures import capacity
 from vllm_vsprefill.tools.bench_options import BenchCommand
 from vllm_vsprefill.tools.benching import Measurement, check_lengths
@@ -112,6 +112,7 @@ def main(
         "failed": {},
     }
     try:
+        bench_serve.check()
         out.parent.mkdir(parents=True, exist_ok=True)
         measurement = Measurement(command, model.name, str(model))
         measurement.missing(names)  # whether what is in the folder belongs to this load
