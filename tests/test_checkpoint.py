@@ -382,7 +382,7 @@ def test_wrong_model_lists_every_difference(folder: Path) -> None:
         "{'rope_type': 'yarn', 'factor': 4.0}", "{'factor': 4.0, 'rope_type': 'yarn'}"
     )
     assert message.count("trained for another model") == 3
-    assert "or estimator 'sampled', which needs none" in message
+    assert "or estimator 'priced', which needs none" in message
     assert read_config(folder, MODEL) == read_config(folder)
 
 

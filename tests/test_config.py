@@ -145,7 +145,7 @@ def test_a_typo_that_looks_a_little_like_a_service_stays_an_error(name: str, tex
         ("preset", 3, "one of 'accurate', 'balanced', 'fast'"),
         ("enabled", "maybe", "true or false"),
         ("enabled", 2, "true or false"),
-        ("estimator", "oracle", "one of 'auto', 'vsindexer', 'sampled'"),
+        ("estimator", "oracle", "one of 'auto', 'vsindexer', 'priced', 'sampled'"),
         ("checkpoint", 3, "a folder or a Hugging Face id"),
         ("tau_columns", 0, "a number > 0 and <= 1"),
         ("tau_columns", 1.01, "a number > 0 and <= 1"),
@@ -222,7 +222,7 @@ def test_contradictions_name_both_values_and_where_they_come_from() -> None:
     message = refuse({"preset": "fast", "min_diagonals": 100_000})
     assert "min_diagonals must not exceed max_diagonals" in message
     assert f"max_diagonals = {PRESETS['fast']['max_diagonals']} (preset fast)" in message
-    assert "estimator 'sampled' uses no checkpoint" in refuse({"estimator": "sampled", "checkpoint": "x"})
+    assert "estimators 'sampled' and 'priced' use no checkpoint" in refuse({"estimator": "sampled", "checkpoint": "x"})
 
 
 def test_all_problems_of_both_sources_in_one_message() -> None:

@@ -91,7 +91,7 @@ def test_heads_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
     for source in (config, json.loads((tmp_path / "config.json").read_text())):
         with pytest.raises(ValueError, match="head_dim differs from layer to layer"):
             ModelFingerprint.from_hf_config(source)
-    with pytest.raises(StartupError, match=r"cannot have an indexer: head_dim differs.*Use estimator 'sampled'"):
+    with pytest.raises(StartupError, match=r"cannot have an indexer: head_dim differs.*Use estimator 'priced'"):
         engine_config(tmp_path, additional_config={"vsprefill": {"checkpoint": str(tmp_path)}})
     with pytest.raises(StartupError, match="the model has 6 layers"):
         engine_config(tmp_path, additional_config={"vsprefill": {"dense_layers": [6]}})
@@ -308,7 +308,7 @@ def test_an_installed_indexer_of_a_relative_is_not_taken(model: Path, other: Pat
         "The training-free estimator is used",
     ):
         assert part in text
-    with pytest.raises(StartupError, match=f"own was trained on {model.name}.* or use estimator 'auto' or 'sampled'"):
+    with pytest.raises(StartupError, match=f"own was trained on {model.name}.* or use estimator 'auto' or 'priced'"):
         engine_config(other, additional_config={"vsprefill": {"estimator": "vsindexer"}})
 
 

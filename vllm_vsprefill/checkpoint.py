@@ -451,7 +451,7 @@ def _inspect(folder: Path, expected: ModelFingerprint | None) -> tuple[Checkpoin
         for name, (found, wanted) in config.fingerprint.differences(expected).items():
             problems.append(
                 f"trained for another model ({config.model}): {name} is {found!r} in the checkpoint, {wanted!r} in the "
-                "model served; use a checkpoint made for this model, or estimator 'sampled', which needs none"
+                "model served; use a checkpoint made for this model, or estimator 'priced', which needs none"
             )
     if config is not None and config.inputs != "kv":
         problems.append(

@@ -42,6 +42,7 @@ _LINK_NAME = re.compile(r"VSPREFILL_(?:[A-Z0-9_]+_)?NAME"), re.compile(r"/[^/]+/
 
 PRESETS: dict[str, dict[str, float | int | None]] = {
     "accurate": {
+        "price": 0.005,
         "tau_columns": 0.97,
         "tau_diagonals": 0.97,
         "min_columns": 512,
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[str, float | int | None]] = {
         "window": 1024,
     },
     "balanced": {
+        "price": 0.01,
         "tau_columns": 0.9,
         "tau_diagonals": 0.9,
         "min_columns": 128,
@@ -62,6 +64,7 @@ PRESETS: dict[str, dict[str, float | int | None]] = {
         "window": 512,
     },
     "fast": {
+        "price": 0.03,
         "tau_columns": 0.8,
         "tau_diagonals": 0.8,
         "min_columns": 64,
@@ -148,6 +151,9 @@ class _Allowed:
 _Share = Annotated[
     float, BeforeValidator(_no_bool), Field(gt=0.0, le=1.0, allow_inf_nan=False), _Allowed("a number > 0 and <= 1")
 ]
+_Price = Annotated[
+    float, BeforeValidator(_no_bool), Field(ge=0.0, allow_inf_nan=False), _Allowed("a number of at least 0")
+]
 _Count = Annotated[
     int, BeforeValidator(_no_bool), Field(ge=0, le=2**31 - 1), _Allowed("an integer from 0 to 2147483647")
 ]
@@ -207,19 +213,25 @@ class _Options(BaseModel):
     ] = Field("balanced", description="Named set of defaults for the thresholds and budgets.")
     enabled: _Flag = Field(True, description="False runs the stock kernels only; the server stays as it is.")
     estimator: Annotated[
-        Literal["auto", "vsindexer", "sampled"],
+        Literal["auto", "vsindexer", "priced", "sampled"],
         BeforeValidator(_lower),
-        _Allowed("one of 'auto', 'vsindexer', 'sampled'"),
+        _Allowed("one of 'auto', 'vsindexer', 'priced', 'sampled'"),
     ] = Field(
         "auto",
-        description="How columns and diagonals are estimated: a trained indexer, a few of the chunk's own query rows, "
-        "or (auto) the trained one where a checkpoint for the model is found.",
+        description="How keys are chosen: columns and diagonals by a trained indexer, or by a few of the chunk's own "
+        "query rows (sampled); a list of keys for every tile of queries, as long as it is worth its price (priced); or "
+        "(auto) by the trained indexer where a checkpoint for the model is found, else priced.",
     )
     checkpoint: Annotated[
         Annotated[str, Field(min_length=1)] | None,
         BeforeValidator(_optional),
         _Allowed("a folder or a Hugging Face id, or null to look for an installed one"),
     ] = Field(None, description="Trained indexer: a folder or a Hugging Face id.")
+    price: _Price = Field(
+        default_factory=_preset("price"),
+        description="What the 'priced' estimator pays for attention: squared relative output error of a layer that "
+        "computing all pairs of one KV head is worth. 0 computes everything.",
+    )
     tau_columns: _Share = Field(
         default_factory=_preset("tau_columns"),
         description="Share of the predicted column mass to keep; 1 keeps every column.",
@@ -269,12 +281,16 @@ class _Options(BaseModel):
     )
     dense_layers: _Layers = Field((), description="Layers that always run the stock kernel.")
     window: _Count = Field(
-        default_factory=_preset("window"), description="Local window, in positions: the nearest keys are always kept."
+        default_factory=_preset("window"),
+        description="Local window, in positions: the nearest keys are always kept. 256 with the 'priced' estimator, "
+        "where it is not given.",
     )
     sinks: _Rows = Field(64, description="First positions of the sequence that are always kept.")
     dense_last_rows: _Rows = Field(64, description="Last rows of a chunk that attend to everything.")
     block_q: _QueryTile = Field(
-        None, description="Query tile, in positions; its rows share one list of keys. null: 128 on CPU, 16 on CUDA."
+        None,
+        description="Query tile, in positions; its rows share one list of keys. null: 128 on CPU, 16 on CUDA; with the "
+        "'priced' estimator what fills a program, more for long sequences.",
     )
     block_k: _Granule = Field(
         None,
@@ -282,7 +298,9 @@ class _Options(BaseModel):
     )
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
-    ] = Field(64, description="Query rows per chunk whose true attention the 'sampled' estimator computes.")
+    ] = Field(
+        64, description="Query rows per chunk whose true attention the estimators 'sampled' and 'priced' compute."
+    )
 
 
 @dataclass(frozen=True)
@@ -307,8 +325,8 @@ _RELATIONS = (
     ),
     _Relation(
         ("estimator", "checkpoint"),
-        lambda o: o.estimator == "sampled" and o.checkpoint is not None,
-        "estimator 'sampled' uses no checkpoint; leave one of the two out",
+        lambda o: o.estimator in ("sampled", "priced") and o.checkpoint is not None,
+        "estimators 'sampled' and 'priced' use no checkpoint; leave one of the two out",
     ),
 )
 
@@ -442,6 +460,7 @@ class VSPrefillConfig(_Options):
         shown = [
             f"preset={self.preset}",
             f"estimator={self.estimator}",
+            f"price={self.price:g}",
             f"tau={self.tau_columns:g}/{self.tau_diagonals:g}",
             f"columns={_interval(self.min_columns, self.max_columns)}",
             f"diagonals={_interval(self.min_diagonals, self.max_diagonals)}",

@@ -26,7 +26,7 @@ from vllm_vsprefill import _compat, start_log, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.config import ConfigError, VSPrefillConfig
 from vllm_vsprefill.fingerprint import read_setting
-from vllm_vsprefill.kernels.types import Budgets
+from vllm_vsprefill.kernels.types import Budgets, SparsePattern
 from vllm_vsprefill.metrics import CHECKPOINT, DENSE, DENSE_LAYERS, LAST_ROWS, NO_SPARSE_LAYER, SPARSE
 from vllm_vsprefill.outlook import outlook
 from vllm_vsprefill.plan import Gate, StepPlan
@@ -34,7 +34,7 @@ from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
 from vllm_vsprefill.thresholds import Threshold, thresholds
-from vllm_vsprefill.tuning import pairs_worth_choosing, platform_tuning
+from vllm_vsprefill.tuning import PlatformTuning, pairs_worth_choosing, platform_tuning
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,8 +52,10 @@ class Runtime:
         self.known_layers: dict[str, None] = {}  # all of this model with this backend, sparse or not, in order
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
-        self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.indexer = self._load_indexer(vllm_config)
+        self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
+        if self.lists_by_tile:
+            self.pattern = tile_pattern(self.options, self.pattern, platform_tuning())
         self.gate = gate_of(self.options, vllm_config, self.indexer is not None)
         shipped = startup.shipped(vllm_config)
         exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
@@ -200,6 +202,11 @@ class Runtime:
         self.recorder.num_layers = max(self.recorder.num_layers, index + 1)
 
     @property
+    def lists_by_tile(self) -> bool:
+        """Whether every tile of queries gets a list of its own, instead of columns and diagonals for a chunk."""
+        return self.indexer is None and self.options.estimator in ("auto", "priced")
+
+    @property
     def budgets(self) -> Budgets:
         """How many columns and diagonals ``select`` keeps at least and at most."""
         options = self.options
@@ -250,9 +257,10 @@ class Runtime:
             source = "given" if self.options.checkpoint is not None else "found for this model"
             trained = f"trained indexer for {self.indexer.config.model} ({self.indexer.folder.name}, {source})"
             return f"{trained}; thresholds by layer: columns {columns}, diagonals {diagonals}"
-        if self.options.estimator == "sampled":
-            return "training-free estimator (sampled), as asked for"
-        return "training-free estimator (sampled): no trained indexer for this model was found"
+        name = "priced" if self.lists_by_tile else "sampled"
+        if self.options.estimator == name:
+            return f"training-free estimator ({name}), as asked for"
+        return f"training-free estimator ({name}): no trained indexer for this model was found"
 
 
 def _num_layers(vllm_config: Any) -> int:
@@ -287,6 +295,13 @@ def gate_of(options: VSPrefillConfig, vllm_config: Any, trained: bool) -> Gate:
         min_rows=min_rows,
         enabled=options.enabled,
     )
+
+
+def tile_pattern(options: VSPrefillConfig, pattern: SparsePattern, tuning: PlatformTuning) -> SparsePattern:
+    """The pattern where every tile has a list of its own: the platform's, but for what the user has said."""
+    wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
+    given = options.model_fields_set
+    return dataclasses.replace(pattern, **{name: size for name, size in wanted.items() if size and name not in given})
 
 
 def chosen_stock(options: VSPrefillConfig, covered: Container[int] | None, index: int) -> str | None:

@@ -86,7 +86,7 @@ class LogitCache(nn.Module, AttentionLayerBase):
             raise RuntimeError(
                 f"VSPREFILL: vLLM laid out the index logits with shape {tuple(own.shape)} and strides {own.stride()} "
                 f"beside a KV cache of shape {tuple(kv_cache.shape)}; their slots do not match. Start the server with "
-                "the option estimator 'sampled', which needs no such cache, or without the draft model."
+                "the option estimator 'priced', which needs no such cache, or without the draft model."
             )
         self._checked = own
 

@@ -207,7 +207,7 @@ def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> Located:
         CheckpointError: the user's checkpoint is missing or was made for a model of other shapes.
         ConfigError: the trained estimator was asked for and there is none, or there can be none for this model.
     """
-    if options.estimator == "sampled":
+    if options.estimator in ("sampled", "priced"):
         return Located()
     try:
         model = fingerprint(vllm_config)
@@ -216,7 +216,7 @@ def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> Located:
             return Located()
         asked = "a checkpoint is given" if options.checkpoint is not None else "estimator is 'vsindexer'"
         raise ConfigError(
-            f"{asked}, but this model cannot have an indexer: {error}. Use estimator 'sampled'."
+            f"{asked}, but this model cannot have an indexer: {error}. Use estimator 'priced'."
         ) from error
     section = shipped(vllm_config)
     decided = section is not None and section.trained is not None
@@ -231,7 +231,7 @@ def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> Located:
     if located.folder is None and options.estimator == "vsindexer":
         reason = located.note or 'no installed indexer was trained for this model. Give one with "checkpoint"'
         raise ConfigError(
-            f"estimator is 'vsindexer', but {reason}, or use estimator 'auto' or 'sampled', which needs none."
+            f"estimator is 'vsindexer', but {reason}, or use estimator 'auto' or 'priced', which needs none."
         )
     if located.folder is None and located.note:
         return replace(located, note=f"{located.note}. The training-free estimator is used")

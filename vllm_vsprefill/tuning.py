@@ -21,6 +21,9 @@ class PlatformTuning:
         min_pairs: rows of a chunk times tokens of the sequence below which it is, with 32 heads of 128 channels.
         min_rows_sampled: rows of a chunk below which it is with the training-free estimate, which takes a pass over the
             sequence for its own rows however few the others are.
+        tile_window: window, in positions, where every tile has a list of its own.
+        tile_q: positions of such a tile; 0: what fills a program.
+        tile_k: granule of its window and sinks.
     """
 
     block_q: int
@@ -28,9 +31,12 @@ class PlatformTuning:
     min_seq_len: int = 0
     min_pairs: int = 0
     min_rows_sampled: int = 0
+    tile_window: int = 256
+    tile_q: int = 0
+    tile_k: int = 16
 
 
-CPU = PlatformTuning(block_q=128, block_k=64)
+CPU = PlatformTuning(block_q=128, block_k=64, tile_q=32)
 
 # Least compute capability the row is for -> defaults. Small tiles keep the union along scattered diagonals small; the
 # heads of a group fill the rows of a tensor-core tile. The least sizes of (9, 0) are from

@@ -54,6 +54,12 @@ def reference_prefill(layer: LayerUnderTest, **changes: Any) -> CPUPrefill:
     return CPUPrefill(runtime.pattern, runtime.budgets, operations=REFERENCE, **settings)
 
 
+def columns_of(runtime: CPURuntime) -> CPUPrefill:
+    """The prefill of a backend that chooses columns and diagonals."""
+    assert isinstance(runtime.prefill, CPUPrefill)
+    return runtime.prefill
+
+
 def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -> Selection | None:
     """What follows from the logits beside the cache (or from sampled queries), for rows before the dense last ones;
     None where it exceeds ``max_density``."""
@@ -63,7 +69,7 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -
     if sparse.weights is None:
         q, k = query.float(), key.float()
         if isinstance(layer.impl._runtime, CPURuntime):  # the very numbers the backend used, as below
-            prefill, q, k = layer.impl._runtime.prefill, query, key
+            prefill, q, k = columns_of(layer.impl._runtime), query, key
         estimate = prefill.operations.sampled(q, k, scale=layer.impl.scale, num_rows=prefill.sampled_rows)
     else:
         expected = score(key, value, IndexerLayerWeights(*(part.cpu() for part in sparse.weights)))

@@ -159,9 +159,9 @@ def test_preemption(engine: Any, random_indexer: Path) -> None:
     assert metrics["vllm:num_preemptions"].value > 0
 
 
-def test_auto_takes_sampled_where_no_indexer_fits(engine: Any, plugin_log: list[str]) -> None:
+def test_auto_takes_priced_where_no_indexer_fits(engine: Any, plugin_log: list[str]) -> None:
     ours = engine("VSPREFILL", SPARSE)
-    assert "training-free estimator (sampled): no trained indexer for this model was found" in "\n".join(plugin_log)
+    assert "training-free estimator (priced): no trained indexer for this model was found" in "\n".join(plugin_log)
     ours.tokens([prompt(3000)], 2)
     for counts in ours.counts.values():
         assert counts.sparse_chunks

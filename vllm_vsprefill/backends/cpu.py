@@ -24,6 +24,7 @@ from vllm_vsprefill.kernels.types import Selection
 from vllm_vsprefill.metrics import Look
 from vllm_vsprefill.plan import RequestRows, StepPlan
 from vllm_vsprefill.prefill.cpu import CPUPrefill
+from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.prefill.layer import SparseLayer
 from vllm_vsprefill.runtime import Runtime
 from vllm_vsprefill.stats import LayerCounts
@@ -65,9 +66,14 @@ class CPURuntime(Runtime):
         super().__init__(vllm_config)
         options = self.options
         self.workspace = cpu_layout.Workspace()
-        self.prefill = CPUPrefill(
-            self.pattern, self.budgets, sampled_rows=options.sampled_rows, max_density=options.max_density
-        )
+        self.prefill: CPUPrefill | CPUTilePrefill
+        limit = options.max_density
+        if self.lists_by_tile:
+            self.prefill = CPUTilePrefill(
+                self.pattern, options.price, priced_rows=options.sampled_rows, max_density=limit
+            )
+        else:
+            self.prefill = CPUPrefill(self.pattern, self.budgets, sampled_rows=options.sampled_rows, max_density=limit)
 
 
 class VSPrefillCPUMetadataBuilder(SparseBuilderMixin[SparseRequest], CPUAttentionMetadataBuilder):
@@ -151,9 +157,10 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
         kv_cache = call.kv_cache
         if self._reader is None:
             self._reader = self._infer_layout(call.layer, kv_cache)
-        counts, prefill = LayerCounts(), runtime.prefill
+        counts = LayerCounts()
+        prefill: Any = runtime.prefill  # what it chooses is its own affair
         cached, scored = prefill.cached, prefill.scored
-        choosing = attending = 0.0
+        choosing, attending, attended = 0.0, 0.0, 0
         selections: list[Selection] = []
         for request in step.rounds:
             rows = request.rows
@@ -176,13 +183,15 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
                 out = call.output[rows.row_start : rows.row_end]
                 _, visited = prefill.attend(chunk, key, value, chosen, rows.rows, scale=self.scale, out=out)
                 attending += time.perf_counter() - end
-                selections.append(chosen)
+                attended += 1
+                if isinstance(chosen, Selection):
+                    selections.append(chosen)
                 counts += LayerCounts(int(visited), sparse_chunks=1)
         runtime.recorder.look(
             sparse.index,
             Look(
                 choosing,
-                attending if selections else None,
+                attending if attended else None,
                 _mean([chosen.num_columns for chosen in selections]),
                 _mean([chosen.num_diagonals for chosen in selections]),
                 prefill.cached - cached,

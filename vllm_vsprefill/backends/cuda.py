@@ -133,7 +133,8 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
                 probe.before_choosing(place)
             prefill.choose(sparse, query, kv, one.batches, scale=scale)
             if probe is not None:
-                probe.after_choosing(place, prefill.buffers.work, step, tail, scores=scores)
+                work = getattr(prefill.buffers, "work", None)
+                probe.after_choosing(place, work, step, tail, scores=scores)
             for run in one.fallbacks:
                 run_dense(run)
             if probe is not None:

@@ -15,12 +15,10 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
-from vllm_vsprefill.backends.cuda_runtime import CudaRuntime
+from vllm_vsprefill.backends.cuda_runtime import AnyCudaPrefill, CudaRuntime
 from vllm_vsprefill.backends.step import DenseRun, SparseBuilderMixin, SparseStep
-from vllm_vsprefill.kernels.guard import upper_bound
 from vllm_vsprefill.kernels.paged import Batch
 from vllm_vsprefill.plan import RequestRows, StepPlan
-from vllm_vsprefill.prefill.buffers import DeviceBuffers
 from vllm_vsprefill.prefill.cuda import Round
 from vllm_vsprefill.prefill.upload import Sent, Upload
 
@@ -70,8 +68,8 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
     def cut(
         self, plan: StepPlan, starts: list[int], lengths: list[int], common: Any, metadata: Any
     ) -> SparseStep[SparseRound]:
-        buffers, tables = self._runtime.prefill_on(self.device).buffers, common.block_table_tensor
-        rounds = [plan.sparse[i : i + buffers.requests] for i in range(0, len(plan.sparse), buffers.requests)]
+        prefill, tables = self._runtime.prefill_on(self.device), common.block_table_tensor
+        rounds = prefill.rounds(plan.sparse)
         upload = Upload()
         run_starts = [
             upload.add([*(rows.row_start - run[0].row_start for rows in run), run[-1].row_end - run[0].row_start])
@@ -86,7 +84,7 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
                 for run, place in zip(plan.dense_runs, run_starts, strict=True)
             ),
             tuple(
-                self._round(metadata, buffers, requests, sent, place, tables)
+                self._round(metadata, prefill, requests, sent, place, tables)
                 for requests, place in zip(rounds, places, strict=True)
             ),
         )
@@ -94,7 +92,7 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
     def _round(
         self,
         metadata: Any,
-        buffers: DeviceBuffers,
+        prefill: AnyCudaPrefill,
         requests: tuple[RequestRows, ...],
         sent: Sent,
         places: dict[str, slice],
@@ -108,8 +106,9 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
         whole = Batch(row_start, lists["whole_end"], lists["whole_seq_len"], max_rows + tail, longest + tail)
         batch = Batch(row_start, lists["row_end"], seq_len, max_rows, longest)
         table = tables.index_select(0, lists["request"])
-        if not any(self._may_exceed(rows) for rows in requests):
-            return SparseRound(Round(whole, batch), table, ())
+        tiles, buffers = prefill.index(requests), prefill.buffers
+        if not any(prefill.may_exceed(rows) for rows in requests):
+            return SparseRound(Round(whole, batch, tiles=tiles), table, ())
         guarded = batch._replace(row_end=buffers.sparse_end[: len(requests)])
         fallbacks = tuple(
             _stock_call(
@@ -121,15 +120,7 @@ class VSPrefillFlashMetadataBuilder(SparseBuilderMixin[SparseRound], FlashAttent
             )
             for i, rows in enumerate(requests)
         )
-        return SparseRound(Round(whole, batch, guarded), table, fallbacks)
-
-    def _may_exceed(self, rows: RequestRows) -> bool:
-        """Whether a selection for these rows could compute more than the user's ``max_density`` of them."""
-        options = self._runtime.options
-        if options.max_density >= 1.0:
-            return False
-        bound = upper_bound(self._runtime.pattern, rows.rows, rows.seq_len, self._runtime.budgets)
-        return bound > options.max_density
+        return SparseRound(Round(whole, batch, guarded, tiles), table, fallbacks)
 
 
 def _describe(

@@ -48,7 +48,9 @@ class Probe:
         self._marks: list[list[Any]] = [[self._mark() for _ in range(4)] for _ in range(num_layers)]
         # By layer: columns and diagonals of each head, then slots without logits.
         self._numbers = torch.zeros(num_layers, 2 * num_kv_heads + 1, dtype=torch.int32, device=device)
-        self._seen: dict[int, int] = {}  # by layer, tokens of the round that have logits
+        self._seen: dict[
+            int, int | None
+        ] = {}  # by layer, tokens of the round that have logits; None: no columns either
         self._pause = 0
         self._is_read = True
 
@@ -64,17 +66,22 @@ class Probe:
         """A layer begins; ``place`` as in ``SparseLayer``."""
         self._marks[place][_CHOOSE].record()
 
-    def after_choosing(self, place: int, work: Workspaces, step: SparseStep[Any], tail: int, *, scores: bool) -> None:
+    def after_choosing(
+        self, place: int, work: Workspaces | None, step: SparseStep[Any], tail: int, *, scores: bool
+    ) -> None:
         """Note what a layer has chosen, before anything else uses the workspaces.
 
         Args:
             place: of the layer, as in ``SparseLayer``.
-            work: where it has chosen.
+            work: where it has chosen columns and diagonals; None where every tile has a list of its own.
             step: the step.
             tail: dense last rows of every chunk.
             scores: whether the layer has an indexer.
         """
         self._marks[place][_CHOSEN].record()
+        if work is None:
+            self._seen[place] = None
+            return
         requests = step.plan.sparse[: step.rounds[0].batches.whole.num_requests]
         numbers, heads = self._numbers[place], self._heads
         flags = work.index.flags[0, :, :, : requests[0].seq_len]
@@ -109,10 +116,16 @@ class Probe:
         looks = {}
         for place, tokens in self._seen.items():
             marks, found, heads = self._marks[place], numbers[place].tolist(), self._heads
-            scored = min(found[-1], tokens)  # a slot that two requests share may be scored twice
-            looks[place] = Look(
+            seconds = (
                 marks[_CHOOSE].elapsed_time(marks[_CHOSEN]) / 1e3,
                 marks[_ATTEND].elapsed_time(marks[_ATTENDED]) / 1e3,
+            )
+            if tokens is None:
+                looks[place] = Look(*seconds)
+                continue
+            scored = min(found[-1], tokens)  # a slot that two requests share may be scored twice
+            looks[place] = Look(
+                *seconds,
                 sum(found[:heads]) / heads,
                 sum(found[heads : 2 * heads]) / heads,
                 tokens - scored,

@@ -12,11 +12,15 @@ from vllm.logger import init_logger
 
 from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.backends.cuda_probe import Probe
-from vllm_vsprefill.prefill.buffers import DeviceBuffers, Shape
+from vllm_vsprefill.prefill.buffers import DeviceBuffers, RoundBuffers, Shape
 from vllm_vsprefill.prefill.cuda import CudaPrefill
+from vllm_vsprefill.prefill.cuda_tiles import CudaTilePrefill
+from vllm_vsprefill.prefill.tiles import TileBuffers, TileShape, Tiling
 from vllm_vsprefill.runtime import Runtime, cache_kinds
 
 logger = init_logger("vllm.vsprefill")
+
+AnyCudaPrefill = CudaPrefill | CudaTilePrefill
 
 
 class CudaRuntime(Runtime):
@@ -26,14 +30,18 @@ class CudaRuntime(Runtime):
         super().__init__(vllm_config)
         self._config = vllm_config
         self.probe: Probe | None = None
-        self._on_device: tuple[CudaPrefill, CountsReader] | None = None
+        self._on_device: tuple[AnyCudaPrefill, CountsReader] | None = None
 
-    def prefill_on(self, device: torch.device) -> CudaPrefill:
+    def prefill_on(self, device: torch.device) -> AnyCudaPrefill:
         """The prefill of a model whose layers are all known. Allocated on first use: in vLLM's profiling run, so that
         the KV cache is sized with it in mind, or later where there was none."""
         if self._on_device is None:
-            prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=self.options.max_density)
-            layers = list(self.layers.values())
+            layers, limit = list(self.layers.values()), self.options.max_density
+            prefill: AnyCudaPrefill
+            if self.lists_by_tile:
+                prefill = CudaTilePrefill(self.options.price, self._allocate_tiles(device), max_density=limit)
+            else:
+                prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=limit)
             self.probe = Probe(len(layers), layers[0].heads.num_kv_heads, device)
             reader = CountsReader(self.recorder, [layer.index for layer in layers], self.probe)
             self._on_device = prefill, reader
@@ -51,7 +59,7 @@ class CudaRuntime(Runtime):
         return super().memory() + workspaces
 
     @staticmethod
-    def _workspaces(buffers: DeviceBuffers) -> str:
+    def _workspaces(buffers: RoundBuffers) -> str:
         return f"workspaces for {buffers.requests} sparse requests at a time: {buffers.num_bytes / 2**20:.0f} MiB"
 
     def publish(self) -> None:
@@ -67,6 +75,18 @@ class CudaRuntime(Runtime):
         self.publish()
         if self._on_device is not None:
             self._on_device[1].drain()
+
+    def _allocate_tiles(self, device: torch.device) -> TileBuffers:
+        scheduler, model = self._config.scheduler_config, self._config.model_config
+        heads = next(iter(self.layers.values())).heads
+        fixed = "block_q" in self.options.model_fields_set
+        return TileBuffers.allocate(
+            TileShape(heads, model.dtype, model.max_model_len, len(self.layers), self.options.sampled_rows),
+            Tiling(self.pattern, heads, model.max_model_len, fixed=fixed),
+            max_num_seqs=scheduler.max_num_seqs,
+            max_tokens=scheduler.max_num_batched_tokens,
+            device=device,
+        )
 
     def _allocate(self, device: torch.device) -> DeviceBuffers:
         layers = list(self.layers.values())

@@ -91,26 +91,77 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 @dataclass
-class DeviceBuffers:
-    """Buffers of one model on one device.
+class RoundBuffers:
+    """Buffers of one model on one device, whatever chooses the keys.
 
     Attributes:
         requests: requests of a round.
-        work: workspaces of the kernels.
         dense_rows, sparse_end: int32 ``[2 * requests]`` and ``[requests]``, written by ``guard``.
         counts: int64 ``[layers, 16]``: visited pairs by request of a round, then pairs and chunks that ``guard`` sent
             to the stock kernel.
-        logits: float32 ``[slots, 2 * num_kv_heads]``, those of one layer where they cannot be kept beside the KV cache.
         queries: ``[tokens, num_heads, head_size]``, queries of a step in the model's type where they arrive quantised.
     """
 
     requests: int
-    work: Workspaces
     dense_rows: Tensor
     sparse_end: Tensor
     counts: Tensor
-    logits: Tensor
     queries: Tensor
+
+    def workspaces(self) -> list[Tensor]:
+        """Scratch of the kernels."""
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held."""
+        return _bytes([value for value in vars(self).values() if isinstance(value, Tensor)] + self.workspaces())
+
+    def visited(self, place: int) -> Tensor:
+        """Counters that ``attend`` adds to, of the layer with this ``SparseLayer.place``."""
+        return self.counts[place, :MAX_REQUESTS]
+
+    def guarded(self, place: int) -> Tensor:
+        """Counters that ``guard`` adds to, of the layer with this ``SparseLayer.place``."""
+        return self.counts[place, MAX_REQUESTS:]
+
+    def reserve_queries(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Make room for ``unquantised`` queries of up to this shape."""
+        if self.queries.dtype != dtype or self.queries.shape[1:] != shape[1:] or self.queries.shape[0] < shape[0]:
+            self.queries = torch.empty(shape, dtype=dtype, device=self.counts.device)
+
+    def unquantised(self, query: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries ``[rows, num_heads, head_size]`` in another type; valid until the next call."""
+        rows, heads, size = query.shape
+        self.reserve_queries((rows, heads, size), dtype)
+        return self.queries[:rows].copy_(query)
+
+
+def round_buffers(num_layers: int, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of ``RoundBuffers``, by name, for so many layers."""
+
+    def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    return {
+        "dense_rows": zeros(2 * MAX_REQUESTS),
+        "sparse_end": zeros(MAX_REQUESTS),
+        "counts": zeros(num_layers, 2 * MAX_REQUESTS, dtype=torch.int64),
+        "queries": torch.empty(0, device=device),
+    }
+
+
+@dataclass
+class DeviceBuffers(RoundBuffers):
+    """Buffers where columns and diagonals are chosen for whole chunks.
+
+    Attributes:
+        work: workspaces of the kernels.
+        logits: float32 ``[slots, 2 * num_kv_heads]``, those of one layer where they cannot be kept beside the KV cache.
+    """
+
+    work: Workspaces
+    logits: Tensor
 
     @classmethod
     def allocate(
@@ -125,46 +176,19 @@ class DeviceBuffers:
     ) -> DeviceBuffers:
         """Buffers for ``requests_per_round`` requests, and for logits of so many slots."""
         requests = requests_per_round(shape, pattern, max_num_seqs, max_tokens)
-
-        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
         return cls(
             requests,
-            Workspaces.allocate(requests, shape, pattern, device),
-            zeros(2 * MAX_REQUESTS),
-            zeros(MAX_REQUESTS),
-            zeros(shape.num_layers, 2 * MAX_REQUESTS, dtype=torch.int64),
-            torch.empty(slots, 2 * shape.num_kv_heads, dtype=torch.float32, device=device),
-            torch.empty(0, device=device),
+            work=Workspaces.allocate(requests, shape, pattern, device),
+            logits=torch.empty(slots, 2 * shape.num_kv_heads, dtype=torch.float32, device=device),
+            **round_buffers(shape.num_layers, device),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """Device memory held."""
-        return _bytes([value for value in vars(self).values() if isinstance(value, Tensor)] + self.work.tensors())
-
-    def visited(self, place: int) -> Tensor:
-        """Counters that ``attend`` adds to, of the layer with this ``SparseLayer.place``."""
-        return self.counts[place, :MAX_REQUESTS]
-
-    def guarded(self, place: int) -> Tensor:
-        """Counters that ``guard`` adds to, of the layer with this ``SparseLayer.place``."""
-        return self.counts[place, MAX_REQUESTS:]
+    def workspaces(self) -> list[Tensor]:
+        """Scratch of the kernels."""
+        return self.work.tensors()
 
     def missing_logits(self, slots: int) -> Tensor:
         """Logits for so many slots of the cache, all missing; valid until the next call."""
         if self.logits.shape[0] < slots:
             self.logits = self.logits.new_empty(slots, self.logits.shape[1])
         return self.logits[:slots].fill_(float("nan"))
-
-    def reserve_queries(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Make room for ``unquantised`` queries of up to this shape."""
-        if self.queries.dtype != dtype or self.queries.shape[1:] != shape[1:] or self.queries.shape[0] < shape[0]:
-            self.queries = torch.empty(shape, dtype=dtype, device=self.counts.device)
-
-    def unquantised(self, query: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queries ``[rows, num_heads, head_size]`` in another type; valid until the next call."""
-        rows, heads, size = query.shape
-        self.reserve_queries((rows, heads, size), dtype)
-        return self.queries[:rows].copy_(query)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_vsprefill.kernels.attend import triton as attend_triton
 from vllm_vsprefill.kernels.attend.paged import check_attend
 from vllm_vsprefill.kernels.guard import triton as guard_triton
+from vllm_vsprefill.kernels.guard import upper_bound
 from vllm_vsprefill.kernels.guard.paged import check_guard
 from vllm_vsprefill.kernels.merge import triton as merge_triton
 from vllm_vsprefill.kernels.merge.paged import check_build_index
@@ -24,7 +25,9 @@ from vllm_vsprefill.kernels.score import triton as score_triton
 from vllm_vsprefill.kernels.score.paged import check_score_missing
 from vllm_vsprefill.kernels.select import triton as select_triton
 from vllm_vsprefill.kernels.select.paged import check_gather, check_select
+from vllm_vsprefill.kernels.tile_index import TileIndex
 from vllm_vsprefill.kernels.types import Budgets
+from vllm_vsprefill.plan import RequestRows
 from vllm_vsprefill.prefill.buffers import DeviceBuffers
 from vllm_vsprefill.prefill.layer import SparseLayer
 
@@ -60,11 +63,13 @@ class Round:
         whole: all rows of their chunks, on whole sequences; columns and diagonals are chosen for these.
         rows: without the dense last rows.
         guarded: ``rows`` as ``guard`` leaves them, or None where no selection can exceed ``max_density``.
+        tiles: lists of keys for every tile, where those are chosen (``CudaTilePrefill``).
     """
 
     whole: Batch
     rows: Batch
     guarded: Batch | None = None
+    tiles: TileIndex | None = None
 
 
 class CudaPrefill:
@@ -94,6 +99,22 @@ class CudaPrefill:
         self.max_density = max_density
         self.operations = operations
         self.is_warm = False
+
+    def rounds(self, sparse: Sequence[RequestRows]) -> list[tuple[RequestRows, ...]]:
+        """Requests that go through the kernels together: as many as the buffers have room for."""
+        size = self.buffers.requests
+        return [tuple(sparse[i : i + size]) for i in range(0, len(sparse), size)]
+
+    def index(self, requests: Sequence[RequestRows]) -> TileIndex | None:
+        """Nothing: what is chosen has its place in the buffers."""
+        return None
+
+    def may_exceed(self, rows: RequestRows) -> bool:
+        """Whether a selection for these rows could compute more than ``max_density`` of them."""
+        if self.max_density >= 1.0:
+            return False
+        pattern = self.buffers.work.index.pattern
+        return upper_bound(pattern, rows.rows, rows.seq_len, self.budgets) > self.max_density
 
     def choose(self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, *, scale: float) -> None:
         """Choose the keys of a round, with whole sequences in view.

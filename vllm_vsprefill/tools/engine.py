@@ -243,7 +243,8 @@ def _estimator(options: Any, config: Any, found: Any) -> Finding:
     if found.folder is not None:
         indexer = f"trained indexer {found.folder.name} ({found.folder}){remark}"
         return make("estimator", f"{indexer}; options: {options.describe()}")
-    if options.estimator == "sampled":
+    name = "sampled" if options.estimator == "sampled" else "priced"
+    if options.estimator == name:
         why = "as asked for"
     else:
         try:
@@ -254,7 +255,7 @@ def _estimator(options: Any, config: Any, found: Any) -> Finding:
             why = (
                 "no installed indexer was trained for this model (checkpoint names another, vsprefill train makes one)"
             )
-    return make("estimator", f"training-free (sampled): {why}{remark}; options: {options.describe()}")
+    return make("estimator", f"training-free ({name}): {why}{remark}; options: {options.describe()}")
 
 
 def _layers(options: Any, config: Any, covered: Any) -> tuple[int, Counter[str]]:

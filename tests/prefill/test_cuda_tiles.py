@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""The prefill of a round with a list for every tile, by the references of its operations, against each sequence alone.
+
+The kernels take the place of the references in ``tests/backends/test_cuda_layer.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.prefill import operations
+from vllm_vsprefill.kernels.paged import Batch, PagedKV
+from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.plan import RequestRows
+from vllm_vsprefill.prefill.cpu_tiles import REFERENCE, CPUTilePrefill
+from vllm_vsprefill.prefill.cuda import Round
+from vllm_vsprefill.prefill.cuda_tiles import CudaTilePrefill
+from vllm_vsprefill.prefill.layer import Heads, SparseLayer
+from vllm_vsprefill.prefill.tiles import LONGER, TileBuffers, TileShape, Tiling, tile_positions
+
+HEADS, BLOCK, SCALE = Heads(6, 2, 16), 16, 0.5
+PATTERN = SparsePattern(block_q=20, block_k=4, window=24, sinks=6, dense_last=0)
+LENGTHS, ROWS = (430, 380), (150, 64)  # tokens of each sequence, rows of each chunk
+LAYER = SparseLayer(1, 1, HEADS, None, torch.full((2, 2), 0.5, dtype=torch.float64))
+
+
+class Problem:
+    """Two sequences in one cache whose blocks lie in random order."""
+
+    def __init__(self) -> None:
+        rng = torch.Generator().manual_seed(3)
+        cache = torch.randn((60, 2, BLOCK, 32), generator=rng)
+        table = torch.randperm(60, generator=rng)[:54].view(2, 27).int()
+        self.kv = PagedKV(cache, table)
+        self.slots = [(table[i, :, None] * BLOCK + torch.arange(BLOCK)).flatten()[:n] for i, n in enumerate(LENGTHS)]
+        self.query = 1.5 * torch.randn((sum(ROWS), *HEADS[::2]), generator=rng)
+        self.rows = Batch.from_lists(list(ROWS), list(LENGTHS))
+
+    def prefill(self, price: float, max_density: float = 1.0) -> tuple[CudaTilePrefill, Round]:
+        shape = TileShape(HEADS, torch.float32, 512, 2, 16)
+        tiling = Tiling(PATTERN, HEADS, 512, fixed=True)
+        buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=2, max_tokens=512, device=torch.device("cpu"))
+        prefill = CudaTilePrefill(price, buffers, max_density=max_density, operations=operations.TILE_REFERENCE)
+        requests = [RequestRows(0, 0, ROWS[0], LENGTHS[0]), RequestRows(1, ROWS[0], sum(ROWS), LENGTHS[1])]
+        assert prefill.rounds(requests) == [tuple(requests)]
+        guarded = self.rows._replace(row_end=buffers.sparse_end[:2]) if max_density < 1.0 else None
+        return prefill, Round(self.rows, self.rows, guarded, prefill.index(requests))
+
+    def expected(self, i: int, price: float) -> tuple[Tensor, int]:
+        """The rows of a sequence, and the pairs visited."""
+        prefill = CPUTilePrefill(PATTERN, price, priced_rows=16, operations=REFERENCE)
+        both = self.kv.cache.transpose(1, 2).flatten(0, 1)[self.slots[i]]
+        key, value = both[..., :16], both[..., 16:]
+        query = self.query.split(list(ROWS))[i]
+        chosen = prefill.choose(LAYER, query, key, value, ROWS[i], scale=SCALE)
+        assert chosen is not None
+        return prefill.attend(query, key, value, chosen, ROWS[i], scale=SCALE)
+
+
+@pytest.mark.parametrize("price", [0.0, 1.0, 2.0, 100.0])
+def test_a_round_is_its_sequences(price: float) -> None:
+    problem = Problem()
+    prefill, requests = problem.prefill(price)
+    out = torch.full_like(problem.query, 7.0)
+    prefill.choose(LAYER, problem.query, problem.kv, requests, scale=SCALE)
+    prefill.attend(LAYER, problem.query, problem.kv, requests, scale=SCALE, out=out)
+    shares = []
+    for i, rows in enumerate(out.split(list(ROWS))):
+        expected, visited = problem.expected(i, price)
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+        assert int(prefill.buffers.visited(1)[i]) == visited
+        shares.append(visited / 2 / PATTERN.causal_pairs(ROWS[i], LENGTHS[i]))
+    assert not prefill.buffers.counts[0].any()
+    assert not prefill.buffers.guarded(1).any()
+    if price == 0.0:
+        assert shares == [1.0, 1.0]
+    if price == 100.0:
+        assert max(shares) < 0.2
+    if price == 2.0:
+        assert 0.1 < min(shares) < 0.9
+
+
+def test_the_guard_keeps_rows_for_the_dense_kernel() -> None:
+    problem = Problem()
+    prefill, requests = problem.prefill(0.0, max_density=0.9)
+    out = torch.full_like(problem.query, 7.0)
+    prefill.choose(LAYER, problem.query, problem.kv, requests, scale=SCALE)
+    prefill.attend(LAYER, problem.query, problem.kv, requests, scale=SCALE, out=out)
+    assert prefill.buffers.dense_rows[:4].tolist() == [0, ROWS[0], 0, ROWS[1]]
+    assert bool((out == 7.0).all())
+    assert int(prefill.buffers.guarded(1)[1]) == 2
+
+
+@pytest.mark.parametrize(("group", "positions"), [(1, 128), (3, 42), (4, 32), (6, 20), (7, 18), (8, 16), (64, 2)])
+def test_tiles_fill_a_program_and_grow_with_the_sequence(group: int, positions: int) -> None:
+    assert tile_positions(group, 1) == tile_positions(group, LONGER[0]) == positions
+    assert tile_positions(group, LONGER[0] + 1) == 2 * positions
+    tiling = Tiling(PATTERN, Heads(2 * group, 2, 64), 131072)
+    assert [limit for _, limit in tiling.patterns] == [LONGER[0], LONGER[1], 131072]
+    assert tiling.of(LONGER[0]).block_q == positions
+    assert tiling.of(131072).block_q == 4 * positions
+
+
+def test_requests_with_other_tiles_are_another_round() -> None:
+    tiling = Tiling(PATTERN, HEADS, 131072)
+    shape = TileShape(HEADS, torch.bfloat16, 131072, 2, 16)
+    buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=16, max_tokens=1024, device=torch.device("meta"))
+    prefill = CudaTilePrefill(0.1, buffers, operations=operations.TILE_REFERENCE)
+    lengths = (40000, 20000, 60000, 100000, 99000, 30000)
+    requests = [RequestRows(i, 100 * i, 100 * i + 100, n) for i, n in enumerate(lengths)]
+    found = [[rows.seq_len for rows in one] for one in prefill.rounds(requests)]
+    assert found == [[40000, 20000], [60000], [100000, 99000], [30000]]
+    for one in prefill.rounds(requests):
+        index = prefill.index(one)
+        assert index.bits.shape[2] * 32 >= max(rows.seq_len for rows in one)

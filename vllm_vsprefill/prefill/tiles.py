@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""Tiles of queries that share a list of keys, and the device memory for their lists."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_vsprefill.kernels.price.paged import PriceWorkspace, allocate_price
+from vllm_vsprefill.kernels.rank.paged import RankWorkspace, allocate_rank
+from vllm_vsprefill.kernels.tile_index import TileIndex, TileStorage, allocate_tiles
+from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.plan import MIN_ROWS
+from vllm_vsprefill.prefill.buffers import MAX_REQUESTS, RoundBuffers, round_buffers
+from vllm_vsprefill.prefill.layer import Heads
+
+PIECE_ROWS = 128
+"""Rows, positions times heads of a group, that a program of ``attend_tiles`` multiplies at a time."""
+
+LONGER = (49152, 98304, 196608)
+"""Tokens of the sequence beyond which a tile has twice the positions: ranking costs rows times keys by positions of a
+tile, and lists are read by more than one program then."""
+
+
+def tile_positions(group: int, seq_len: int) -> int:
+    """Positions of a tile on a GPU: what fills the rows of one program, more where sequences are long."""
+    piece = 2 * max(PIECE_ROWS // 2 // group, 1)
+    return piece << sum(seq_len > limit for limit in LONGER)
+
+
+class Tiling:
+    """Which tiles a sequence is cut into, by its length.
+
+    Args:
+        pattern: window, sinks and granules; its ``block_q`` counts where ``fixed`` is set.
+        heads: of a layer.
+        max_seq_len: tokens of the longest sequence.
+        fixed: the user has said how long tiles are.
+    """
+
+    def __init__(self, pattern: SparsePattern, heads: Heads, max_seq_len: int, *, fixed: bool = False) -> None:
+        group = heads.num_heads // heads.num_kv_heads
+        limits = [*(limit for limit in LONGER if limit < max_seq_len), max_seq_len]
+        if fixed:
+            self._patterns = [(pattern, max_seq_len)]
+        else:
+            self._patterns = [
+                (dataclasses.replace(pattern, block_q=tile_positions(group, limit)), limit) for limit in limits
+            ]
+
+    @property
+    def patterns(self) -> list[tuple[SparsePattern, int]]:
+        """All of them, each with the longest sequence that it is for."""
+        return self._patterns
+
+    def of(self, seq_len: int) -> SparsePattern:
+        """The pattern for a sequence."""
+        return next((pattern for pattern, limit in self._patterns if seq_len <= limit), self._patterns[-1][0])
+
+
+class TileShape(NamedTuple):
+    """What decides how large the buffers are.
+
+    Attributes:
+        heads: of a layer on this rank.
+        dtype: of queries.
+        max_seq_len: tokens of the longest sequence.
+        num_layers: layers that run sparse.
+        priced_rows: rows of a chunk whose true attention is computed.
+    """
+
+    heads: Heads
+    dtype: torch.dtype
+    max_seq_len: int
+    num_layers: int
+    priced_rows: int
+
+
+@dataclass
+class TileBuffers(RoundBuffers):
+    """Buffers where every tile has a list of its own.
+
+    Attributes:
+        tiling: which tiles.
+        storage: lists.
+        price, rank: workspaces of these operations.
+    """
+
+    tiling: Tiling
+    storage: TileStorage
+    price: PriceWorkspace
+    rank: RankWorkspace
+
+    @classmethod
+    def allocate(
+        cls, shape: TileShape, tiling: Tiling, *, max_num_seqs: int, max_tokens: int, device: torch.device
+    ) -> TileBuffers:
+        """Buffers for all requests that a step can have, ``MAX_REQUESTS`` at most."""
+        requests = max(1, min(MAX_REQUESTS, max_num_seqs, max_tokens // MIN_ROWS))
+        heads = shape.heads
+        smallest = min(pattern.block_q for pattern, _ in tiling.patterns)
+        return cls(
+            requests,
+            tiling=tiling,
+            storage=allocate_tiles(requests, heads.num_kv_heads, max_tokens, tiling.patterns, device),
+            price=allocate_price(
+                requests, heads.num_heads, heads.num_kv_heads, heads.head_size, shape.max_seq_len, shape.priced_rows,
+                shape.dtype, device,
+            ),
+            rank=allocate_rank(
+                max_tokens, requests, heads.num_heads, heads.head_size, smallest, shape.dtype, device
+            ),
+            **round_buffers(shape.num_layers, device),
+        )  # fmt: skip
+
+    def workspaces(self) -> list[Tensor]:
+        """Scratch of the kernels."""
+        parts = (*self.storage, *self.price, *self.rank)
+        return [part for part in parts if isinstance(part, Tensor)]
+
+    def index(self, row_end: int, requests: int, longest: int) -> TileIndex:
+        """Lists of a round, in this memory; all of its sequences have the same tiles."""
+        return self.storage.view(self.tiling.of(longest), row_end, requests, longest)
