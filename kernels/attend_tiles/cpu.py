@@ -98,7 +98,7 @@ def _rows(call: _Call, head: int, first: int, last: int, keys: Tensor, values: T
     # Any shift is right. These keys bring it near the largest logit: sinks and neighbours are what most rows attend to.
     step = -(-count // REFERENCE)
     reference = torch.cat((keys[:REFERENCE], keys[-count::step]))
-    shift = (queries @ reference.T).amax(1, keepdim=True).float().mul_(-scale).to(queries.dtype)
+    shift = (reference @ queries.T).amax(0).float().mul_(-scale).to(queries.dtype).unsqueeze(1)
     logits = call.buffers.take("logits", len(queries), len(keys))
     torch.addmm(shift, queries, keys.T, alpha=scale, out=logits)
     logits[:, -count:] += call.future(count)

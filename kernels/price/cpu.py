@@ -94,7 +94,7 @@ class _Rows:
         group = len(queries) // len(positions)
         # Any shift is right; near the largest logit products are rounded least.
         reference = torch.cat((keys[:16], keys[positions]))
-        shift = (queries @ reference.T).amax(1, keepdim=True).float().mul_(-call.scale).to(queries.dtype)
+        shift = (reference @ queries.T).amax(0).float().mul_(-call.scale).to(queries.dtype).unsqueeze(1)
         probs = call.buffers.take("probs", len(queries), end)
         torch.addmm(shift, queries, keys.T, alpha=call.scale, out=probs)
         for i, position in enumerate(positions):
