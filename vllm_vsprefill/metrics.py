@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 SPARSE, DENSE = "sparse", "dense"
 NO_REASON = "none"
 
-GATE_REASONS = ("decode", "switched_off", "few_rows", "short_sequence", "few_pairs")
+GATE_REASONS = ("decode", "switched_off", "few_rows", "short_sequence", "few_pairs", "not_worth")
 """Why the gate leaves a chunk to the stock kernel."""
 
 NO_SPARSE_LAYER, LAST_ROWS = "no_sparse_layer", "last_rows"

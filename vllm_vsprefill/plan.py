@@ -26,6 +26,7 @@ class Gate:
         min_pairs: rows of the chunk times tokens of the sequence below which stock attention runs.
         min_rows: rows of the chunk below which it runs; ``MIN_ROWS`` beside the dense last ones in any case.
         enabled: False sends everything to the stock kernel.
+        worth: False sends everything to it that would run sparse, because that was not worth it lately.
     """
 
     min_seq_len: int
@@ -33,6 +34,7 @@ class Gate:
     min_pairs: int = 0
     min_rows: int = 0
     enabled: bool = True
+    worth: bool = True
 
     def admits(self, rows: int, seq_len: int, is_prefilling: bool) -> bool:
         """Whether ``rows`` new tokens at the end of ``seq_len`` run sparse."""
@@ -49,7 +51,9 @@ class Gate:
         shortest = self.shortest_seq_len(rows)
         if shortest is None:
             return "few_rows"
-        return "few_pairs" if seq_len < shortest else None
+        if seq_len < shortest:
+            return "few_pairs"
+        return None if self.worth else "not_worth"
 
     def shortest_seq_len(self, rows: int) -> int | None:
         """Tokens of the sequence from which a chunk of ``rows`` runs sparse; None if it never does."""

@@ -65,6 +65,7 @@ class Runtime:
         self._counts_steps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         self.switch = Switch.of(exchange)
         self._prefilled = False
+        self._worth = True
         self._logits_note = ""
         self.keeps_logits = self.indexer is not None and self._can_keep_logits(vllm_config)
         self._last_layer = -1
@@ -97,6 +98,17 @@ class Runtime:
         self.recorder.write()
         if get_tensor_model_parallel_rank() == 0:
             logger.info("VSPREFILL: switched to %s prefill.", self.switch.mode)
+
+    def worth_choosing(self, first: bool) -> bool:
+        """Whether the chunks of a step are worth choosing for, by what those of the last ones computed.
+
+        ``first``: of the builders of metadata that a step has; the others get the same answer.
+        """
+        if self.options.max_density >= 1.0:
+            return True  # the user wants all of them sparse
+        if first:
+            self._worth = self.recorder.worth.ask()
+        return self._worth
 
     def note_step(self, plan: StepPlan) -> None:
         """Tell prompts apart for the read-out: a new one begins after a step without prefill, or at position 0 with

@@ -27,6 +27,7 @@ from typing import Any
 
 from vllm_vsprefill import exchange
 from vllm_vsprefill.metrics import MAX_DENSITY, Key, Look, Tally, multiprocess_metrics, quarter
+from vllm_vsprefill.worth import Worth
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 RETRY = 10.0
@@ -103,6 +104,7 @@ class Recorder:
         self.prompt = 0
         self.num_layers = 0
         self.tally = Tally(known=rank == 0)
+        self.worth = Worth()
         self._totals: dict[int, LayerCounts] = {}
         self._before_prompt: dict[int, LayerCounts] = {}
         self._prompt_of_totals = 0
@@ -170,14 +172,17 @@ class Recorder:
     def _advance(self, totals: dict[int, LayerCounts], prompt: int) -> None:
         if prompt != self._prompt_of_totals:
             self._before_prompt, self._prompt_of_totals = self._totals, prompt
+        steps = {layer: now - self._totals.get(layer, LayerCounts()) for layer, now in totals.items()}
+        whole = sum(steps.values(), LayerCounts())
+        if causal := whole.causal - whole.given:
+            self.worth.observe((whole.computed - whole.given) / causal)
         if self._rank == 0:
-            steps = {layer: now - self._totals.get(layer, LayerCounts()) for layer, now in totals.items()}
             for layer, step in steps.items():
                 self.fall_back(layer, MAX_DENSITY, step.handed_back)
                 if causal := step.causal - step.given:
                     where = quarter(layer, self.num_layers)
                     self.tally.observe((step.computed - step.given) / causal, "vsprefill_density_ratio", where)
-            self._tell(sum(steps.values(), LayerCounts()))
+            self._tell(whole)
         self._totals = totals
 
     def _tell(self, step: LayerCounts) -> None:

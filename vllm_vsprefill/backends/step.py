@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -97,6 +98,8 @@ class SparseBuilderMixin(Generic[RoundT]):
             return None
         starts = common.query_start_loc_cpu.tolist()
         plan = plan_step(starts, lengths, flags, runtime.gate)
+        if plan.sparse and not runtime.worth_choosing(counts):
+            plan = plan_step(starts, lengths, flags, dataclasses.replace(runtime.gate, worth=False))
         runtime.note_step(plan)
         if counts:
             runtime.count_step(plan)
