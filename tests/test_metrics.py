@@ -119,5 +119,7 @@ def test_every_row_of_a_step_has_its_reason() -> None:
     assert few.shares == {("dense", "few_rows"): (1, 100)}
     off = plan_step([0, 4000], [4000], [True], Gate(1000, 64, enabled=False))
     assert off.shares == {("dense", "switched_off"): (1, 4000)}
-    reasons = {reason for step in (plan, few, off) for path, reason in step.shares if path == "dense"}
+    idle = plan_step([0, 4000], [4000], [True], Gate(1000, 64, worth=False))
+    assert idle.shares == {("dense", "not_worth"): (1, 4000)}
+    reasons = {reason for step in (plan, few, off, idle) for path, reason in step.shares if path == "dense"}
     assert reasons - {metrics.LAST_ROWS} == set(metrics.GATE_REASONS)

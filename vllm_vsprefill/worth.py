@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LIMIT = 0.8
-"""Share of the causal pairs, over all layers and those that ran stock after all, above which a step was not worth it."""
+"""Share of the causal pairs, over all layers, those that ran stock included, above which a step was not worth it."""
 
 PATIENCE = 2
 """Steps in a row that must not have been worth it."""
