@@ -16,6 +16,7 @@ from tests.backends.oracle import check, dense
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
 from vllm_vsprefill.kernels.score.cpu import score
 from vllm_vsprefill.stats import TELL
+from vllm_vsprefill.worth import FIRST_PAUSE, PATIENCE, Worth
 
 OPTIONS: dict[str, Any] = {
     "min_seq_len": 256,
@@ -310,8 +311,22 @@ def test_what_keeps_prompts_from_running_sparse_is_told_once(
 def test_everything_handed_back_is_told_the_first_times(make_layer: Any, plugin_log: list[str]) -> None:
     layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
     for _ in range(TELL + 2):
+        layer.impl._runtime.recorder.worth = Worth()  # as if others had been worth it in between
         layer.step([(layer.request(400), 400)])
     assert sum("gave a prompt's rows back" in line for line in plugin_log) == TELL
     counts = layer.impl._runtime.recorder.layers[1]
     assert counts.handed_back == counts.dense_chunks == TELL + 2
     assert not counts.sparse_chunks
+
+
+def test_what_is_not_worth_it_runs_stock_without_an_estimate(make_layer: Any) -> None:
+    layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
+    for _ in range(PATIENCE + FIRST_PAUSE + 1):
+        layer.step([(layer.request(400), 400)])
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.handed_back == PATIENCE + 1
+    assert counts.dense_chunks == PATIENCE + FIRST_PAUSE + 1
+    everything = make_layer(options={"tau_columns": 1.0, "max_density": 1.0})
+    for _ in range(PATIENCE + 2):
+        everything.step([(everything.request(400), 400)])
+    assert everything.impl._runtime.recorder.layers[1].sparse_chunks == PATIENCE + 2
