@@ -12,9 +12,13 @@ from torch import Tensor
 
 from tests.backends.simulator import LayerUnderTest, Request
 from vllm_vsprefill.backends.cpu import CPURuntime
+from vllm_vsprefill.kernels.attend_tiles import naive as attend_tiles
+from vllm_vsprefill.kernels.rank import naive as rank
 from vllm_vsprefill.kernels.score.naive import score
-from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection
+from vllm_vsprefill.kernels.types import Bars, IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
+from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
+from vllm_vsprefill.prefill.cuda_tiles import CudaTilePrefill
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -83,16 +87,105 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -
     return prefill.guard(prefill.select(sparse.tau.cpu(), *estimate, tail), rows - tail, n - tail)
 
 
+class Decisions:
+    """Takes down what the ``priced`` estimator of a layer decides: from which score on tiles list a key.
+
+    The numbers that the backend used, so that rounding cannot tip the choice of a bar; they are tested with ``price``.
+    """
+
+    def __init__(self, layer: LayerUnderTest) -> None:
+        self.layer = layer
+        self._calls: list[Bars] = []
+        self._of: dict[int, tuple[Bars, SparsePattern]] = {}  # by id of the request
+
+    @classmethod
+    def of(cls, layer: LayerUnderTest) -> Decisions:
+        """Those of a layer, from now on or from when they were first asked for."""
+        found = getattr(layer, "decisions", None)
+        if found is None:
+            found = layer.decisions = cls(layer)  # type: ignore[attr-defined]
+            if layer.impl._runtime.lists_by_tile:
+                found._listen()
+        assert isinstance(found, cls)
+        return found
+
+    def _listen(self) -> None:
+        runtime = self.layer.impl._runtime
+        prefill = runtime.prefill if isinstance(runtime, CPURuntime) else runtime.prefill_on(self.layer.device)
+        price = prefill.operations.price
+
+        def on_device(q: Tensor, kv: Any, batch: Any, index: Any, *args: Any, **kwargs: Any) -> None:
+            price(q, kv, batch, index, *args, **kwargs)
+            self._calls.append(Bars(index.bars.cpu().clone(), index.density.cpu().clone()))
+
+        def here(*args: Any, **kwargs: Any) -> Bars:
+            bars: Bars = price(*args, **kwargs)
+            self._calls.append(Bars(bars.scores[None], bars.density[None]))
+            return bars
+
+        listening: Any = here if isinstance(runtime, CPURuntime) else on_device
+        prefill.operations = prefill.operations._replace(price=listening)
+
+    def file(self, work: list[tuple[Request, int]]) -> None:
+        """After a step: whose decisions its rounds were."""
+        step, runtime = self.layer.metadata.vsprefill, self.layer.impl._runtime
+        if step is None or not runtime.lists_by_tile:
+            return
+        calls = self._calls[len(self._calls) - len(step.rounds) :]  # before them, those of warming up
+        bars = [Bars(scores, density) for call in calls for scores, density in zip(*call, strict=True)]
+        if not isinstance(runtime, CPURuntime):
+            tiling = runtime.prefill_on(self.layer.device).buffers.tiling
+        for rows, one in zip(step.plan.sparse, bars, strict=True):
+            pattern = runtime.pattern if isinstance(runtime, CPURuntime) else tiling.of(rows.seq_len)
+            self._of[id(work[rows.request][0])] = one, pattern
+        self._calls.clear()
+
+    def last(self, request: Request) -> tuple[Bars, SparsePattern]:
+        """What was decided for a request's last sparse chunk, and the tiles that it was cut into."""
+        return self._of[id(request)]
+
+
+def step(layer: LayerUnderTest, work: list[tuple[Request, int]], *args: Any) -> list[Tensor]:
+    """``layer.step``, of which ``reference`` knows the bars."""
+    decisions = Decisions.of(layer)
+    outputs = layer.step(work, *args)
+    decisions.file(work)
+    return outputs
+
+
+def listed(layer: LayerUnderTest, request: Request, rows: int) -> Tensor | None:
+    """Keys that the tiles of a sparse chunk list, bool ``[Hkv, tiles, n]``, without the dense last rows; None where
+    the choice exceeds ``max_density``."""
+    runtime, n = layer.impl._runtime, request.computed
+    tail, scale = runtime.options.dense_last_rows, layer.impl.scale
+    bars, pattern = Decisions.of(layer).last(request)
+    if float(bars.density.mean()) > runtime.options.max_density:
+        return None
+    query, key = request.query[n - rows : n - tail], request.key[: n - tail]
+    operation = rank.rank
+    if isinstance(runtime, CPURuntime):  # keys on a bar are on the side where the backend put them
+        assert isinstance(runtime.prefill, CPUTilePrefill)
+        operation = runtime.prefill.operations.rank
+    return operation(query, key, bars.scores, scale=scale, pattern=pattern)
+
+
 def reference(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Tensor, int]:
     """A sparse chunk's rows, the dense last ones among them, and the pairs computed for them."""
     tail, n = layer.impl._runtime.options.dense_last_rows, request.computed
-    selection = chosen(layer, request, rows)
+    by_tile = layer.impl._runtime.lists_by_tile
+    selection = listed(layer, request, rows) if by_tile else chosen(layer, request, rows)
     if selection is None:
         return dense(layer, request, rows), causal_pairs(layer, request, rows)
     query, key, value = (getattr(request, name)[:n].double() for name in ("query", "key", "value"))
-    sparse, visited = reference_prefill(layer).attend(
-        query[n - rows :], key, value, selection, rows - tail, scale=layer.impl.scale
-    )
+    if isinstance(selection, Tensor):
+        _, pattern = Decisions.of(layer).last(request)
+        sparse, visited = attend_tiles.attend_tiles(
+            query[n - rows : n - tail], key[: n - tail], value[: n - tail], selection, pattern, scale=layer.impl.scale
+        )
+    else:
+        sparse, visited = reference_prefill(layer).attend(
+            query[n - rows :], key, value, selection, rows - tail, scale=layer.impl.scale
+        )
     pairs = int(visited) + causal_pairs(layer, request, tail)
     return (torch.cat((sparse, dense(layer, request, tail))) if tail else sparse), pairs
 
@@ -110,7 +203,7 @@ def check(
     sparse = [
         gate.admits(rows, request.computed + rows, flag) for (request, rows), flag in zip(work, flags, strict=True)
     ]
-    outputs = layer.step(work, prefilling, rejected)
+    outputs = step(layer, work, prefilling, rejected)
     for (request, rows), output, is_sparse in zip(work, outputs, sparse, strict=True):
         expected = reference(layer, request, rows)[0] if is_sparse else dense(layer, request, rows)
         error = float((output.double() - expected).norm() / expected.norm())

@@ -16,6 +16,7 @@ from tests.backends.oracle import check, dense
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
 from vllm_vsprefill.kernels.score.cpu import score
 from vllm_vsprefill.stats import TELL
+from vllm_vsprefill.tuning import CPU
 from vllm_vsprefill.worth import FIRST_PAUSE, PATIENCE, Worth
 
 OPTIONS: dict[str, Any] = {
@@ -31,7 +32,9 @@ OPTIONS: dict[str, Any] = {
     "min_diagonals": 1,
     "max_diagonals": 4,
     "max_density": 1.0,
+    "price": 1.0,  # queries and keys are random: what is left out is missed
 }
+ESTIMATORS = ["vsindexer", "sampled", "priced"]
 
 
 @pytest.fixture
@@ -44,9 +47,10 @@ def make_layer(single_process: Path, random_model: Path, random_indexer: Path, t
     return make
 
 
-def test_sparse_is_not_dense(make_layer: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sparse_is_not_dense(make_layer: Any, estimator: str) -> None:
     """The options of these tests do leave attention out; otherwise they would show nothing."""
-    layer = make_layer()
+    layer = make_layer(estimator)
     request = layer.request(900)
     (output,) = layer.step([(request, 900)])
     difference = (output.double() - dense(layer, request, 900)).norm() / output.double().norm()
@@ -92,7 +96,7 @@ def test_inference_mode_leaves_nothing_behind(make_layer: Any) -> None:
     assert check(layer, [(request, 300)]) == (1, 0)
 
 
-@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks(make_layer: Any, estimator: str, dtype: str) -> None:
     layer = make_layer(estimator, dtype=dtype)
@@ -102,9 +106,10 @@ def test_chunks(make_layer: Any, estimator: str, dtype: str) -> None:
     assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
 
 
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
 @pytest.mark.parametrize("order", range(3))
-def test_mixed_batch(make_layer: Any, order: int) -> None:
-    layer = make_layer()
+def test_mixed_batch(make_layer: Any, order: int, estimator: str) -> None:
+    layer = make_layer(estimator)
     running = [layer.request(30, 5), layer.request(400, 5)]
     for request in running:
         check(layer, [(request, request.prompt)])
@@ -132,8 +137,9 @@ def test_prefix_hit_reuses_logits_and_scores_only_new_tokens(make_layer: Any) ->
     assert scored == [292]
 
 
-def test_blocks_of_a_finished_request_bring_nothing_along(make_layer: Any) -> None:
-    layer = make_layer(num_blocks=24)
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
+def test_blocks_of_a_finished_request_bring_nothing_along(make_layer: Any, estimator: str) -> None:
+    layer = make_layer(estimator, num_blocks=24)
     for length in (600, 700, 640):
         request = layer.request(length)
         check(layer, [(request, 300)])
@@ -153,8 +159,9 @@ def test_decoded_tokens_are_scored_when_a_later_turn_needs_them(make_layer: Any)
     assert not layer.cached_logits(second).isnan().any()
 
 
-def test_preempted_request_starts_over(make_layer: Any) -> None:
-    layer = make_layer(num_blocks=40)
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
+def test_preempted_request_starts_over(make_layer: Any, estimator: str) -> None:
+    layer = make_layer(estimator, num_blocks=40)
     victim, other = layer.request(600, 20), layer.request(500)
     check(layer, [(victim, 600)])
     check(layer, [(victim, 1)])
@@ -166,11 +173,12 @@ def test_preempted_request_starts_over(make_layer: Any) -> None:
     check(layer, [(victim, 1)])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_traffic(make_layer: Any, seed: int) -> None:
     """Random chunking, sharing, decoding, aborting and block reuse; every output row of every step is checked."""
     rng = random.Random(seed)
-    layer = make_layer("sampled" if seed == 5 else "vsindexer", num_blocks=160, seed=seed)
+    estimator = {5: "sampled", 6: "priced", 7: "priced"}.get(seed, "vsindexer")
+    layer = make_layer(estimator, num_blocks=160, seed=seed)
     live: list[Request] = []
     sparse = 0
     for _ in range(14):
@@ -201,6 +209,56 @@ def test_thresholds_of_one_equal_dense(make_layer: Any) -> None:
         (output,) = layer.step([(request, rows)])
         torch.testing.assert_close(output.double(), dense(layer, request, rows), atol=1e-5, rtol=1e-4)
     assert layer.impl._runtime.recorder.layers[1].sparse_chunks == 2
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5])
+def test_at_no_price_everything_is_computed(make_layer: Any, limit: float) -> None:
+    """Nothing is left out where all of it is worth something; or the stock kernel does it, if it may."""
+    layer = make_layer("priced", {"price": 0, "max_density": limit})
+    request = layer.request(700)
+    for rows in (450, 250):
+        (output,) = layer.step([(request, rows)])
+        torch.testing.assert_close(output.double(), dense(layer, request, rows), atol=1e-5, rtol=1e-4)
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.density == 1.0
+    assert (counts.sparse_chunks, counts.handed_back) == ((2, 0) if limit == 1.0 else (0, 2))
+
+
+def test_the_guard_goes_by_the_expected_density(make_layer: Any) -> None:
+    """Chunk by chunk: a short sequence is within reach of the window and the first steps, a long one is not."""
+    layer = make_layer("priced", {"max_density": 0.7})
+    request = layer.request(1500)
+    for rows in (300, 500, 700):
+        check(layer, [(request, rows)])
+        expected = oracle.Decisions.of(layer).last(request)[0].density.mean()
+        assert (oracle.listed(layer, request, rows) is None) == (expected > 0.7)
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert counts.sparse_chunks
+    assert counts.handed_back == counts.dense_chunks
+
+
+def test_a_price_decides_how_dense_it_is(make_layer: Any) -> None:
+    densities = []
+    for price in (1e-6, 0.5, 1.0, 1e3):
+        layer = make_layer("priced", {"price": price})
+        request = layer.request(1200)
+        check(layer, [(request, 1200)])
+        densities.append(layer.impl._runtime.recorder.layers[1].density)
+    assert densities == sorted(densities, reverse=True)
+    assert densities[0] > 0.99
+    assert densities[-1] < 0.25
+
+
+def test_tiles_are_those_that_were_asked_for(make_layer: Any) -> None:
+    """Else the platform's, which are smaller than those for columns and diagonals."""
+    given = make_layer("priced").impl._runtime.pattern
+    assert (given.block_q, given.block_k, given.window) == (64, 16, 48)
+    layer = make_layer("priced", {"block_q": None, "block_k": None})
+    pattern = layer.impl._runtime.pattern
+    assert (pattern.block_q, pattern.block_k) == (CPU.tile_q, CPU.tile_k)
+    request = layer.request(900)
+    assert [check(layer, [(request, rows)]) for rows in (333, 567)] == [(1, 0), (1, 0)]
+    assert layer.impl._runtime.recorder.layers[1].density < 0.9
 
 
 def test_a_selection_that_would_not_pay_runs_stock(make_layer: Any) -> None:

@@ -17,6 +17,8 @@ from tests.backends.oracle import check, dense
 from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
 from vllm_vsprefill.backends import cuda_probe
+from vllm_vsprefill.kernels.price import paged as price_paged
+from vllm_vsprefill.prefill import tiles
 
 pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
 
@@ -36,7 +38,9 @@ OPTIONS: dict[str, Any] = {
     "max_diagonals": 4,
     "max_density": 1.0,
     "sampled_rows": 16,
+    "price": 1.0,  # queries and keys are random: what is left out is missed
 }
+ESTIMATORS = ["vsindexer", "sampled", "priced"]
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
 
 
@@ -45,6 +49,9 @@ def make_layer(
     single_process: Path, random_model: Path, random_indexer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     flash.install(monkeypatch)
+    if DEVICE == "cpu":
+        # The interpreter takes as long for an empty program as for one with work.
+        monkeypatch.setattr(price_paged, "PROGRAMS", 1)
 
     def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
         settings = {"dtype": DTYPE, "device": DEVICE, **settings}
@@ -62,9 +69,10 @@ def totals(layer: LayerUnderTest) -> Any:
     return layer.impl._runtime.recorder._totals[1]
 
 
-def test_sparse_is_not_dense(make_layer: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sparse_is_not_dense(make_layer: Any, estimator: str) -> None:
     """The options of these tests do leave attention out; otherwise they would show nothing."""
-    layer = make_layer()
+    layer = make_layer(estimator)
     request = layer.request(400)
     (output,) = layer.step([(request, 400)])
     difference = (output.double() - dense(layer, request, 400)).norm() / output.double().norm()
@@ -74,7 +82,7 @@ def test_sparse_is_not_dense(make_layer: Any) -> None:
     assert 0.05 < counts.density < 0.9
 
 
-@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_chunks(make_layer: Any, estimator: str) -> None:
     layer = make_layer(estimator)
     request = layer.request(500)
@@ -83,9 +91,9 @@ def test_chunks(make_layer: Any, estimator: str) -> None:
     assert ran == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0), (1, 0)]
 
 
-@pytest.mark.parametrize("order", range(3))
-def test_mixed_batch(make_layer: Any, order: int) -> None:
-    layer = make_layer()
+@pytest.mark.parametrize(("estimator", "order"), [*(("vsindexer", order) for order in range(3)), ("priced", 0)])
+def test_mixed_batch(make_layer: Any, estimator: str, order: int) -> None:
+    layer = make_layer(estimator)
     running = [layer.request(30, 5), layer.request(200, 5)]
     for request in running:
         check(layer, [(request, request.prompt)])
@@ -108,12 +116,12 @@ def test_mixed_batch(make_layer: Any, order: int) -> None:
     check(layer, work)
 
 
-@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.MonkeyPatch, estimator: str) -> None:
     from vllm_vsprefill.backends import cuda_counts
     from vllm_vsprefill.prefill import buffers
 
-    for module in (buffers, cuda_counts):
+    for module in (buffers, tiles, cuda_counts):
         monkeypatch.setattr(module, "MAX_REQUESTS", 2)
     layer = make_layer(estimator)
     work = [(layer.request(length), length) for length in (150, 200, 70, 180)]
@@ -123,15 +131,17 @@ def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.Mon
     assert totals(layer).sparse_chunks == 3
 
 
-def test_prefix_hit_and_reused_blocks(make_layer: Any) -> None:
-    layer = make_layer(num_blocks=24)
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
+def test_prefix_hit_and_reused_blocks(make_layer: Any, estimator: str) -> None:
+    layer = make_layer(estimator, num_blocks=24)
     first = layer.request(300)
     check(layer, [(first, 300)])
     second = layer.request(320, like=first, shared=224)
-    before = layer.cached_logits(second).clone()
-    assert not before.isnan().any()
+    before = None if layer.side is None else layer.cached_logits(second).clone()
     assert check(layer, [(second, 96)]) == (1, 0)
-    torch.testing.assert_close(layer.cached_logits(second)[:224], before)  # scored once
+    if before is not None:
+        assert not before.isnan().any()
+        torch.testing.assert_close(layer.cached_logits(second)[:224], before)  # scored once
     layer.release(second, keep=8)
     layer.release(first)
     layer.free = sorted(set(layer.free))
@@ -159,9 +169,10 @@ def test_reloaded_weights_leave_the_indexer(make_layer: Any) -> None:
     assert check(layer, [(request, 200)]) == (1, 0)
 
 
-def test_preempted_and_resumed(make_layer: Any) -> None:
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
+def test_preempted_and_resumed(make_layer: Any, estimator: str) -> None:
     """A resumed request computes its generated tokens again as if they were prompt."""
-    layer = make_layer()
+    layer = make_layer(estimator)
     request = layer.request(200, 100)
     check(layer, [(request, 200)])
     for _ in range(3):
@@ -261,18 +272,22 @@ def test_no_guard_where_budgets_make_it_needless(make_layer: Any) -> None:
     assert part.fallbacks == ()
 
 
-def test_counts_are_those_of_the_kernel(make_layer: Any) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_counts_are_those_of_the_kernel(make_layer: Any, estimator: str) -> None:
     """Visited pairs as the reference counts them, over two steps with dense rows between."""
-    layer = make_layer()
+    layer = make_layer(estimator)
     request, other = layer.request(400), layer.request(50)
     expected = causal = 0
     for one, rows in ((request, 200), (other, 50), (request, 200)):
-        layer.step([(one, rows)])
+        oracle.step(layer, [(one, rows)])
         pairs = oracle.causal_pairs(layer, one, rows)
         causal += pairs
         expected += pairs if one is other else oracle.reference(layer, one, rows)[1]
     counts = totals(layer)
-    assert (counts.computed, counts.causal) == (expected, causal)
+    assert counts.causal == causal
+    # Products of half precision put some keys on the other side of a bar.
+    slack = 2e-3 * causal if estimator == "priced" and DTYPE != "float32" else 0
+    assert counts.computed == pytest.approx(expected, abs=slack)
     assert (counts.sparse_chunks, counts.dense_chunks) == (2, 1)
 
 
@@ -342,8 +357,9 @@ def test_with_a_connector_no_logits_are_kept(make_layer: Any) -> None:
 
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("num_heads", [2, 6, 16])
-def test_shapes(make_layer: Any, head_size: int, num_heads: int) -> None:
-    layer = make_layer("sampled", head_size=head_size, num_heads=num_heads)
+@pytest.mark.parametrize("estimator", ["sampled", "priced"])
+def test_shapes(make_layer: Any, head_size: int, num_heads: int, estimator: str) -> None:
+    layer = make_layer(estimator, head_size=head_size, num_heads=num_heads)
     request = layer.request(260)
     assert check(layer, [(request, 260)]) == (1, 0)
 
@@ -415,7 +431,7 @@ def test_all_reasons_at_once(make_layer: Any, plugin_log: list[str]) -> None:
 
 
 @pytest.mark.parametrize("quantised_queries", [True] if DEVICE == "cuda" else [False, True])
-@pytest.mark.parametrize("estimator", ["vsindexer", "sampled"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_fp8_cache(make_layer: Any, estimator: str, quantised_queries: bool) -> None:
     """Keys, values and, as FlashAttention 3 wants them, queries in fp8 with scales."""
     layer = make_layer(estimator, engine={"kv_cache_dtype": "fp8"}, quantised_queries=quantised_queries)
