@@ -18,7 +18,6 @@ from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.types import Bars, IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
-from vllm_vsprefill.prefill.cuda_tiles import CudaTilePrefill
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -111,7 +110,8 @@ class Decisions:
 
     def _listen(self) -> None:
         runtime = self.layer.impl._runtime
-        prefill = runtime.prefill if isinstance(runtime, CPURuntime) else runtime.prefill_on(self.layer.device)
+        on_host = isinstance(runtime, CPURuntime)
+        prefill: Any = runtime.prefill if on_host else runtime.prefill_on(self.layer.device)
         price = prefill.operations.price
 
         def on_device(q: Tensor, kv: Any, batch: Any, index: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,8 +123,7 @@ class Decisions:
             self._calls.append(Bars(bars.scores[None], bars.density[None]))
             return bars
 
-        listening: Any = here if isinstance(runtime, CPURuntime) else on_device
-        prefill.operations = prefill.operations._replace(price=listening)
+        prefill.operations = prefill.operations._replace(price=here if on_host else on_device)
 
     def file(self, work: list[tuple[Request, int]]) -> None:
         """After a step: whose decisions its rounds were."""
