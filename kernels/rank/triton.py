@@ -28,6 +28,7 @@ ROWS = 16  # of a tile, added at once
 NEAR_ROWS = 64  # of the second kernel: tiles times heads of the group
 NEAR_SPAN = 256  # positions that its tiles cover together, about: they share the keys of their windows
 NEAR_KEYS = 64
+LONG = 128  # positions of a tile from which on a chunk has few
 LOG2E = math.log2(math.e)
 
 
@@ -219,11 +220,14 @@ def means_and_near(
     )  # fmt: skip
 
 
-def marks_settings(head_size: int, element_size: int) -> Settings:
-    """Tiles of ``marks``: three programs of a multiprocessor of capability 9.0 take turns with heads of 128."""
+def marks_settings(head_size: int, element_size: int, block_q: int) -> Settings:
+    """Tiles of ``marks``: three programs of a multiprocessor of capability 9.0 take turns with heads of 128. Where tiles
+    are long there are few of them, and the loop over them is too short for a third stage to pay."""
     if element_size > 2:
         return Settings(32, 64, 4, 1) if head_size <= 128 else Settings(16, 32, 4, 1)
-    return Settings(64, 128 if head_size <= 128 else 64, 4, 2)
+    if head_size > 128:
+        return Settings(64, 64, 4, 2)
+    return Settings(64, 128, 4, 3 if block_q < LONG else 2)
 
 
 def marks(
@@ -232,7 +236,7 @@ def marks(
 ) -> None:  # fmt: skip
     """Bits, after ``means_and_near``. Arguments are as for ``rank``."""
     heads, size, bits = kv.num_kv_heads, kv.head_size, index.bits
-    config = config or marks_settings(size, q.element_size())
+    config = config or marks_settings(size, q.element_size(), index.pattern.block_q)
     launch(
         _marks_kernel, (cdiv(batch.max_seq_len, config.block_n), heads, batch.num_requests),
         (
