@@ -221,8 +221,10 @@ def means_and_near(
 
 
 def marks_settings(head_size: int, element_size: int, block_q: int) -> Settings:
-    """Tiles of ``marks``: three programs of a multiprocessor of capability 9.0 take turns with heads of 128. Where tiles
-    are long there are few of them, and the loop over them is too short for a third stage to pay."""
+    """Tiles of ``marks``: three programs of a multiprocessor of capability 9.0 take turns with heads of 128.
+
+    Where tiles are long there are few of them, and the loop over them is too short for a third stage to pay.
+    """
     if element_size > 2:
         return Settings(32, 64, 4, 1) if head_size <= 128 else Settings(16, 32, 4, 1)
     if head_size > 128:
