@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Time to first token of a real model on real text, on a GPU: the stock backend and VSPREFILL, each in an engine.
+"""Time to first token of a real model on real text: the stock backend and VSPREFILL, each in an engine.
 
 Prompts are pieces of the given texts, a new one for every measurement and the same ones for every setting; prefix
 caching is off, chunks have 8,192 tokens. Each setting is an engine in a process of its own; its rows are written as
@@ -8,17 +8,23 @@ they are measured, and a setting that fails does not keep the next from running.
 
     python -m benchmarks.real_ttft MODEL_FOLDER book.txt code.txt --settings dense,balanced --lengths 8192,32768 \\
         --out results.json
+
+With ``--turns`` all engines are started first and take turns, prompt by prompt, while the others wait: on a CPU that
+has other work to do, times of neighbouring measurements can be compared, those of different minutes cannot. It takes
+memory for all engines at once.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +33,9 @@ import typer
 from benchmarks import environment
 from benchmarks.ttft import ATTENTION, CHUNK, Results
 from vllm_vsprefill.eval.settings import DENSE, KNOWN
+
+WARM = 100
+"""Number of the first prompt that warms up."""
 
 
 class RealEngine:
@@ -91,18 +100,78 @@ def measure(task: dict[str, Any]) -> None:
     results, name = Results(Path(task["out"])), task["setting"]
     engine = RealEngine(task, task["options"])
     for length in task["lengths"]:
-        for warm in range(2):
-            engine.generate(engine.prompt(length, 100 + warm))
+        for warm in range(task["warm"]):
+            engine.generate(engine.prompt(length, WARM + warm))
         before = engine.counts() if engine.sparse else None
         times = [engine.generate(engine.prompt(length, number)) for number in range(task["runs"])]
-        row: dict[str, Any] = {"setting": name, "length": length, "seconds": statistics.median(times), "runs": times}
-        if before is not None:
-            total, layers = engine.counts()
-            row["density"] = (total - before[0]).density
-            row["layer_density"] = [round((layers[i] - before[1][i]).density, 4) for i in sorted(layers)]
-        results.add("ttft", row)
+        results.add("ttft", {**row(name, length, times), **densities(engine, before)})
     if task["profile"]:
         results.add("profile", {"setting": name, **profile(engine, max(task["lengths"]))})
+
+
+def row(name: str, length: int, times: list[float]) -> dict[str, Any]:
+    """The times of one setting and length."""
+    return {"setting": name, "length": length, "seconds": statistics.median(times), "runs": times}
+
+
+def densities(engine: RealEngine, before: Any) -> dict[str, Any]:
+    """What has been computed since ``before``, which is None for the stock backend."""
+    if before is None:
+        return {}
+    total, layers = engine.counts()
+    return {
+        "density": (total - before[0]).density,
+        "layer_density": [round((layers[i] - before[1][i]).density, 4) for i in sorted(layers)],
+    }
+
+
+def serve(task: dict[str, Any], asked: Connection) -> None:
+    """An engine in this process that does what it is asked for, until it is asked for None."""
+    engine, before = RealEngine(task, task["options"]), None
+    asked.send(None)
+    for action, *numbers in iter(asked.recv, None):
+        if action == "generate":
+            asked.send(engine.generate(engine.prompt(*numbers)))
+        elif action == "begin":
+            before = engine.counts() if engine.sparse else None
+            asked.send(None)
+        else:
+            asked.send(densities(engine, before))
+
+
+def take_turns(tasks: list[dict[str, Any]], results: Results) -> None:
+    """All settings, prompt by prompt in turns.
+
+    Raises:
+        EOFError: an engine has died.
+    """
+    context = multiprocessing.get_context("spawn")
+    engines: dict[str, Connection] = {}
+
+    def ask(name: str, *question: Any) -> Any:
+        engines[name].send(question)
+        return engines[name].recv()
+
+    for task in tasks:
+        engines[task["setting"]], theirs = context.Pipe()
+        context.Process(target=serve, args=(task, theirs)).start()
+        theirs.close()
+        engines[task["setting"]].recv()  # it is ready
+    for length in tasks[0]["lengths"]:
+        for warm in range(tasks[0]["warm"]):
+            for name in engines:
+                ask(name, "generate", length, WARM + warm)
+        for name in engines:
+            ask(name, "begin")
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(tasks[0]["runs"]):
+            for name in engines:
+                times[name].append(ask(name, "generate", length, number))
+                print(length, name, f"{times[name][-1]:.2f} s", flush=True)
+        for name in engines:
+            results.add("ttft", {**row(name, length, times[name]), **ask(name, "end")})
+    for engine in engines.values():
+        engine.send(None)
 
 
 def profile(engine: RealEngine, length: int) -> dict[str, Any]:
@@ -136,16 +205,19 @@ def main(
     runs: Annotated[int, typer.Option(help="measurements of a length")] = 5,
     chunk: Annotated[int, typer.Option(help="max_num_batched_tokens")] = CHUNK,
     eager: Annotated[bool, typer.Option(help="no compilation, no graphs")] = False,
+    warm: Annotated[int, typer.Option(help="prompts of a length before it is measured")] = 2,
+    turns: Annotated[bool, typer.Option(help="engines take turns, prompt by prompt")] = False,
     profile: Annotated[bool, typer.Option(help="time by kernel of the longest prompt, too")] = False,
 ) -> None:
-    """Measure every setting, one engine after the other."""
+    """Measure every setting, one engine after the other or, with --turns, all in turns."""
     known = {**KNOWN, **json.loads(options)}
     results = Results(out)
     wanted = {name: known[name] for name in settings.split(",")}
     facts = {"model": model.name, "texts": [text.name for text in texts], "chunk": chunk, "eager": eager}
+    facts |= {"turns": True} if turns else {}
     results.update(lambda record: record.update({**environment.describe(), **facts, "settings": wanted}))
-    for name in wanted:
-        task = {
+    tasks = [
+        {
             "model": str(model),
             "texts": [str(text) for text in texts],
             "out": str(out),
@@ -155,13 +227,20 @@ def main(
             "runs": runs,
             "chunk": chunk,
             "eager": eager,
+            "warm": warm,
             "profile": profile,
         }
+        for name in wanted
+    ]
+    if turns:
+        take_turns(tasks, results)
+        return
+    for task in tasks:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump(task, file)
         status = subprocess.run([sys.executable, "-m", "benchmarks.real_ttft", "--worker", file.name]).returncode
         if status:
-            results.add("failed", {"setting": name, "status": status})
+            results.add("failed", {"setting": task["setting"], "status": status})
 
 
 if __name__ == "__main__":

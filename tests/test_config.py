@@ -303,6 +303,20 @@ def test_a_platform_fills_in_what_is_not_given() -> None:
         VSPrefillConfig.from_sources().pattern()
 
 
+def test_a_platform_fills_in_what_suits_lists_by_tile() -> None:
+    tuning = PlatformTuning(block_q=32, block_k=2, priced_rows=8, tile_max_density=1.0, tile_min_seq_len=512)
+
+    def chosen(given: dict[str, object], trained: bool = False) -> tuple[int, float, int]:
+        options = VSPrefillConfig.from_sources(given).resolved(tuning).for_estimator(trained, tuning)
+        assert options.given() == given  # a platform's choice is not the user's
+        return options.sampled_rows, options.max_density, options.min_seq_len
+
+    assert chosen({}) == chosen({"estimator": "priced"}) == (8, 1.0, 512)
+    assert chosen({"sampled_rows": 64, "max_density": 0.5, "min_seq_len": 8192}) == (64, 0.5, 8192)
+    assert chosen({"estimator": "sampled"}) == chosen({}, trained=True) == (64, 0.5, 8192)
+    assert VSPrefillConfig.from_sources().for_estimator(False, cuda_tuning((9, 0))).max_density == 0.5
+
+
 def test_tuning_goes_by_capability() -> None:
     assert cuda_tuning((9, 0)) == cuda_tuning((9, 9)) == cuda_tuning((12, 0))
     assert cuda_tuning(None) == cuda_tuning((7, 5)) == cuda_tuning((8, 9))

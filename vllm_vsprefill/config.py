@@ -277,7 +277,8 @@ class _Options(BaseModel):
     max_density: _Share = Field(
         0.5,
         description="A chunk runs the stock kernel in layers whose selection would compute more than this share of it; "
-        "1 never does that.",
+        "1 never does that. 1 on CPU with the 'priced' estimator, where it is not given: computing everything is "
+        "faster there than the stock kernel.",
     )
     dense_layers: _Layers = Field((), description="Layers that always run the stock kernel.")
     window: _Count = Field(
@@ -290,7 +291,7 @@ class _Options(BaseModel):
     block_q: _QueryTile = Field(
         None,
         description="Query tile, in positions; its rows share one list of keys. null: 128 on CPU, 16 on CUDA; with the "
-        "'priced' estimator what fills a program, more for long sequences.",
+        "'priced' estimator 64 on CPU, and on CUDA what fills a program, more for long sequences.",
     )
     block_k: _Granule = Field(
         None,
@@ -299,7 +300,9 @@ class _Options(BaseModel):
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
     ] = Field(
-        64, description="Query rows per chunk whose true attention the estimators 'sampled' and 'priced' compute."
+        64,
+        description="Query rows per chunk whose true attention the estimators 'sampled' and 'priced' compute. 32 on "
+        "CPU with 'priced', where it is not given.",
     )
 
 
@@ -424,6 +427,30 @@ class VSPrefillConfig(_Options):
         given = self.model_fields_set - update.keys()  # null leaves the choice, too
         options = self.model_copy(update=update)
         options.__pydantic_fields_set__.intersection_update(given)  # a platform's choice is not the user's
+        return options
+
+    def lists_by_tile(self, trained: bool) -> bool:
+        """Whether every tile of queries gets a list of its own; ``trained``: whether an indexer was found."""
+        return not trained and self.estimator in ("auto", "priced")
+
+    def for_estimator(self, trained: bool, tuning: PlatformTuning) -> VSPrefillConfig:
+        """These options with what a platform wants of the estimator, where nothing was given explicitly.
+
+        Args:
+            trained: whether an indexer was found.
+            tuning: the platform's, as for :meth:`resolved`.
+        """
+        if not self.lists_by_tile(trained):
+            return self
+        wanted = {
+            "sampled_rows": tuning.priced_rows,
+            "max_density": tuning.tile_max_density,
+            "min_seq_len": tuning.tile_min_seq_len,
+        }
+        given = set(self.model_fields_set)
+        update = {name: value for name, value in wanted.items() if value is not None and name not in given}
+        options = self.model_copy(update=update)
+        options.__pydantic_fields_set__.intersection_update(given)
         return options
 
     def pattern(self) -> SparsePattern:

@@ -53,6 +53,7 @@ class Runtime:
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
         self.indexer = self._load_indexer(vllm_config)
+        self.options = self.options.for_estimator(self.indexer is not None, platform_tuning())
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         if self.lists_by_tile:
             self.pattern = tile_pattern(self.options, self.pattern, platform_tuning())
@@ -216,7 +217,7 @@ class Runtime:
     @property
     def lists_by_tile(self) -> bool:
         """Whether every tile of queries gets a list of its own, instead of columns and diagonals for a chunk."""
-        return self.indexer is None and self.options.estimator in ("auto", "priced")
+        return self.options.lists_by_tile(self.indexer is not None)
 
     @property
     def budgets(self) -> Budgets:

@@ -261,6 +261,27 @@ def test_tiles_are_those_that_were_asked_for(make_layer: Any) -> None:
     assert layer.impl._runtime.recorder.layers[1].density < 0.9
 
 
+def test_with_lists_by_tile_nothing_is_handed_back_unless_asked_for(
+    single_process: Path, random_model: Path, random_indexer: Path, tmp_path: Path
+) -> None:
+    """Computing everything by tiles is faster here than the stock kernel."""
+    options = {name: value for name, value in OPTIONS.items() if name != "max_density"} | {"price": 0}
+
+    def layer_with(**more: Any) -> LayerUnderTest:
+        return oracle.layer_with(random_model, random_indexer, tmp_path, options | more, "priced")
+
+    layer = layer_with()
+    assert layer.impl._runtime.prefill.priced_rows == CPU.priced_rows != 64
+    layer.step([(layer.request(700), 700)])
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert (counts.sparse_chunks, counts.handed_back, counts.density) == (1, 0, 1.0)
+    layer = layer_with(max_density=0.5, sampled_rows=48)
+    assert layer.impl._runtime.prefill.priced_rows == 48
+    layer.step([(layer.request(700), 700)])
+    counts = layer.impl._runtime.recorder.layers[1]
+    assert (counts.sparse_chunks, counts.handed_back) == (0, 1)
+
+
 def test_a_selection_that_would_not_pay_runs_stock(make_layer: Any) -> None:
     layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
     request = layer.request(900)

@@ -156,6 +156,7 @@ def model(server: DoctorModel) -> Iterator[Finding]:
     from vllm_vsprefill.config import ConfigError
     from vllm_vsprefill.outlook import longest_chunk, outlook
     from vllm_vsprefill.runtime import gate_of
+    from vllm_vsprefill.tuning import platform_tuning
 
     try:
         config = _configuration(server)
@@ -175,6 +176,7 @@ def model(server: DoctorModel) -> Iterator[Finding]:
     try:
         options = startup.read_options(config)
         found = startup.locate_checkpoint(options, config)
+        options = options.for_estimator(found.folder is not None, platform_tuning())
     except (ConfigError, ValueError) as error:
         yield from (problem("model", text) for text in told_apart(str(error).splitlines()))
         return
