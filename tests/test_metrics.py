@@ -77,7 +77,7 @@ def test_steps_of_two_ranks(folder: Path) -> None:
             recorder.record(7, LayerCounts(computed, 110, 1 - handed_back, handed_back, handed_back, 10))
             recorder.record(0, LayerCounts(110, 110, 0, 1, given=110))
             recorder.fall_back(0, metrics.DENSE_LAYERS, 1)
-            recorder.look(7, Look(0.5, 0.25, 100.0, 3.0, 30, 20))
+            recorder.look(7, Look(0.5, 0.25, 100.0, 3.0, 30, 20, 700.0))
             recorder.count(1, "vsprefill_request_chunks", "sparse", "none")
             recorder.publish()
     found = scraped(folder)
@@ -92,6 +92,7 @@ def test_steps_of_two_ranks(folder: Path) -> None:
     assert found['vsprefill_choose_seconds_sum{quarter="4"}'] == 1.0
     assert found['vsprefill_attend_seconds_count{quarter="4"}'] == 2
     assert found['vsprefill_columns_sum{quarter="4"}'] == 200
+    assert found['vsprefill_tile_keys_sum{quarter="4"}'] == 1400
     assert found['vsprefill_diagonals_bucket{le="4.0",quarter="4"}'] == 2
     assert found['vsprefill_index_logits_total{source="cached"}'] == 60
     assert found['vsprefill_index_logits_total{source="scored"}'] == 40

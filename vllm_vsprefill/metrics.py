@@ -72,6 +72,10 @@ FAMILIES = {
     ),
     "vsprefill_columns": Family("Columns chosen for a KV head, mean of a layer's heads.", ("quarter",), _COUNTS),
     "vsprefill_diagonals": Family("Diagonals chosen for a KV head, mean of a layer's heads.", ("quarter",), _COUNTS),
+    "vsprefill_tile_keys": Family(
+        "Keys before its window that a tile of queries attends to, mean of a layer's tiles and KV heads.",
+        ("quarter",), _COUNTS,
+    ),
     "vsprefill_choose_seconds": Family(
         "Time a layer takes in a step to choose keys. On a GPU of sampled steps.", ("quarter",), _SECONDS
     ),
@@ -106,6 +110,8 @@ class Look:
         choose_seconds, attend_seconds: time taken; None where it was not measured.
         columns, diagonals: chosen for a KV head, on average; None where nothing was chosen.
         cached, scored: tokens whose index logits were found, and computed.
+        tile_keys: keys before its window that a tile attends to, on average; None where tiles have no lists of their
+            own, or nothing was chosen.
     """
 
     choose_seconds: float | None = None
@@ -114,6 +120,7 @@ class Look:
     diagonals: float | None = None
     cached: int = 0
     scored: int = 0
+    tile_keys: float | None = None
 
 
 class Tally:
@@ -148,7 +155,7 @@ class Tally:
 
     def look(self, layer: str, look: Look) -> None:
         """Take down what was seen of a layer in the quarter ``layer``."""
-        for name in ("choose_seconds", "attend_seconds", "columns", "diagonals"):
+        for name in ("choose_seconds", "attend_seconds", "columns", "diagonals", "tile_keys"):
             if (value := getattr(look, name)) is not None:
                 self.observe(value, f"vsprefill_{name}", layer)
         for source, tokens in ((CACHED, look.cached), (SCORED, look.scored)):

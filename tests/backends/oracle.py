@@ -168,6 +168,25 @@ def listed(layer: LayerUnderTest, request: Request, rows: int) -> Tensor | None:
     return operation(query, key, bars.scores, scale=scale, pattern=pattern)
 
 
+def tile_keys(layer: LayerUnderTest, request: Request, rows: int) -> float | None:
+    """Keys before its window that a tile attends to, mean of tiles and KV heads; None where it has no list."""
+    found = listed(layer, request, rows)
+    if found is None:
+        return None
+    _, pattern = Decisions.of(layer).last(request)
+    total = 0
+    for lists in found:
+        for tile, keys in zip(pattern.tiles(rows - _tail(layer), found.shape[2]), lists, strict=True):
+            seen = keys.clone()
+            seen[: pattern.sink_keys] = True
+            total += int(seen[: pattern.window_start(tile * pattern.block_q)].sum())
+    return total / found.shape[0] / found.shape[1]
+
+
+def _tail(layer: LayerUnderTest) -> int:
+    return int(layer.impl._runtime.options.dense_last_rows)
+
+
 def reference(layer: LayerUnderTest, request: Request, rows: int) -> tuple[Tensor, int]:
     """A sparse chunk's rows, the dense last ones among them, and the pairs computed for them."""
     tail, n = layer.impl._runtime.options.dense_last_rows, request.computed

@@ -87,6 +87,23 @@ def test_metrics_of_a_layer(make_layer: Any) -> None:
         assert samples["sum"] > 0
 
 
+def test_metrics_of_a_layer_with_lists_of_tiles(make_layer: Any) -> None:
+    layer = make_layer("priced")
+    request = layer.request(900, 2)
+    expected = 0.0
+    for rows in (600, 300, 1):
+        check(layer, [(request, rows)])
+        if rows > 1:
+            keys = oracle.tile_keys(layer, request, rows)
+            assert keys is not None
+            expected += keys
+    tally = layer.impl._runtime.recorder.tally
+    found = {sample.name: sample.value for metric in tally.collect() for sample in metric.samples}
+    assert found["vsprefill_tile_keys_count"] == found["vsprefill_attend_seconds_count"] == 2
+    assert found["vsprefill_tile_keys_sum"] == pytest.approx(expected, rel=1e-9)
+    assert "vsprefill_columns_sum" not in found
+
+
 def test_inference_mode_leaves_nothing_behind(make_layer: Any) -> None:
     """vLLM computes in inference mode; what is kept between steps can be written to outside of it, too."""
     layer = make_layer()

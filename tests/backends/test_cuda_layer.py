@@ -18,7 +18,9 @@ from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
 from vllm_vsprefill.backends import cuda_probe
 from vllm_vsprefill.kernels.price import paged as price_paged
+from vllm_vsprefill.kernels.tile_index import TileIndex
 from vllm_vsprefill.prefill import tiles
+from vllm_vsprefill.worth import Worth
 
 pytestmark = [flash.needs_kernels, pytest.mark.gpu] if DEVICE == "cuda" else [flash.needs_kernels]
 
@@ -262,6 +264,96 @@ def test_guard_sends_wide_selections_to_the_stock_kernel(
     assert (counts.density == 1.0) == all(expected)
 
 
+def test_at_no_price_the_output_is_the_stock_kernels(make_layer: Any) -> None:
+    layer = make_layer("priced", {"price": 0})
+    work = [(layer.request(length), length) for length in (300, 180)]
+    outputs = layer.step(work)
+    for (request, rows), output in zip(work, outputs, strict=True):
+        expected = dense(layer, request, rows)
+        assert (output.double() - expected).norm() / expected.norm() < oracle.TOLERANCE[layer.dtype]
+    counts = totals(layer)
+    assert (counts.density, counts.sparse_chunks, counts.handed_back) == (1.0, 2, 0)
+
+
+def test_guard_goes_by_the_expected_density(make_layer: Any) -> None:
+    """Request by request, as the bars of each want it; dense rows of both kinds and the counts of both."""
+    layer = make_layer("priced", {"max_density": 0.5})
+    work = [(layer.request(length), length) for length in (500, 140, 260)]
+    check(layer, work)
+    (part,) = layer.metadata.vsprefill.rounds
+    assert part.batches.guarded is not None
+    assert len(part.fallbacks) == 3
+    decisions = oracle.Decisions.of(layer)
+    away = [float(decisions.last(request)[0].density.mean()) > 0.5 for request, _ in work]
+    assert away in ([False, True, False], [False, True, True])
+    buffers = layer.impl._runtime.prefill_on(layer.device).buffers
+    rows = [length - 16 if flag else 0 for (_, length), flag in zip(work, away, strict=True)]
+    assert buffers.dense_rows[:6].tolist() == [number for count in rows for number in (0, count)]
+    pairs = sum(oracle.reference(layer, request, rows)[1] for request, rows in work)
+    counts = totals(layer)
+    assert (counts.sparse_chunks, counts.handed_back) == (3 - sum(away), sum(away))
+    assert counts.computed == pytest.approx(pairs, abs=0 if DTYPE == "float32" else 2e-3 * counts.causal)
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["given", "platform"])
+def test_sequences_with_other_tiles_in_one_step(make_layer: Any, monkeypatch: pytest.MonkeyPatch, fixed: bool) -> None:
+    """Longer sequences have longer tiles, in rounds of their own, unless the user has said how long tiles are."""
+    monkeypatch.setattr(tiles, "LONGER", (150, 300))
+    layer = make_layer("priced", {} if fixed else {"block_q": None})
+    buffers = layer.impl._runtime.prefill_on(layer.device).buffers
+    sizes = [pattern.block_q for pattern, _ in buffers.tiling.patterns]
+    assert sizes == ([32] if fixed else [64, 128, 256])
+    oracle.Decisions.of(layer)
+    work = [(layer.request(length), length) for length in (200, 140, 160, 410, 60)]
+    assert check(layer, work) == (4, 1)
+    assert len(layer.metadata.vsprefill.rounds) == (1 if fixed else 3)
+    # All kinds of tiles were compiled before, with made-up requests that nobody counts.
+    counts = totals(layer)
+    assert counts.sparse_chunks == 4
+    assert counts.causal == sum(oracle.causal_pairs(layer, request, request.computed) for request, _ in work)
+
+
+def test_warming_up_comes_by_all_kinds_of_tiles(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first step that has a cache, prompts or not; their compilation would fall into the first long prompt."""
+    monkeypatch.setattr(tiles, "LONGER", (150, 300))
+    layer = make_layer("priced", {"block_q": None})
+    prefill = layer.impl._runtime.prefill_on(layer.device)
+    seen: list[tuple[str, int]] = []
+
+    def noting(name: str, operation: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            index = next(arg for arg in args if isinstance(arg, TileIndex))
+            seen.append((name, index.pattern.block_q))
+            return operation(*args, **kwargs)
+
+        return call
+
+    names = ("price", "rank", "build_tiles", "attend_tiles")
+    changed = {name: noting(name, getattr(prefill.operations, name)) for name in names}
+    prefill.operations = prefill.operations._replace(**changed)
+    layer.step([(layer.request(20), 20)])
+    assert seen == [(name, size) for size in (64, 128, 256) for name in names]
+    assert totals(layer).computed == totals(layer).causal  # of the one dense prompt
+    assert not prefill.buffers.counts.any()
+
+
+@pytest.mark.parametrize("group", [3, 7])
+def test_tiles_of_no_power_of_two(make_layer: Any, group: int) -> None:
+    """What the platform takes for groups that do not divide a program's rows: 42 and 18 positions."""
+    layer = make_layer("priced", {"block_q": None}, num_heads=2 * group)
+    tiling = layer.impl._runtime.prefill_on(layer.device).buffers.tiling
+    assert tiling.of(300).block_q == {3: 42, 7: 18}[group]
+    request = layer.request(330)
+    assert [check(layer, [(request, rows)]) for rows in (181, 149)] == [(1, 0), (1, 0)]
+
+
+def test_without_dense_last_rows(make_layer: Any) -> None:
+    layer = make_layer("priced", {"dense_last_rows": 0})
+    work = [(layer.request(length), length) for length in (150, 233)]
+    assert check(layer, work) == (2, 0)
+    assert layer.metadata.vsprefill.dense_runs == ()
+
+
 def test_no_guard_where_budgets_make_it_needless(make_layer: Any) -> None:
     options = {"max_density": 0.9, "max_columns": 16, "max_diagonals": 1}
     layer = make_layer(options=options)
@@ -316,6 +408,29 @@ def test_a_closer_look_at_steps(make_layer: Any, monkeypatch: pytest.MonkeyPatch
     assert found["vsprefill_diagonals_sum"] == diagonals
     assert 0 < found["vsprefill_attend_seconds_sum"] < 60
     assert 0 < found["vsprefill_choose_seconds_sum"] < 60
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.6])
+def test_a_closer_look_at_tiles(make_layer: Any, monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    """Of the first request of a step; nothing is said of what the guard sends away."""
+    monkeypatch.setattr(cuda_probe, "EVERY", 1)
+    layer = make_layer("priced", {"max_density": limit})
+    one, other = layer.request(460), layer.request(200)
+    found: list[float] = []
+    for rows in (180, 140, 140):
+        layer.impl._runtime.recorder.worth = Worth()  # as if others had been worth it in between
+        work = [(one, rows)] if other.computed else [(one, rows), (other, 200)]
+        check(layer, work)
+        totals(layer)  # the look is over before the next one
+        keys = oracle.tile_keys(layer, one, rows)
+        found += [] if keys is None else [keys]
+    tally = layer.impl._runtime.recorder.tally
+    series = {sample.name: sample.value for metric in tally.collect() for sample in metric.samples}
+    assert len(found) == 3 if limit == 1.0 else 0 < len(found) < 3
+    assert series["vsprefill_tile_keys_count"] == len(found)
+    assert series["vsprefill_tile_keys_sum"] == pytest.approx(sum(found), abs=3 if DTYPE == "float32" else 12)
+    assert series["vsprefill_attend_seconds_count"] == 3
+    assert "vsprefill_columns_sum" not in series
 
 
 def test_switch(make_layer: Any, single_process: Path) -> None:
@@ -388,13 +503,19 @@ def test_layers_with_sinks_or_a_shared_cache_are_stock(make_layer: Any) -> None:
     assert layer.impl.unsupported_reasons() == ["it has attention sinks", "it shares the KV cache of another layer"]
 
 
-def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any) -> None:
-    """vLLM gives the memory of the caches back and gets some with anything in it; no block counts as cached then."""
-    layer = make_layer()
+@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
+def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any, estimator: str) -> None:
+    """vLLM gives the memory of the caches back and gets some with anything in it; no block counts as cached then.
+    Workspaces hold anything, too, after a deep sleep."""
+    layer = make_layer(estimator)
     request = layer.request(400)
     check(layer, [(request, 400)])
     layer.release(request)
-    layer.side.kv_cache.copy_(torch.randn_like(layer.side.kv_cache) * 5)
+    if layer.side is not None:
+        layer.side.kv_cache.copy_(torch.randn_like(layer.side.kv_cache) * 5)
+    else:
+        for scratch in layer.impl._runtime.prefill_on(layer.device).buffers.workspaces():
+            scratch.view(torch.uint8).fill_(0xFF)  # NaN, or -1
     layer.layer.kv_cache.fill_(-simulator.POISON)
     awake = layer.request(400)
     assert [check(layer, [(awake, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]

@@ -162,6 +162,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
         cached, scored = prefill.cached, prefill.scored
         choosing, attending, attended = 0.0, 0.0, 0
         selections: list[Selection] = []
+        tile_keys: list[float] = []
         for request in step.rounds:
             rows = request.rows
             seq_len = rows.seq_len + request.tail
@@ -186,6 +187,8 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
                 attended += 1
                 if isinstance(chosen, Selection):
                     selections.append(chosen)
+                else:
+                    tile_keys.append(prefill.tile_keys(chosen, rows.rows))
                 counts += LayerCounts(int(visited), sparse_chunks=1)
         runtime.recorder.look(
             sparse.index,
@@ -196,6 +199,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
                 _mean([chosen.num_diagonals for chosen in selections]),
                 prefill.cached - cached,
                 prefill.scored - scored,
+                sum(tile_keys) / len(tile_keys) if tile_keys else None,
             ),
         )
         return counts

@@ -133,8 +133,7 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
                 probe.before_choosing(place)
             prefill.choose(sparse, query, kv, one.batches, scale=scale)
             if probe is not None:
-                work = getattr(prefill.buffers, "work", None)
-                probe.after_choosing(place, work, step, tail, scores=scores)
+                probe.after_choosing(place, prefill.buffers, step, tail, scores=scores)
             for run in one.fallbacks:
                 run_dense(run)
             if probe is not None:

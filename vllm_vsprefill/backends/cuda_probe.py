@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from vllm_vsprefill.backends.step import SparseStep
+from vllm_vsprefill.kernels.tile_index import EVERYTHING, TileIndex
 from vllm_vsprefill.metrics import Look
-from vllm_vsprefill.prefill.buffers import Workspaces
+from vllm_vsprefill.plan import RequestRows
+from vllm_vsprefill.prefill.buffers import DeviceBuffers, RoundBuffers
+from vllm_vsprefill.prefill.cuda import Round
 
 EVERY = 8
 """After a step that was looked at, so many prefills pass until another is."""
@@ -46,11 +49,11 @@ class Probe:
         self._heads = num_kv_heads
         self._on_device = device.type == "cuda"
         self._marks: list[list[Any]] = [[self._mark() for _ in range(4)] for _ in range(num_layers)]
-        # By layer: columns and diagonals of each head, then slots without logits.
+        # By layer: columns and diagonals of each head, then slots without logits. Or, where every tile has a list of
+        # its own: keys before its window that a tile of each head attends to; last, rows that the guard sent away.
         self._numbers = torch.zeros(num_layers, 2 * num_kv_heads + 1, dtype=torch.int32, device=device)
-        self._seen: dict[
-            int, int | None
-        ] = {}  # by layer, tokens of the round that have logits; None: no columns either
+        # By layer, tokens of the round that have logits; None where every tile has a list of its own.
+        self._seen: dict[int, int | None] = {}
         self._pause = 0
         self._is_read = True
 
@@ -67,23 +70,30 @@ class Probe:
         self._marks[place][_CHOOSE].record()
 
     def after_choosing(
-        self, place: int, work: Workspaces | None, step: SparseStep[Any], tail: int, *, scores: bool
+        self, place: int, buffers: RoundBuffers, step: SparseStep[Any], tail: int, *, scores: bool
     ) -> None:
         """Note what a layer has chosen, before anything else uses the workspaces.
 
         Args:
             place: of the layer, as in ``SparseLayer``.
-            work: where it has chosen columns and diagonals; None where every tile has a list of its own.
+            buffers: where it has chosen.
             step: the step.
             tail: dense last rows of every chunk.
             scores: whether the layer has an indexer.
         """
         self._marks[place][_CHOSEN].record()
-        if work is None:
-            self._seen[place] = None
-            return
-        requests = step.plan.sparse[: step.rounds[0].batches.whole.num_requests]
+        first: Round = step.rounds[0].batches
         numbers, heads = self._numbers[place], self._heads
+        if first.tiles is not None:
+            self._seen[place] = None
+            numbers[:heads].copy_(_keys_of_tiles(first.tiles, step.plan.sparse[0]))
+            if first.guarded is None:
+                numbers[2 * heads :].zero_()
+            else:
+                numbers[2 * heads :].copy_(buffers.dense_rows[1:2])
+            return
+        assert isinstance(buffers, DeviceBuffers)
+        work, requests = buffers.work, step.plan.sparse[: first.whole.num_requests]
         flags = work.index.flags[0, :, :, : requests[0].seq_len]
         torch.sum(flags, dim=2, dtype=torch.int32, out=numbers[: 2 * heads].view(2, heads))
         if scores:
@@ -121,7 +131,8 @@ class Probe:
                 marks[_ATTEND].elapsed_time(marks[_ATTENDED]) / 1e3,
             )
             if tokens is None:
-                looks[place] = Look(*seconds)
+                keys = None if found[-1] else sum(found[:heads]) / heads
+                looks[place] = Look(*seconds, tile_keys=keys)
                 continue
             scored = min(found[-1], tokens)  # a slot that two requests share may be scored twice
             looks[place] = Look(
@@ -134,3 +145,18 @@ class Probe:
         self._seen = {}
         self._is_read = True
         return looks
+
+
+def _keys_of_tiles(index: TileIndex, rows: RequestRows) -> torch.Tensor:
+    """Keys before its window that a tile of a round's first request attends to, mean of its tiles, rounded down.
+
+    Returns:
+        int64 ``[Hkv]``, on the device; means nothing where the guard has sent the request away.
+    """
+    pattern, first = index.pattern, rows.seq_len - rows.rows
+    tiles = pattern.tiles(rows.rows, rows.seq_len)
+    place = index.place(rows.row_start, 0, first, tiles[0])
+    counts = index.counts[:, place : place + len(tiles)]
+    starts = torch.arange(tiles.start, tiles.stop, device=counts.device) * pattern.block_q
+    starts = (starts - pattern.reach + 1).clamp_(min=0) // pattern.block_k * pattern.block_k
+    return torch.where(counts == EVERYTHING, starts, counts).sum(1) // len(tiles)
