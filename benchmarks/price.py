@@ -3,7 +3,8 @@
 """Time of ``price`` on one GPU, by kernel, and what its choices cost beside the best ones.
 
 Two shapes: 12 query heads on 2 KV heads, the last 8,192 rows of 32,768; and 32 on 8, the last 8,192 of 131,072. Heads
-of 128 channels, bfloat16, cache blocks of 16, tiles of 16 positions, 64 sampled rows. Heads differ in how sharp and how
+of 128 channels, bfloat16, cache blocks of 16, tiles of 16 positions, 64 sampled rows, 16 of
+the longer sequence. Heads differ in how sharp and how
 local they are. A figure is the median of repeated runs between device events, warmed up; as a graph, too, without the
 host's gaps.
 
@@ -101,7 +102,7 @@ class Problem:
         """What bars ``[Hkv]`` cost at a price, of each head, by the true attention of the sampled rows."""
         n, device = self.seq_len, self.q.device
         first = n - CHUNK
-        rows = torch.tensor(naive.priced_rows(CHUNK, ROWS), device=device)
+        rows = torch.tensor(naive.priced_rows(CHUNK, naive.rows_of(ROWS, n)), device=device)
         tiles = ((rows + first) // PATTERN.block_q).tolist()
         k, v = keys_values(self.kv, 0, n)
         scores = tile_scores(self.q, k, tiles, scale=SCALE, pattern=PATTERN)

@@ -28,6 +28,14 @@ SIZES = (0, 128, 256, 512, 1024, 2048, 4096)
 LOWEST, HIGHEST, BINS = -20.0, 12.0, 256
 """Scores are told apart by bins of this range; what lies below it is listed by the last step only."""
 
+FULL_KEYS, HALVINGS = 32768, 2
+"""Up to how many keys all rows are looked at, and how often their number is halved as the sequence doubles beyond."""
+
+
+def rows_of(num_rows: int, seq_len: int) -> int:
+    """How many of ``num_rows`` rows are looked at: the longer the sequence, the fewer, so that pairs hardly grow."""
+    return max(num_rows >> sum(seq_len > FULL_KEYS << i for i in range(HALVINGS)), 1)
+
 
 def priced_rows(num_rows_total: int, num_rows: int) -> list[int]:
     """The rows that stand for a chunk: spread over it, and over the places within a tile."""
@@ -96,7 +104,7 @@ def price(
         scale: factor on ``q . k`` before the softmax.
         pattern: tiles, window and sinks.
         price: squared relative output error of the layer that all pairs of one head are worth.
-        num_rows: rows to look at (``priced_rows``).
+        num_rows: rows to look at (``priced_rows``), of a long sequence fewer (``rows_of``).
 
     Returns:
         Bars; 0 lists everything whatever it brings.
@@ -106,7 +114,7 @@ def price(
     """
     check_price(q, k, v, scale, price, num_rows)
     n, first, num_kv_heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
-    rows = torch.tensor(priced_rows(q.shape[0], num_rows), device=q.device)
+    rows = torch.tensor(priced_rows(q.shape[0], rows_of(num_rows, n)), device=q.device)
     tiles = ((rows + first) // pattern.block_q).tolist()
     scores = tile_scores(q, k, tiles, scale=scale, pattern=pattern)
     starts = torch.tensor([pattern.window_start(tile * pattern.block_q) for tile in tiles], device=q.device)

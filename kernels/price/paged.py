@@ -20,7 +20,7 @@ from . import naive
 STEPS = len(naive.SIZES) + 1  # of the ladder, the last one included, which lists all
 SKETCH = 16  # channels that stand for an output: one less of the sketch, and the sum of probabilities
 MAX_ROWS = 128  # of a tile: rows times heads of the group
-CHUNK_ROWS = 16  # of them whose splits a program puts together
+CHUNK_ROWS = 4  # of them whose splits a program puts together
 PROGRAMS = 256  # that look at a request at a time, about: two for each multiprocessor of a large device
 PARTIAL_BYTES = 128 * 2**20  # room for results of splits; more requests than fit take turns
 

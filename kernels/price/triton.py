@@ -29,12 +29,38 @@ from ..launch import cdiv, launch, next_power_of_2
 from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
 from ..settings import Settings, padded, settings
 from ..tile_index import TileIndex
-from .naive import BINS, HIGHEST, LOWEST, SIZES
+from . import naive
+from .naive import BINS, HIGHEST, LOWEST, SIZES, rows_of
 from .paged import CHUNK_ROWS, MAX_ROWS, SKETCH, STEPS, PriceWorkspace
 
 BINS_PER_UNIT = BINS / (HIGHEST - LOWEST)
+COUNT_KEYS = 8192  # of a row, that are counted at most
 MEAN_ELEMENTS = 16384  # of queries that a program loads at a time
 assert SIZES == (0, *(64 << step for step in range(1, STEPS - 1)))  # as _ladder_kernel works them out
+
+
+@triton.jit
+def _rows(num_rows, n, FULL_KEYS: tl.constexpr, HALVINGS: tl.constexpr):
+    """``naive.rows_of``."""
+    for i in tl.static_range(HALVINGS):
+        num_rows = tl.where(n > (FULL_KEYS << i), num_rows // 2, num_rows)
+    return tl.maximum(num_rows, 1)
+
+
+@triton.jit
+def _splits(
+    count,
+    rows,
+    PACK: tl.constexpr,
+    BM: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Tiles of rows, splits of the sequence and room for the rows of one: fewer rows leave room for more splits."""
+    tiles = tl.cdiv(count * PACK, BM)
+    room = tl.cdiv(count * PACK, CHUNK_ROWS) * CHUNK_ROWS
+    return tiles, tl.minimum(SPLITS * rows // room, PROGRAMS // tiles), room
 
 
 @triton.jit
@@ -107,6 +133,8 @@ def _mean_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, FP8: tl.constexpr, UPCAST: tl.constexpr,
+    FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of the tile of one sampled row, and the log-sum-exp over its sinks and window.
 
@@ -117,6 +145,7 @@ def _mean_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     if i_i == 0:
         o_b = tl.arange(0, BINS)
@@ -171,27 +200,34 @@ def _count_kernel(
     stride_block, stride_head, stride_token, stride_table, rows,
     HEADS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr, SINKS: tl.constexpr,
-    BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
-    FP8: tl.constexpr, UPCAST: tl.constexpr,
+    BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr, COUNT_KEYS: tl.constexpr,
+    FP8: tl.constexpr, UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """How many of a split's keys lie in each bin, for one tile of rows."""
-    i_m, i_s = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    """How many of a split's keys lie in each bin, for one tile of rows.
+
+    Of a sequence beyond ``COUNT_KEYS`` keys every so manieth is counted, for so many; others for each tile of rows.
+    """
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
     count = tl.minimum(num_rows, row_end - row_start)
-    if i_m * BM >= count * PACK:
-        return
+    tiles, splits, _ = _splits(count, rows, PACK, BM, CHUNK_ROWS, PROGRAMS, SPLITS)
+    i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     RT: tl.constexpr = BM // PACK
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     b_start = _window_start(
         _position(i_m * RT + tl.arange(0, RT), row_start, row_end, n, num_rows), BLOCK_Q, BLOCK_K, REACH
     )
-    split = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
-    low, high = tl.maximum(i_s * split, SINKS), tl.minimum((i_s + 1) * split, tl.max(b_start, 0))
-    if low >= high:
+    high = tl.max(b_start, 0)
+    stride = tl.cdiv(n, COUNT_KEYS)
+    split = tl.cdiv(tl.cdiv(tl.cdiv(high, stride), splits), BN) * BN
+    low, last = i_s * split, tl.minimum((i_s + 1) * split, tl.cdiv(high, stride))
+    if low >= last:
         return
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     b_c, b_unit = _mean_queries(
@@ -202,8 +238,9 @@ def _count_kernel(
     if FP8:
         scale *= tl.load(p_k_scale)
     b_counts = tl.zeros([BINS], tl.int32)
-    for i_n in range(low, high, BN):
-        b_j = i_n + o_n
+    for i_n in range(low, last, BN):
+        # One of every ``stride`` neighbours, not always at the same place among them
+        b_j = (i_n + o_n) * stride + ((i_n + o_n) * 37 + i_m) % stride
         b_k = _paged_rows(
             p_k, p_table, b_j, b_j < high, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST,
             p_q.dtype.element_ty,
@@ -215,14 +252,15 @@ def _count_kernel(
         b_counts += tl.histogram(b_bin, BINS)
         b_counts -= tl.where(tl.arange(0, BINS) == 0, RT * BN - tl.sum(tl.sum(m_t.to(tl.int32), 1), 0), 0)
     o_b = tl.arange(0, BINS)
-    tl.atomic_add(p_counts + i_head * BINS + o_b, b_counts, mask=b_counts > 0, sem="relaxed")
+    tl.atomic_add(p_counts + i_head * BINS + o_b, b_counts * stride, mask=b_counts > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _ladder_kernel(
     p_counts, p_row_start, p_row_end, p_seq_len, p_bars, p_density, num_rows,
     HEADS: tl.constexpr, BR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
-    SINKS: tl.constexpr, BINS: tl.constexpr, STEPS: tl.constexpr,
+    SINKS: tl.constexpr, BINS: tl.constexpr, STEPS: tl.constexpr, FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """The ladder of one head, and how much each of its steps keeps. ``BR``: sampled rows, padded."""
     i_h, i_r = tl.program_id(0), tl.program_id(1)
@@ -230,6 +268,7 @@ def _ladder_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     o_b, o_s = tl.arange(0, BINS), tl.arange(0, STEPS)
     b_counts = tl.load(p_counts + i_head * BINS + o_b)
@@ -242,6 +281,7 @@ def _ladder_kernel(
     seen = tl.sum(b_pos + 1, 0)
     may = tl.sum(tl.where(b_pos >= 0, b_open, 0), 0)
     b_listed = tl.sum(tl.where(o_b[None, :] >= b_bar[:, None], b_counts[None, :], 0), 1)
+    b_listed = tl.minimum(b_listed, may)  # counts of a part of the keys may tell of more
     b_kept = tl.where(o_s == STEPS - 1, seen, seen - may + b_listed)
     tl.store(p_density + i_head * STEPS + o_s, b_kept.to(tl.float32) / seen.to(tl.float32))
 
@@ -273,21 +313,23 @@ def _output_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr,
-    SKETCH: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr, UPCAST: tl.constexpr,
+    SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK_ROWS: tl.constexpr, FP8: tl.constexpr,
+    UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """Sketched outputs of one tile of rows over one split of the sequence, for every step of the ladder."""
-    i_m, i_s = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     i_h, i_turn = tl.program_id(1), tl.program_id(2)
     i_r = first_request + i_turn
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
     count = tl.minimum(num_rows, row_end - row_start)
-    if i_m * BM >= count * PACK:
-        return
-    split = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
-    if i_s * split >= n:
+    tiles, splits, room = _splits(count, rows, PACK, BM, CHUNK_ROWS, PROGRAMS, SPLITS)
+    i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    split = tl.cdiv(tl.cdiv(n, splits), BN) * BN
+    if (i_s >= splits) | (i_s * split >= n):
         return
     RT: tl.constexpr = BM // PACK
     o_d, o_n, o_m, o_c = tl.arange(0, BD), tl.arange(0, BN), i_m * BM + tl.arange(0, BM), tl.arange(0, SKETCH)
@@ -353,50 +395,66 @@ def _output_kernel(
         b_o5 = _add(b_o5 * b_decay, b_p, b_t, bar5, b_w)
         b_o6 = _add(b_o6 * b_decay, b_p, b_t, bar6, b_w)
         b_o7 = _add(b_o7 * b_decay, b_p, b_t, -2, b_w)
-    b_place = ((i_turn * HEADS + i_h).to(tl.int64) * SPLITS + i_s) * rows + o_m
-    tl.store(p_maxima + b_place, b_max)
+    b_place = (i_turn * HEADS + i_h).to(tl.int64) * (SPLITS * rows) + i_s * room + o_m
+    m_m = o_m < room
+    tl.store(p_maxima + b_place, b_max, mask=m_m)
     p_sum = p_sums + b_place[:, None] * (STEPS * SKETCH) + o_c[None, :]
-    tl.store(p_sum, b_o0)
-    tl.store(p_sum + SKETCH, b_o1)
-    tl.store(p_sum + 2 * SKETCH, b_o2)
-    tl.store(p_sum + 3 * SKETCH, b_o3)
-    tl.store(p_sum + 4 * SKETCH, b_o4)
-    tl.store(p_sum + 5 * SKETCH, b_o5)
-    tl.store(p_sum + 6 * SKETCH, b_o6)
-    tl.store(p_sum + 7 * SKETCH, b_o7)
+    tl.store(p_sum, b_o0, mask=m_m[:, None])
+    tl.store(p_sum + SKETCH, b_o1, mask=m_m[:, None])
+    tl.store(p_sum + 2 * SKETCH, b_o2, mask=m_m[:, None])
+    tl.store(p_sum + 3 * SKETCH, b_o3, mask=m_m[:, None])
+    tl.store(p_sum + 4 * SKETCH, b_o4, mask=m_m[:, None])
+    tl.store(p_sum + 5 * SKETCH, b_o5, mask=m_m[:, None])
+    tl.store(p_sum + 6 * SKETCH, b_o6, mask=m_m[:, None])
+    tl.store(p_sum + 7 * SKETCH, b_o7, mask=m_m[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows", "first_request"])
 def _error_kernel(
     p_maxima, p_sums, p_row_start, p_row_end, p_seq_len, p_errors, num_rows, rows, first_request,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STEPS: tl.constexpr, SKETCH: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, CHUNK_ROWS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEPS: tl.constexpr, SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Squared errors of each step, of ``BM`` rows, from all splits. ``BN``: keys of a block of ``_output_kernel``."""
+    """Squared errors of each step, of ``CHUNK_ROWS`` rows, from all splits. ``BM``,
+    ``BN``: as of ``_output_kernel``."""
     i_c, i_h, i_turn = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_r = first_request + i_turn
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
     count = tl.minimum(num_rows, row_end - row_start)
-    if i_c * BM >= count * PACK:
+    if i_c * CHUNK_ROWS >= count * PACK:
         return
-    o_m, o_x = i_c * BM + tl.arange(0, BM), tl.arange(0, STEPS * SKETCH)
-    split = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
-    b_max = tl.full([BM], -1e30, tl.float32)
-    b_sum = tl.zeros([BM, STEPS * SKETCH], tl.float32)
-    for i_s in range(tl.cdiv(n, split)):
-        b_place = ((i_turn * HEADS + i_h).to(tl.int64) * SPLITS + i_s) * rows + o_m
-        # [BM]
-        b_top = tl.load(p_maxima + b_place)
-        # [BM, STEPS * SKETCH]
-        b_part = tl.load(p_sums + b_place[:, None] * (STEPS * SKETCH) + o_x[None, :])
-        b_next = tl.maximum(b_max, b_top)
-        b_sum = b_sum * tl.math.exp2(b_max - b_next)[:, None] + b_part * tl.math.exp2(b_top - b_next)[:, None]
-        b_max = b_next
+    o_m, o_x = i_c * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS), tl.arange(0, STEPS * SKETCH)
+    _, splits, room = _splits(count, rows, PACK, BM, CHUNK_ROWS, PROGRAMS, SPLITS)
+    split = tl.cdiv(tl.cdiv(n, splits), BN) * BN
+    splits = tl.cdiv(n, split)
+    b_place = (i_turn * HEADS + i_h).to(tl.int64) * (SPLITS * rows) + o_m
+    o_p = tl.arange(0, AT_ONCE)
+    # [AT_ONCE, CHUNK_ROWS]
+    b_top = tl.full([AT_ONCE, CHUNK_ROWS], -1e30, tl.float32)
+    for i_s in range(0, splits, AT_ONCE):
+        m_s = (i_s + o_p < splits)[:, None]
+        b_top = tl.maximum(
+            b_top, tl.load(p_maxima + b_place[None, :] + (i_s + o_p)[:, None] * room, mask=m_s, other=-1e30)
+        )
+    b_max = tl.max(b_top, 0)
+    b_sums = tl.zeros([AT_ONCE, CHUNK_ROWS, STEPS * SKETCH], tl.float32)
+    for i_s in range(0, splits, AT_ONCE):
+        m_s = (i_s + o_p < splits)[:, None]
+        b_split = b_place[None, :] + (i_s + o_p)[:, None] * room
+        b_share = tl.math.exp2(tl.load(p_maxima + b_split, mask=m_s, other=-1e30) - b_max[None, :])
+        b_part = tl.load(
+            p_sums + b_split[:, :, None] * (STEPS * SKETCH) + o_x[None, None, :], mask=m_s[:, :, None], other=0.0
+        )
+        b_sums += b_part * b_share[:, :, None]
+    b_sum = tl.sum(b_sums, 0)
     o_s, o_k = tl.arange(0, STEPS), tl.arange(0, SKETCH)
-    b_sum = tl.reshape(b_sum, [BM, STEPS, SKETCH])
+    b_sum = tl.reshape(b_sum, [CHUNK_ROWS, STEPS, SKETCH])
     m_k = (o_k == SKETCH - 1)[None, None, :]
     b_mass = tl.sum(tl.where(m_k, b_sum, 0.0), 2)
     # A step whose keys all vanish beside the others has no output.
@@ -407,28 +465,35 @@ def _error_kernel(
     b_error = tl.where((o_s == STEPS - 1)[None, :, None], b_out, b_error)
     m_m = (o_m < count * PACK) & (o_m % PACK < GROUP)
     b_square = tl.where(m_m[:, None], tl.sum(b_error * b_error, 2), 0.0)
-    i_out = ((i_r * HEADS + i_h).to(tl.int64) * (rows // BM) + i_c) * STEPS
+    i_out = ((i_r * HEADS + i_h).to(tl.int64) * (rows // CHUNK_ROWS) + i_c) * STEPS
     tl.store(p_errors + i_out + o_s, tl.sum(b_square, 0))
 
 
 @triton.jit(do_not_specialize=["num_rows", "chunks", "price"])
 def _choose_kernel(
-    p_errors, p_density, p_bars, p_row_start, p_row_end, p_bar, p_chosen, num_rows, chunks, price,
+    p_errors, p_density, p_bars, p_row_start, p_row_end, p_seq_len, p_bar, p_chosen, num_rows, chunks, price,
     HEADS: tl.constexpr, BH: tl.constexpr, PACK: tl.constexpr, CHUNK_ROWS: tl.constexpr, BINS: tl.constexpr,
-    LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr,
+    LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr, FULL_KEYS: tl.constexpr,
+    HALVINGS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The cheapest step for every head of one request."""
     i_r = tl.program_id(0)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     if row_end <= row_start:
         return
+    num_rows = _rows(num_rows, tl.load(p_seq_len + i_r), FULL_KEYS, HALVINGS)
     o_h, o_s = tl.arange(0, BH), tl.arange(0, STEPS)
     m_h = o_h < HEADS
     b_head = (i_r * HEADS + o_h).to(tl.int64)[:, None]
-    b_error = tl.zeros([BH, STEPS], tl.float32)
-    for i_c in range(tl.cdiv(tl.minimum(num_rows, row_end - row_start) * PACK, CHUNK_ROWS)):
-        # [BH, STEPS]
-        b_error += tl.load(p_errors + (b_head * chunks + i_c) * STEPS + o_s[None, :], mask=m_h[:, None], other=0.0)
+    o_c = tl.arange(0, AT_ONCE)
+    chunks_used = tl.cdiv(tl.minimum(num_rows, row_end - row_start) * PACK, CHUNK_ROWS)
+    b_errors = tl.zeros([BH, AT_ONCE, STEPS], tl.float32)
+    for i_c in range(0, chunks_used, AT_ONCE):
+        b_place = (b_head * chunks + (i_c + o_c)[None, :])[:, :, None] * STEPS + o_s[None, None, :]
+        b_errors += tl.load(
+            p_errors + b_place, mask=m_h[:, None, None] & (i_c + o_c < chunks_used)[None, :, None], other=0.0
+        )
+    b_error = tl.sum(b_errors, 1)
     b_last = (o_s == STEPS - 1)[None, :]
     total = tl.maximum(tl.sum(tl.sum(tl.where(b_last, b_error, 0.0), 1), 0), 1e-30)
     b_density = tl.load(p_density + b_head * STEPS + o_s[None, :], mask=m_h[:, None], other=0.0)
@@ -472,8 +537,10 @@ def price(
     group = q.shape[1] // heads
     pack, depth = next_power_of_2(group), padded(size)
     config = config or settings("price", size, q.device, q.element_size())
-    block_m = max(config.block_m, pack)
     num_rows, rows = workspace.num_rows, workspace.means.shape[2]
+    # Tiles as large as the rows of the longest sequence fill
+    filled = next_power_of_2(rows_of(num_rows, batch.max_seq_len) * pack)
+    block_m = max(min(config.block_m, max(filled, 64)), pack)
     if block_m > MAX_ROWS:
         raise ValueError(f"config has tiles of {block_m} rows, at most {MAX_ROWS} are possible")
     turn, _, splits = workspace.maxima.shape[:3]
@@ -484,9 +551,10 @@ def price(
     strides = (block, head, token, kv.block_table.stride(0), rows)
     bounds = (batch.row_start, batch.row_end, batch.seq_len)
     places = (q, kv.cache, kv.block_table, *bounds, workspace.means, workspace.near)
+    few = {"FULL_KEYS": naive.FULL_KEYS, "HALVINGS": naive.HALVINGS}
     tile = {
         "BLOCK_Q": pattern.block_q, "BLOCK_K": pattern.block_k, "REACH": pattern.reach, "SINKS": pattern.sink_keys,
-        "BINS": BINS,
+        "BINS": BINS, **few,
     }  # fmt: skip
     shape = {
         "HEADS": heads, "PACK": pack, "BN": config.block_n, "D": size, "BD": depth, "BLOCK_SIZE": kv.block_size,
@@ -495,16 +563,19 @@ def price(
     bins: dict[str, Any] = {"LOWEST": LOWEST, "BINS_PER_UNIT": BINS_PER_UNIT}
     run = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     padded_heads = max(pack, 16)
+    # A few programs with long chains of loads: large blocks where they are small enough
+    mean_n = 128 if depth * q.element_size() <= 256 else config.block_n
     launch(
         _mean_kernel, (num_rows, heads, batch.num_requests),
         (*places, workspace.counts, k_scale, scale / math.log(2), num_rows, q.stride(0), q.stride(1), *strides),
         num_stages=config.num_stages, GROUP=group, BM=padded_heads,
-        BR=max(1, min(MEAN_ELEMENTS // (padded_heads * depth), next_power_of_2(pattern.block_q))), **shape,
+        BR=max(1, min(MEAN_ELEMENTS // (padded_heads * depth), next_power_of_2(pattern.block_q))), **{**shape, "BN": mean_n},
     )  # fmt: skip
     launch(
         _count_kernel, (tiles * splits, heads, batch.num_requests),
         (*places, workspace.counts, k_scale, scale, num_rows, *strides),
-        **run, BM=block_m, SPLITS=splits, TILES=tiles, **bins, **shape,
+        **run, BM=block_m, COUNT_KEYS=COUNT_KEYS, SPLITS=splits, PROGRAMS=tiles * splits, CHUNK_ROWS=CHUNK_ROWS,
+        **bins, **shape,
     )  # fmt: skip
     launch(
         _ladder_kernel, (heads, batch.num_requests),
@@ -519,19 +590,21 @@ def price(
             (
                 *places, workspace.bars, *partial, k_scale, scale, num_rows, q.stride(0), q.stride(1), *strides, first,
             ),
-            **run, GROUP=group, BM=block_m, STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits, TILES=tiles, **bins, **shape,
+            **run, GROUP=group, BM=block_m, STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits, PROGRAMS=tiles * splits,
+            CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
         )  # fmt: skip
         launch(
             _error_kernel, (cdiv(num_rows * pack, CHUNK_ROWS), heads, count),
             (*partial, *bounds, workspace.errors, num_rows, rows, first),
-            HEADS=heads, GROUP=group, PACK=pack, BM=CHUNK_ROWS, BN=config.block_n, STEPS=STEPS, SKETCH=SKETCH,
-            SPLITS=splits,
+            HEADS=heads, GROUP=group, PACK=pack, CHUNK_ROWS=CHUNK_ROWS, BM=block_m, BN=config.block_n,
+            STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits, PROGRAMS=tiles * splits, AT_ONCE=4, **few,
         )  # fmt: skip
     launch(
         _choose_kernel, (batch.num_requests,),
         (
-            workspace.errors, workspace.density, workspace.bars, batch.row_start, batch.row_end, index.bars,
-            index.density, num_rows, rows // CHUNK_ROWS, float(price),
+            workspace.errors, workspace.density, workspace.bars, *bounds, index.bars, index.density, num_rows,
+            rows // CHUNK_ROWS, float(price),
         ),
-        HEADS=heads, BH=next_power_of_2(heads), PACK=pack, CHUNK_ROWS=CHUNK_ROWS, BINS=BINS, STEPS=STEPS, **bins,
+        HEADS=heads, BH=next_power_of_2(heads), PACK=pack, CHUNK_ROWS=CHUNK_ROWS, BINS=BINS, STEPS=STEPS, AT_ONCE=16,
+        **few, **bins,
     )  # fmt: skip

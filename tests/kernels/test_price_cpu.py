@@ -24,7 +24,7 @@ def objectives(
     """float64 ``[Hkv]``: what ``price`` makes smallest, and the density, row by row from the definition."""
     n, first, heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
     error, kept, seen, total = torch.zeros(heads), torch.zeros(heads), 0, 0.0
-    for row in naive.priced_rows(q.shape[0], num_rows):
+    for row in naive.priced_rows(q.shape[0], naive.rows_of(num_rows, n)):
         position = row + first
         tile = position // pattern.block_q
         scores = tile_scores(q, k, [tile], scale=scale, pattern=pattern)[:, 0]

@@ -23,6 +23,7 @@ from vllm_vsprefill.kernels.tile_scores import tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
 if USABLE:
+    from vllm_vsprefill.kernels.price import triton as kernels
     from vllm_vsprefill.kernels.price.triton import price
 
 pytestmark = pytest.mark.skipif(not USABLE, reason=REASON)
@@ -175,6 +176,31 @@ def test_an_fp8_cache(factors: tuple[float | None, float | None]) -> None:
     config = Settings(16, 128, 4, 1)
     price(problem.q, kv, problem.batch, index, workspace, scale=problem.scale, price=0.05, config=config)
     check(problem, 8, 0.05, index, 0.1)
+
+
+def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows, and bars from counts of a part of the keys, which keep nearly the sizes of the ladder."""
+    monkeypatch.setattr(naive, "FULL_KEYS", 500)
+    monkeypatch.setattr(kernels, "COUNT_KEYS", 256)
+    assert [naive.rows_of(32, n) for n in (500, 501, 1000, 1001, 9000)] == [32, 16, 16, 8, 8]
+    problem = make_paged(seq_lens=[1400, 300], rows=[400, 90], pattern=PATTERN, heads=2, group=2, size=64)
+    sharpen(problem)
+    index, workspace = room(problem, 32)
+    config = Settings(32, 128, 4, 1)
+    price(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=0.1, config=config)
+    for i, rows in enumerate((8, 32)):
+        true = exact(problem, i, 32)
+        assert len(true.rows) == rows
+        pairs = sum(len(places) for places in true.places)
+        for head in range(2):
+            assert int(workspace.counts[i, head].sum()) == pytest.approx(pairs, rel=0.05)
+            for step, size in ((2, 256), (3, 512)):
+                bar = int(workspace.bars[i, head, step])
+                kept = sum(int((scores[head] >= bar / 8 - 20).sum()) for scores in true.scores) / rows
+                assert kept <= size * 1.2
+                assert bar == 0 or kept >= size * 0.5
+        for cost, best in zip(true.costs(index.bars[i].tolist(), 0.1), true.best(0.1), strict=True):
+            assert cost <= best * 1.25
 
 
 def test_requests_take_turns_where_room_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
