@@ -569,7 +569,8 @@ def price(
         _mean_kernel, (num_rows, heads, batch.num_requests),
         (*places, workspace.counts, k_scale, scale / math.log(2), num_rows, q.stride(0), q.stride(1), *strides),
         num_stages=config.num_stages, GROUP=group, BM=padded_heads,
-        BR=max(1, min(MEAN_ELEMENTS // (padded_heads * depth), next_power_of_2(pattern.block_q))), **{**shape, "BN": mean_n},
+        BR=max(1, min(MEAN_ELEMENTS // (padded_heads * depth), next_power_of_2(pattern.block_q))), **{**shape,
+        "BN": mean_n},
     )  # fmt: skip
     launch(
         _count_kernel, (tiles * splits, heads, batch.num_requests),
