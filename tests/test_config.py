@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vsprefill.config import PRESETS, RESERVED_ENV, ConfigError, VSPrefillConfig, env_name
-from vllm_vsprefill.tuning import CPU, PlatformTuning, cuda_tuning
+from vllm_vsprefill.tuning import CPU, CUDA, PlatformTuning, cuda_tuning
 
 OPTIONS = tuple(VSPrefillConfig.model_fields)
 
@@ -286,7 +286,19 @@ def test_describe_is_one_line_with_what_matters() -> None:
     for part in ("preset=fast", "tau=0.8/0.8", "columns=64..4096", "checkpoint=here", "dense_layers=1,4", "128x64"):
         assert part in line
     assert "columns=128..all" in VSPrefillConfig.from_sources().describe()
+    assert "price" not in options.describe(by_tile=False)
     assert "disabled" in VSPrefillConfig.from_sources({"enabled": False}).describe()
+
+
+def test_lists_of_tiles_have_a_window_and_tiles_of_their_own() -> None:
+    options = VSPrefillConfig.from_sources({"price": 0.5, "block_k": 8}).resolved(CPU)
+    line = options.for_tiles(CPU).describe(by_tile=True)
+    for part in ("price=0.5", f"window={CPU.tile_window}", f"blocks={CPU.tile_q}x8"):
+        assert part in line
+    assert "tau" not in line
+    assert "columns" not in line
+    on_gpu = VSPrefillConfig.from_sources({"window": 77}).resolved(CUDA[9, 0]).for_tiles(CUDA[9, 0])
+    assert (on_gpu.window, on_gpu.block_q, on_gpu.block_k) == (77, None, CUDA[9, 0].tile_k)
 
 
 def test_a_platform_fills_in_what_is_not_given() -> None:

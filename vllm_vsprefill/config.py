@@ -295,7 +295,8 @@ class _Options(BaseModel):
     )
     block_k: _Granule = Field(
         None,
-        description="Key granule of diagonals, window and sinks, in positions. null: 64 on CPU, 4 on CUDA.",
+        description="Key granule of diagonals, window and sinks, in positions. null: 64 on CPU, 4 on CUDA; 16 with the "
+        "'priced' estimator.",
     )
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
@@ -480,17 +481,30 @@ class VSPrefillConfig(_Options):
                 f"model has {num_layers} layers"
             )
 
-    def describe(self) -> str:
-        """One line for the log: the preset, what differs from it, and the options that matter most."""
+    def for_tiles(self, tuning: PlatformTuning) -> VSPrefillConfig:
+        """These options where every tile has a list of its own: with the window and tiles that a platform takes then,
+        where none were given; ``block_q`` stays open where it follows from the sequence."""
+        wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q or None, "block_k": tuning.tile_k}
+        given = self.model_fields_set
+        return self.model_copy(update={name: size for name, size in wanted.items() if name not in given})
+
+    def describe(self, by_tile: bool | None = None) -> str:
+        """One line for the log: the preset, what differs from it, and the options that matter most.
+
+        ``by_tile``: whether every tile has a list of its own, by which some options say nothing; None where it is open.
+        """
         if not self.enabled:
             return "disabled (stock kernels only)"
-        shown = [
-            f"preset={self.preset}",
-            f"estimator={self.estimator}",
-            f"price={self.price:g}",
+        by_columns = [
             f"tau={self.tau_columns:g}/{self.tau_diagonals:g}",
             f"columns={_interval(self.min_columns, self.max_columns)}",
             f"diagonals={_interval(self.min_diagonals, self.max_diagonals)}",
+        ]
+        shown = [
+            f"preset={self.preset}",
+            f"estimator={self.estimator}",
+            *([] if by_tile is False else [f"price={self.price:g}"]),
+            *([] if by_tile else by_columns),
             f"min_seq_len={self.min_seq_len}",
             f"window={self.window}",
             f"sinks={self.sinks}",

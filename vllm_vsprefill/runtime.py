@@ -55,8 +55,10 @@ class Runtime:
         self.indexer = self._load_indexer(vllm_config)
         self.options = self.options.for_estimator(self.indexer is not None, platform_tuning())
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
+        self.price = self.options.price
         if self.lists_by_tile:
             self.pattern = tile_pattern(self.options, self.pattern, platform_tuning())
+            self.price *= shares_of_heads(vllm_config)
         self.gate = gate_of(self.options, vllm_config, self.indexer is not None)
         shipped = startup.shipped(vllm_config)
         exchange = None if shipped is None or shipped.exchange is None else Path(shipped.exchange)
@@ -194,7 +196,7 @@ class Runtime:
             ("model", f"{model.model}: {self.recorder.num_layers} layers{heads}" + (" a rank" if ranks > 1 else "")),
             ("estimator", self._estimator()),
             ("options", start_log.given_options(options)),
-            ("selection", options.describe()),
+            ("selection", describe(options, self.lists_by_tile, platform_tuning())),
             ("gates", start_log.gates(self.gate)),
             ("stock layers", start_log.dense_layers(self._stock_layers)),
             ("memory", "; ".join(self.memory())),
@@ -315,6 +317,21 @@ def tile_pattern(options: VSPrefillConfig, pattern: SparsePattern, tuning: Platf
     wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
     given = options.model_fields_set
     return dataclasses.replace(pattern, **{name: size for name, size in wanted.items() if size and name not in given})
+
+
+def shares_of_heads(vllm_config: Any) -> float:
+    """Over how many ranks the output of a layer is spread, as ``price`` measures errors against the heads that it sees.
+
+    A rank of tensor parallelism has its share of a layer's squared output on average. Where ranks have the same KV head
+    each, pairs of it cost each of them its share only.
+    """
+    model = vllm_config.model_config
+    return float(model.get_total_num_kv_heads() / model.get_num_kv_heads(vllm_config.parallel_config))
+
+
+def describe(options: VSPrefillConfig, by_tile: bool, tuning: PlatformTuning) -> str:
+    """The options that count, in one line, with what a platform has filled in."""
+    return (options.for_tiles(tuning) if by_tile else options).describe(by_tile)
 
 
 def chosen_stock(options: VSPrefillConfig, covered: Container[int] | None, index: int) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.plan import StepPlan
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS
-from vllm_vsprefill.runtime import Runtime
+from vllm_vsprefill.runtime import Runtime, shares_of_heads
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.tuning import CUDA, cuda_tuning
 
@@ -161,6 +162,16 @@ def test_slots_that_kinds_of_caches_share(monkeypatch: pytest.MonkeyPatch) -> No
     assert min_layers(full=36) == 36
     assert min_layers(full=10, window=52) == 10
     assert min_layers(full=30, window=10) == 10
+
+
+@pytest.mark.parametrize(("ranks", "shares"), [(1, 1.0), (2, 2.0), (4, 2.0)])
+def test_a_price_is_of_the_whole_layer(random_model: Path, ranks: int, shares: float) -> None:
+    """A rank knows the output of its own heads only, and pays for its share of the pairs where it shares KV heads."""
+    from vllm.config import ModelConfig
+
+    parallel = SimpleNamespace(tensor_parallel_size=ranks)
+    found = SimpleNamespace(model_config=ModelConfig(str(random_model)), parallel_config=parallel)
+    assert shares_of_heads(found) == shares
 
 
 def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,9 +69,7 @@ class CPURuntime(Runtime):
         self.prefill: CPUPrefill | CPUTilePrefill
         limit = options.max_density
         if self.lists_by_tile:
-            self.prefill = CPUTilePrefill(
-                self.pattern, options.price, priced_rows=options.sampled_rows, max_density=limit
-            )
+            self.prefill = CPUTilePrefill(self.pattern, self.price, priced_rows=options.sampled_rows, max_density=limit)
         else:
             self.prefill = CPUPrefill(self.pattern, self.budgets, sampled_rows=options.sampled_rows, max_density=limit)
 

@@ -39,7 +39,7 @@ class CudaRuntime(Runtime):
             layers, limit = list(self.layers.values()), self.options.max_density
             prefill: AnyCudaPrefill
             if self.lists_by_tile:
-                prefill = CudaTilePrefill(self.options.price, self._allocate_tiles(device), max_density=limit)
+                prefill = CudaTilePrefill(self.price, self._allocate_tiles(device), max_density=limit)
             else:
                 prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=limit)
             self.probe = Probe(len(layers), layers[0].heads.num_kv_heads, device)

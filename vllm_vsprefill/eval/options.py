@@ -74,7 +74,7 @@ class ServerOptions(_Frozen):
     compare: Names = Field(
         (),
         description="Without --url: settings that a server is started with, in turn: dense, floor, accurate, balanced, "
-        "fast, sampled, streaming, or names from --settings. By default dense, floor and balanced.",
+        "fast, priced, sampled, streaming, or names from --settings. By default dense, floor and balanced.",
     )
     settings: Path | None = Field(None, description="JSON file with further settings: names, and options of each.")
     serve_args: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(

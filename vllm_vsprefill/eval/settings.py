@@ -18,10 +18,11 @@ Settings = dict[str, "dict[str, Any] | None"]
 KNOWN: Settings = {
     DENSE: None,  # the stock backend
     # Sparse prefill that leaves nothing out: what differs from dense is rounding.
-    FLOOR: {"estimator": "sampled", "preset": "accurate", "tau_columns": 1.0, "tau_diagonals": 1.0, "max_density": 1.0},
+    FLOOR: {"estimator": "priced", "price": 0.0, "max_density": 1.0},
     "accurate": {"preset": "accurate"},
     "balanced": {"preset": "balanced"},
     "fast": {"preset": "fast"},
+    "priced": {"estimator": "priced"},
     "sampled": {"estimator": "sampled"},
     # Sinks and a window (StreamingLLM's A-shape), and a single column: what any selection has to beat.
     "streaming": {

@@ -237,6 +237,8 @@ def _last_line(error: BaseException) -> str:
 def _estimator(options: Any, config: Any, found: Any) -> Finding:
     """Which estimator runs, and why not the trained one."""
     from vllm_vsprefill import startup
+    from vllm_vsprefill.runtime import describe
+    from vllm_vsprefill.tuning import platform_tuning
 
     if not options.enabled:
         return note("estimator", "none: enabled is false, everything runs the stock backend")
@@ -244,7 +246,7 @@ def _estimator(options: Any, config: Any, found: Any) -> Finding:
     make = note if found.is_warning else ok
     if found.folder is not None:
         indexer = f"trained indexer {found.folder.name} ({found.folder}){remark}"
-        return make("estimator", f"{indexer}; options: {options.describe()}")
+        return make("estimator", f"{indexer}; options: {options.describe(by_tile=False)}")
     name = "sampled" if options.estimator == "sampled" else "priced"
     if options.estimator == name:
         why = "as asked for"
@@ -257,7 +259,8 @@ def _estimator(options: Any, config: Any, found: Any) -> Finding:
             why = (
                 "no installed indexer was trained for this model (checkpoint names another, vsprefill train makes one)"
             )
-    return make("estimator", f"training-free ({name}): {why}{remark}; options: {options.describe()}")
+    shown = describe(options, name == "priced", platform_tuning())
+    return make("estimator", f"training-free ({name}): {why}{remark}; options: {shown}")
 
 
 def _layers(options: Any, config: Any, covered: Any) -> tuple[int, Counter[str]]:
