@@ -28,7 +28,7 @@ SIZES = (0, 128, 256, 512, 1024, 2048, 4096)
 LOWEST, HIGHEST, BINS = -20.0, 12.0, 256
 """Scores are told apart by bins of this range; what lies below it is listed by the last step only."""
 
-FULL_KEYS, HALVINGS = 32768, 2
+FULL_KEYS, HALVINGS = 16384, 2
 """Up to how many keys all rows are looked at, and how often their number is halved as the sequence doubles beyond."""
 
 

@@ -22,7 +22,7 @@ from vllm_vsprefill.prefill.layer import Heads
 PIECE_ROWS = 128
 """Rows, positions times heads of a group, that a program of ``attend_tiles`` multiplies at a time."""
 
-LONGER = (49152, 98304, 196608)
+LONGER = (65536, 262144)
 """Tokens of the sequence beyond which a tile has twice the positions: ranking costs rows times keys by positions of a
 tile, and lists are read by more than one program then."""
 
