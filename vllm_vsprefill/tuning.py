@@ -55,7 +55,7 @@ CPU = PlatformTuning(block_q=128, block_k=64, tile_q=64, priced_rows=32, tile_ma
 # attention of a layer took 0.6 ms at least, 1.25 where the host was busy; stock attention takes that for 2**26 pairs.
 # A sixteenth less admits what was measured there, chunks of powers of two, when decodes take some of a step's tokens.
 # Those of (8, 0) have not been measured; its stock attention is slower.
-# Lists for every tile were measured with 12 / 2 heads of 128: a chunk of 8,192 rows pays at the end of 16,384 tokens. Up
+# Lists for every tile were measured with 12 / 2 heads of 128: 8,192 rows pay at the end of 16,384 tokens. Up
 # to 0.65 of the pairs their kernel takes less time than the stock one for all of them.
 _PAIRS, _ROWS, _TILES = 60 * 2**20, 960, 46 * 2**20
 CUDA: dict[tuple[int, int], PlatformTuning] = {
