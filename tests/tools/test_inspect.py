@@ -17,9 +17,11 @@ from vllm_vsprefill import cli
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.kernels.types import Budgets, SparsePattern
 from vllm_vsprefill.prefill.cpu import CPUPrefill
+from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.tools import pages
 from vllm_vsprefill.tools.inspecting import tokenised
-from vllm_vsprefill.tools.inspection import BINS, LayerReport, inspect_layer
+from vllm_vsprefill.tools.inspection import BINS, LayerReport, inspect_layer, inspect_tiles
+from vllm_vsprefill.tuning import CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = ROOT / "examples" / "needle" / "model"
@@ -65,6 +67,48 @@ def test_figures_against_whole_matrices(n: int) -> None:
         block = slice(40 * size, 41 * size), slice(20 * size, 21 * size)
         assert float(head.kept[40, 20]) == pytest.approx(float(kept[block].float().mean()))
         assert float(head.attention[40, 20]) == pytest.approx(float(truth.mean(0)[block].sum() / size), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [200, 700])
+def test_figures_of_lists_of_tiles_against_whole_matrices(n: int) -> None:
+    given, rows = call(n), n - TAIL
+    prefill = CPUTilePrefill(PATTERN, 1.0, priced_rows=16)
+    report = inspect_tiles(given, prefill, TAIL)
+    q, k, v = given.q[:rows], given.k[:rows], given.v[:rows]
+    lists = prefill.listed(q, k, prefill.bars(q, k, v, scale=given.scale), scale=given.scale)
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+    for number, (head, listed) in enumerate(zip(report.heads, lists, strict=True)):
+        row, key = torch.arange(rows)[:, None], torch.arange(rows)
+        starts = (row // 32 * 32 - 23).clamp(min=0) // 16 * 16
+        kept = causal & ((key < 16) | (key >= starts) | listed[row[:, 0] // 32])
+        logits = torch.einsum("igd,jd->gij", q[:, 2 * number : 2 * number + 2].double(), k[:, number].double())
+        logits *= given.scale
+        truth = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+        sparse = logits.masked_fill(~kept, -torch.inf).softmax(-1)
+        wanted, got = truth @ v[:, number].double(), sparse @ v[:, number].double()
+        assert 0.05 < head.density < 0.95
+        assert head.density == pytest.approx(float(kept.sum() / causal.sum()), rel=1e-6)
+        assert head.recall == pytest.approx(float((truth * kept).sum() / (2 * rows)), rel=1e-4)
+        assert head.error == pytest.approx(float((got - wanted).norm() / wanted.norm()), rel=1e-3)
+        assert head.tile_keys == pytest.approx(float(listed.sum(1).double().mean()))
+        assert head.shares is not None
+        assert head.shares[rows - 20 :].tolist() == [0.0] * 20
+        behind = [tile for tile in range(len(listed)) if PATTERN.window_start(32 * tile) > 40]
+        assert float(head.shares[40]) == pytest.approx(float(listed[behind, 40].double().mean()))
+        assert len(head.columns) == len(head.diagonals) == 0
+
+
+def test_lists_of_tiles_on_a_page(tmp_path: Path) -> None:
+    report = inspect_tiles(call(300), CPUTilePrefill(PATTERN, 0.2, priced_rows=16, max_density=0.01), TAIL)
+    assert report.handed_back
+    file = pages.picture(tmp_path / "layer.png", report, 280)
+    text = pages.page([("a", "b")], [], [report], [file], ["x"] * 300)
+    assert "Listed keys in the text" in text
+    assert "keys of a tile" in text
+    assert "diagonals" not in text
+    data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    assert [len(shares) for shares in data["shares"]] == [280, 280]
+    assert 0 < max(data["shares"][0]) <= 1
 
 
 def test_everything_kept_is_no_error() -> None:
@@ -121,6 +165,23 @@ def test_the_needle_model(tmp_path: Path) -> None:
     assert sorted(file.name for file in out.iterdir()) == [
         "inspect.html", "inspect.json", "layer_001.png", "layer_003.png"
     ]  # fmt: skip
+
+
+def test_the_needle_model_without_its_indexer(tmp_path: Path) -> None:
+    """What would run without one: lists of tiles, by the platform's window and tiles and the user's price."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text((ROOT / "README.md").read_text()[:6000])
+    options = json.dumps({"estimator": "priced", "price": 0.2, "window": 64})
+    arguments = ("--text", text, "--out", out, "--max-tokens", "900", "--layers", "1,4", "--options", options)
+    code, said = run("--model", NEEDLE, *arguments)
+    assert code == 0, said
+    assert "training-free (priced)" in said
+    found = json.loads((out / "inspect.json").read_text())
+    assert f"blocks={CPU.tile_q}x{CPU.tile_k}" in found["facts"]["options"]
+    assert "price=0.2" in found["facts"]["options"]
+    assert [(one["layer"], one["kv_head"]) for one in found["heads"]] == [(1, 0), (1, 1), (4, 0), (4, 1)]
+    assert all(one["tile_keys"] >= 0 and "columns" not in one for one in found["heads"])
+    assert any(one["density"] < 0.9 for one in found["heads"])
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -92,11 +92,21 @@ class CPUTilePrefill:
         """
         seq_len = key.shape[0] - query.shape[0] + rows
         query, key, value = query[:rows], key[:seq_len], value[:seq_len]
-        bars = self.operations.price(
+        bars = self.bars(query, key, value, scale=scale)
+        return None if self.exceeds(bars) else self.listed(query, key, bars, scale=scale)
+
+    def bars(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Bars:
+        """From which score on tiles list a key; the tensors as for ``choose``, without rows that do not run sparse."""
+        return self.operations.price(
             query, key, value, scale=scale, pattern=self.pattern, price=self.price, num_rows=self.priced_rows
         )
-        if self.max_density < 1.0 and float(bars.density.mean()) > self.max_density:
-            return None
+
+    def exceeds(self, bars: Bars) -> bool:
+        """Whether a choice would compute more than ``max_density``."""
+        return self.max_density < 1.0 and float(bars.density.mean()) > self.max_density
+
+    def listed(self, query: Tensor, key: Tensor, bars: Bars, *, scale: float) -> Tensor:
+        """Keys that the tiles of a chunk list, bool ``[num_kv_heads, tiles, n]``; the tensors as for ``bars``."""
         return self.operations.rank(query, key, bars.scores, scale=scale, pattern=self.pattern)
 
     def attend(

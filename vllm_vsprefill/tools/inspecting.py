@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,11 +23,16 @@ from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.kernels.types import Budgets, SparsePattern
 from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.prefill.cpu import CPUPrefill
+from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
+from vllm_vsprefill.prefill.layer import Heads
+from vllm_vsprefill.prefill.tiles import Tiling
+from vllm_vsprefill.runtime import describe, tile_pattern
 from vllm_vsprefill.thresholds import thresholds
 from vllm_vsprefill.tools import pages
 from vllm_vsprefill.tools.errors import ToolError
-from vllm_vsprefill.tools.inspection import LayerReport, inspect_layer
+from vllm_vsprefill.tools.inspection import LayerReport, inspect_layer, inspect_tiles
 from vllm_vsprefill.tools.options import InspectCommand
+from vllm_vsprefill.tuning import PlatformTuning
 
 CHARACTERS = 16
 """Of a token at most, when a text is cut before it is tokenised."""
@@ -60,10 +66,14 @@ def run(command: InspectCommand, say: Callable[[str], None]) -> None:
     served = SimpleNamespace(model=command.model.model, hf_config=config, hf_text_config=models.text_config(config))
     located = startup.locate_checkpoint(options, SimpleNamespace(model_config=served))
     indexer = None if located.folder is None else load_checkpoint(located.folder, expected=located.model)
-    estimator = "training-free (sampled)" if indexer is None else f"trained indexer {indexer.name}"
+    tuning = platform_tuning(place)
+    options = options.for_estimator(indexer is not None, tuning)
+    by_tile = options.lists_by_tile(indexer is not None)
+    kind = "priced" if by_tile else "sampled"
+    estimator = f"training-free ({kind})" if indexer is None else f"trained indexer {indexer.name}"
     say(f"{len(ids):,} tokens, {len(wanted)} layers, {estimator}")
     teacher = models.load(command.model, place)
-    reports = _layers(teacher, ids, wanted, options, indexer)
+    reports = _layers(teacher, ids, wanted, options, indexer, tuning)
 
     rows = len(ids) - options.dense_last_rows
     pictures = [pages.picture(command.out / f"layer_{one.index:03d}.png", one, rows) for one in reports]
@@ -71,7 +81,7 @@ def run(command: InspectCommand, say: Callable[[str], None]) -> None:
         ("model", teacher.name),
         ("text", f"{command.text.name}, {len(ids):,} tokens, as one chunk"),
         ("estimator", estimator),
-        ("options", options.describe()),
+        ("options", describe(options, by_tile, tuning)),
         ("mean recall", f"{_mean(reports, 'recall'):.1%}"),
         ("mean density", f"{_mean(reports, 'density'):.1%}"),
         ("mean error", f"{_mean(reports, 'error'):.1%}"),
@@ -112,6 +122,7 @@ def _layers(
     wanted: tuple[int, ...],
     options: VSPrefillConfig,
     indexer: LoadedIndexer | None,
+    tuning: PlatformTuning,
 ) -> list[LayerReport]:
     from tqdm import tqdm
 
@@ -130,6 +141,10 @@ def _layers(
         def layer(call: LayerCall) -> None:
             if call.layer not in wanted or (indexer is not None and call.layer not in indexer.layers):
                 return
+            if options.lists_by_tile(indexer is not None):
+                reports.append(inspect_tiles(call, tile_prefill(call, options, tuning), options.dense_last_rows))
+                bar.update()
+                return
             tau = torch.empty(2, call.k.shape[1], dtype=torch.float64)
             for row, value in zip(tau, thresholds(options, indexer, call.layer), strict=True):
                 row.copy_(torch.as_tensor(value, dtype=torch.float64))
@@ -142,6 +157,21 @@ def _layers(
     if not reports:
         raise ToolError("no layer to look at: the indexer covers none of those asked for")
     return reports
+
+
+def tile_prefill(call: LayerCall, options: VSPrefillConfig, tuning: PlatformTuning) -> CPUTilePrefill:
+    """The prefill of a layer with a list for every tile, cut as a server on this platform cuts a text of this length.
+
+    Args:
+        call: the layer's queries, keys and values.
+        options: with the platform's defaults filled in.
+        tuning: the platform's.
+    """
+    pattern = tile_pattern(options, dataclasses.replace(options.pattern(), dense_last=0), tuning)
+    if not tuning.tile_q and "block_q" not in options.model_fields_set:
+        rows, heads, size = call.q.shape
+        pattern = Tiling(pattern, Heads(heads, call.k.shape[1], size), rows).of(rows - options.dense_last_rows)
+    return CPUTilePrefill(pattern, options.price, priced_rows=options.sampled_rows, max_density=options.max_density)
 
 
 def _mean(reports: list[LayerReport], name: str) -> float:
@@ -158,8 +188,11 @@ def _figures(facts: list[tuple[str, str]], notes: list[str], reports: list[Layer
             "density": head.density,
             "error": head.error,
             "handed_back": report.handed_back,
-            "columns": head.columns.tolist(),
-            "diagonals": head.diagonals.tolist(),
+            **(
+                {"columns": head.columns.tolist(), "diagonals": head.diagonals.tolist()}
+                if head.tile_keys is None
+                else {"tile_keys": head.tile_keys}
+            ),
         }
         for report in reports
         for number, head in enumerate(report.heads)

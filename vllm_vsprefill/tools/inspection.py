@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_vsprefill.distil.capture import LayerCall
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import CPUPrefill
+from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.prefill.layer import Heads, SparseLayer
 
 BINS = 256
@@ -23,13 +24,15 @@ class HeadReport:
     """One KV head of a layer, for the rows that run sparse.
 
     Attributes:
-        columns: int64 ``[C]``, positions kept for every row.
-        diagonals: int64 ``[S]``, distances kept beside the window.
+        columns: int64 ``[C]``, positions kept for every row; none where every tile has a list of its own.
+        diagonals: int64 ``[S]``, distances kept beside the window; likewise.
         recall: share of the attention mass that was kept, the mean over rows and query heads.
         density: pairs computed, of the causal ones.
         error: norm of the difference of outputs, relative to the norm of the true ones.
         attention: float32 ``[B, B]``, attention mass a row, summed over the keys of a bin and averaged over its rows.
         kept: float32 ``[B, B]``, share of a bin's causal pairs that are computed.
+        shares: float32 ``[n]``, of the tiles that could list a key, those that do; None without lists of tiles.
+        tile_keys: keys that a tile lists, on average; None likewise.
     """
 
     columns: Tensor
@@ -39,6 +42,8 @@ class HeadReport:
     error: float
     attention: Tensor
     kept: Tensor
+    shares: Tensor | None = None
+    tile_keys: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,47 @@ def inspect_layer(
     return LayerReport(call.layer, handed_back, tuple(reports))
 
 
+def inspect_tiles(call: LayerCall, prefill: CPUTilePrefill, tail: int) -> LayerReport:
+    """As ``inspect_layer``, where every tile has a list of its own.
+
+    Args:
+        call: the layer's queries, keys and values.
+        prefill: how keys are chosen.
+        tail: last rows of the chunk, which attend to everything and are not looked at.
+    """
+    q, k, v = (x.cpu().contiguous() for x in (call.q, call.k, call.v))
+    rows = len(q) - tail
+    q, k, v = q[:rows], k[:rows], v[:rows]
+    bars = prefill.bars(q, k, v, scale=call.scale)
+    listed = prefill.listed(q, k, bars, scale=call.scale)
+    out, _ = prefill.attend(q, k, v, listed, rows, scale=call.scale)
+    reports = [_head(head, q, k, v, out, listed[head], prefill.pattern, call.scale) for head in range(k.shape[1])]
+    return LayerReport(call.layer, prefill.exceeds(bars), tuple(reports))
+
+
 def _head(
-    head: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, chosen: Selection, pattern: SparsePattern, scale: float
+    head: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    chosen: Selection | Tensor,
+    pattern: SparsePattern,
+    scale: float,
 ) -> HeadReport:
+    """``chosen``: of all heads, or lists of the tiles of this one, bool ``[tiles, n]``."""
     rows, group = len(q), q.shape[1] // k.shape[1]
     mine = slice(head * group, (head + 1) * group)
     queries, keys, values = q[:, mine].float(), k[:, head].float(), v[:, head].float()
-    columns = chosen.columns[head, : int(chosen.num_columns[head])].long()
-    diagonals = chosen.diagonals[head, : int(chosen.num_diagonals[head])].long()
+    columns = diagonals = torch.zeros(0, dtype=torch.int64)
+    shares = tile_keys = None
+    if isinstance(chosen, Tensor):
+        starts = torch.tensor([pattern.window_start(start) for start in range(0, rows, pattern.block_q)])
+        could = (torch.arange(rows) < starts[:, None]).sum(0)
+        shares, tile_keys = chosen.sum(0) / could.clamp(min=1), float(chosen.sum(1).double().mean())
+    else:
+        columns = chosen.columns[head, : int(chosen.num_columns[head])].long()
+        diagonals = chosen.diagonals[head, : int(chosen.num_diagonals[head])].long()
     pool = _Pool(rows, q.device)
     recall = visited = difference = norm = 0.0
     for start in range(0, rows, pattern.block_q):
@@ -114,8 +152,13 @@ def _head(
         causal = torch.arange(end) <= torch.arange(start, end)[:, None]  # [b, end]
         logits = torch.einsum("bgd,md->gbm", queries[start:end], keys[:end]) * scale
         probs = logits.masked_fill_(~causal, float("-inf")).softmax(-1)  # [g, b, end]
-        kept = torch.zeros(end, dtype=torch.bool)
-        kept[pattern.tile_keys(columns, diagonals, start, end)] = True
+        if isinstance(chosen, Tensor):
+            kept = chosen[start // pattern.block_q, :end].clone()
+            kept[: pattern.sink_keys] = True
+            kept[pattern.window_start(start) :] = True
+        else:
+            kept = torch.zeros(end, dtype=torch.bool)
+            kept[pattern.tile_keys(columns, diagonals, start, end)] = True
         seen = (causal & kept).float()
         mass = probs.mean(0)
         recall += float((mass * seen).sum())
@@ -132,4 +175,6 @@ def _head(
         (difference / norm) ** 0.5 if norm else 0.0,
         pool.mass / pool.rows.clamp(min=1)[:, None],
         pool.pairs / pool.causal.clamp(min=1),
+        shares,
+        tile_keys,
     )

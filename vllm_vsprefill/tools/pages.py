@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vllm_vsprefill.tools.inspection import LayerReport
+from vllm_vsprefill.tools.inspection import HeadReport, LayerReport
 
 
 def picture(file: Path, report: LayerReport, rows: int) -> Path:
@@ -71,14 +71,34 @@ _SCRIPT = """
 const data = JSON.parse(document.getElementById("data").textContent);
 const spans = document.querySelectorAll("#text span"), choice = document.getElementById("choice");
 function paint() {
-  const chosen = choice.value === "all" ? data.columns : [data.columns[+choice.value]];
+  const heads = data.shares || data.columns, chosen = choice.value === "all" ? heads : [heads[+choice.value]];
   const share = new Float64Array(spans.length);
-  for (const columns of chosen) for (const at of columns) share[at] += 1 / chosen.length;
+  for (const head of chosen)
+    if (data.shares) head.forEach((part, at) => { share[at] += part / chosen.length; });
+    else for (const at of head) share[at] += 1 / chosen.length;
   spans.forEach((span, at) => { span.style.background = share[at] ? `rgba(0, 150, 70, ${0.12 + 0.6 * share[at]})` : "";
     span.title = `token ${at}: ${Math.round(100 * share[at])} %`; });
 }
 choice.addEventListener("change", paint); paint();
 """
+
+
+_COLUMNS = "Columns in the text", "Tokens that every row attends to, beside window, sinks and diagonals"
+_TILES = (
+    "Listed keys in the text",
+    "Tokens by the share of the tiles behind them whose lists hold them, beside window and sinks",
+)
+
+
+def _chosen(head: HeadReport) -> str:
+    """Cells of a row: how much was chosen."""
+    if head.tile_keys is not None:
+        return f"<td>{head.tile_keys:,.0f}</td>"
+    return f"<td>{len(head.columns):,}</td><td>{len(head.diagonals):,}</td>"
+
+
+def _amount(head: HeadReport) -> str:
+    return f"{len(head.columns):,} columns" if head.tile_keys is None else f"{head.tile_keys:,.0f} keys a tile"
 
 
 def _rate(value: float) -> str:
@@ -105,12 +125,12 @@ def page(
     rows = "".join(
         f"<tr><td>{report.index}</td><td>{number}</td>"
         f'<td style="background: rgba(200, 60, 0, {min(1.0, 2 * (1 - head.recall)):.2f})">{_rate(head.recall)}</td>'
-        f"<td>{_rate(head.density)}</td><td>{_rate(head.error)}</td><td>{len(head.columns):,}</td>"
-        f"<td>{len(head.diagonals):,}</td><td>{'dense' if report.handed_back else 'sparse'}</td></tr>"
+        f"<td>{_rate(head.density)}</td><td>{_rate(head.error)}</td>{_chosen(head)}"
+        f"<td>{'dense' if report.handed_back else 'sparse'}</td></tr>"
         for report, number, head in heads
     )
     options = "".join(
-        f'<option value="{at}">layer {report.index}, KV head {number} ({len(head.columns):,} columns)</option>'
+        f'<option value="{at}">layer {report.index}, KV head {number} ({_amount(head)})</option>'
         for at, (report, number, head) in enumerate(heads)
     )
     images = "".join(
@@ -119,7 +139,14 @@ def page(
         f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"></div>'
         for report, file in zip(reports, pictures, strict=True)
     )
-    data = json.dumps({"columns": [head.columns.tolist() for _, _, head in heads]})
+    by_tile = any(head.shares is not None for _, _, head in heads)
+    data = json.dumps(
+        {"shares": [[round(x, 2) for x in head.shares.tolist()] for _, _, head in heads if head.shares is not None]}
+        if by_tile
+        else {"columns": [head.columns.tolist() for _, _, head in heads]}
+    )
+    title, told = _TILES if by_tile else _COLUMNS
+    amounts = "<th>keys of a tile</th>" if by_tile else "<th>columns</th><th>diagonals</th>"
     listed = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>What VSPREFILL keeps</title>'
@@ -128,8 +155,8 @@ def page(
         + "<h2>Layers and KV heads</h2><p>Recall: share of the attention mass that was computed, the mean over rows. "
         "Density: pairs computed, of the causal ones. Error: of the output, relative.</p>"
         '<div class="scroll"><table><tr><th>layer</th><th>KV head</th><th>recall</th><th>density</th><th>error</th>'
-        f"<th>columns</th><th>diagonals</th><th>served</th></tr>{rows}</table></div>"
-        "<h2>Columns in the text</h2><p>Tokens that every row attends to, beside window, sinks and diagonals: "
+        f"{amounts}<th>served</th></tr>{rows}</table></div>"
+        f"<h2>{title}</h2><p>{told}: "
         f'<select id="choice"><option value="all">share of all layers and KV heads</option>{options}</select></p>'
         f'<div id="text">{"".join(f"<span>{html.escape(token)}</span>" for token in tokens)}</div>'
         f'{images}<script id="data" type="application/json">{data}</script><script>{_SCRIPT}</script></body></html>'
