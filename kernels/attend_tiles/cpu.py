@@ -27,6 +27,9 @@ MAX_LOGITS = 1 << 21
 MIN_ROWS = 16
 # Positions of one piece of work at least.
 PIECE_ROWS = 128
+# Lists are filled up to multiples of this. oneDNN compiles a product when its shape is new, which takes longer than the
+# product itself for many a tile; it keeps about a thousand of them.
+GRANULE = 128
 # Keys whose logits say by how much a row is shifted: so many of the first and so many of its tile.
 REFERENCE = 16
 
@@ -56,14 +59,16 @@ class _Call:
             self._masks[count] = torch.zeros(behind.shape, dtype=self.q.dtype).masked_fill_(behind, float("-inf"))
         return self._masks[count]
 
-    def gather(self, head: int, tile: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[m, D]`` before position ``end`` that a tile attends to, ascending."""
+    def gather(self, head: int, tile: int, end: int) -> tuple[Tensor, Tensor, range]:
+        """Keys and values ``[m, D]`` before position ``end`` that a tile attends to, ascending, and which of them only
+        fill up a shape."""
         sinks, start = self.pattern.sink_keys, self.pattern.window_start(tile * self.pattern.block_q)
         if sinks < start:
             listed = np.flatnonzero(self.keys[head, tile - self.first_row // self.pattern.block_q, sinks:start])
             if len(listed) < start - sinks:
-                index = torch.from_numpy(listed + sinks)
-                near = sinks + len(listed)
+                kept = sinks + len(listed)
+                near = min(-(-len(listed) // GRANULE) * GRANULE + sinks, start)
+                index = torch.from_numpy(np.pad(listed + sinks, (0, near - kept)))
                 found = []
                 for source, name in ((self.k[head], "keys"), (self.v[head], "values")):
                     target = self.buffers.take(name, near + end - start, self.size)
@@ -71,8 +76,8 @@ class _Call:
                     torch.index_select(source, 0, index, out=target[sinks:near])
                     target[near:] = source[start:end]
                     found.append(target)
-                return found[0], found[1]
-        return self.k[head, :end], self.v[head, :end]
+                return found[0], found[1], range(kept, near)
+        return self.k[head, :end], self.v[head, :end], range(0)
 
 
 def _tiles(call: _Call, head: int, tiles: range, scale: float) -> int:
@@ -81,18 +86,22 @@ def _tiles(call: _Call, head: int, tiles: range, scale: float) -> int:
     visited = 0
     for tile in tiles:
         start, end = max(tile * block_q, call.first_row), min((tile + 1) * block_q, call.seq_len)
-        keys, values = call.gather(head, tile, end)
-        rows = max(MAX_LOGITS // (call.group * len(keys)), MIN_ROWS)
+        keys, values, fill = call.gather(head, tile, end)
+        parts = -(-(end - start) // max(MAX_LOGITS // (call.group * len(keys)), MIN_ROWS))
+        rows = -(-(end - start) // parts)
         for first in range(start, end, rows):
             last = min(first + rows, end)
-            _rows(call, head, first, last, keys[: len(keys) - (end - last)], values, scale)
+            _rows(call, head, first, last, keys[: len(keys) - (end - last)], values, fill, scale)
         count = end - start
-        visited += count * (len(keys) - count) + count * (count + 1) // 2
+        visited += count * (len(keys) - len(fill) - count) + count * (count + 1) // 2
     return visited
 
 
-def _rows(call: _Call, head: int, first: int, last: int, keys: Tensor, values: Tensor, scale: float) -> None:
-    """Rows ``first .. last - 1`` of a tile attend to ``keys [m, D]``, the last of which are their own."""
+def _rows(
+    call: _Call, head: int, first: int, last: int, keys: Tensor, values: Tensor, fill: range, scale: float
+) -> None:
+    """Rows ``first .. last - 1`` of a tile attend to ``keys [m, D]`` but those in ``fill``; the last ones are their
+    own."""
     count = last - first
     queries = call.q[head, first - call.first_row : last - call.first_row].flatten(0, 1)
     # Any shift is right. These keys bring it near the largest logit: sinks and neighbours are what most rows attend to.
@@ -101,6 +110,7 @@ def _rows(call: _Call, head: int, first: int, last: int, keys: Tensor, values: T
     shift = (reference @ queries.T).amax(0).float().mul_(-scale).to(queries.dtype).unsqueeze(1)
     logits = call.buffers.take("logits", len(queries), len(keys))
     torch.addmm(shift, queries, keys.T, alpha=scale, out=logits)
+    logits[:, fill.start : fill.stop] = float("-inf")
     logits[:, -count:] += call.future(count)
     torch.softmax(logits, dim=-1, out=logits)
     result = logits @ values[: len(keys)]

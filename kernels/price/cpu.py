@@ -82,7 +82,9 @@ class _Rows:
         self.queries = q.unflatten(1, (v.shape[1], -1))
         self.v = v.transpose(0, 1).to(call.k.dtype).contiguous()
         # A channel of ones sums up the probabilities. [Hkv, n, D + 1]
-        self.counted = torch.nn.functional.pad(self.v, (0, 1), value=1.0)
+        # In float32, whose products have nothing to prepare: oneDNN compiles a bfloat16 product of a new shape, which
+        # takes longer than the products of a tile, and the steps of each tile are as long as they happen to be.
+        self.counted = torch.nn.functional.pad(self.v.float(), (0, 1), value=1.0)
 
     def errors(self, head: int, tiles: list[_Tile], bins: list[Bins], steps: list[int]) -> Tensor:
         """Squared errors of the steps for some tiles' rows, and behind them the squared true output; float32."""
@@ -103,14 +105,14 @@ class _Rows:
         true = (probs @ self.v[head, :end]).float()
         # The step that each bin belongs to; len(steps) is the last one, which is not computed here.
         step_of = (np.arange(BINS)[:, None] < np.array(steps)).sum(1).astype(np.uint8)
-        sums = torch.empty(len(steps) + 2, *true.shape[:1], self.counted.shape[2], dtype=probs.dtype)
+        sums = torch.empty(len(steps) + 2, *true.shape[:1], self.counted.shape[2])
         first = 0
         for tile, row in zip(tiles, bins, strict=True):
             last = first + len(tile.positions) * group
             self._sums(head, tile, row, step_of, steps, probs[first:last], sums[:, first:last])
             first = last
         # Of sinks, window and each step -> of each step with all that it holds. [steps, rows * group, D + 1]
-        held = sums.float().cumsum(0)[2:]
+        held = sums.cumsum(0)[2:]
         size = true.shape[1]
         outputs = held[..., :size] / held[..., size:].clamp(min=1e-30)
         return torch.cat(((outputs - true).square_().sum((1, 2)), true.square().sum().view(1)))
@@ -129,14 +131,14 @@ class _Rows:
         values = self.counted[head]
         sinks = min(self.call.pattern.sink_keys, tile.start)
         end = tile.positions[-1] + 1
-        torch.mm(probs[:, :sinks], values[:sinks], out=sums[0])
-        torch.mm(probs[:, tile.start : end], values[tile.start : end], out=sums[1])
+        torch.mm(probs[:, :sinks].float(), values[:sinks], out=sums[0])
+        torch.mm(probs[:, tile.start : end].float(), values[tile.start : end], out=sums[1])
         listed = np.flatnonzero(bins >= steps[-1])
         step = step_of[bins[listed]]
         index = listed[np.argsort(step, kind="stable")] + self.call.pattern.sink_keys
         # NumPy takes columns several times as fast as PyTorch, but knows no bfloat16.
         raw = probs.view(torch.int16) if probs.element_size() == 2 else probs
-        weights = torch.from_numpy(np.take(raw.numpy(), index, axis=1)).view(probs.dtype)
+        weights = torch.from_numpy(np.take(raw.numpy(), index, axis=1)).view(probs.dtype).float()
         kept = values.index_select(0, torch.from_numpy(index))
         first = 0
         for i, last in enumerate(np.bincount(step, minlength=len(steps)).cumsum().tolist(), 2):
