@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from vllm import LLM, SamplingParams
 
+from benchmarks.environment import NEEDLE_MODEL
+from examples.needle import tasks
 from tests import models
 from vllm_vsprefill.checkpoint import CheckpointError
 from vllm_vsprefill.startup import StartupError
@@ -36,6 +38,9 @@ SPARSE = {
     "block_k": 16,
     "max_density": 1.0,
 }
+
+PRICE = 0.3
+"""What random weights and tokens make worth choosing at: some heads list little, others much."""
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -159,13 +164,47 @@ def test_preemption(engine: Any, random_indexer: Path) -> None:
     assert metrics["vllm:num_preemptions"].value > 0
 
 
+def test_at_no_price_the_tokens_are_the_stock_kernels(engine: Any, plugin_log: list[str]) -> None:
+    """Nothing is left out then, whatever the chunks and however requests mix."""
+    prompts = [prompt(n) for n in (3000, 700, 2100, 100, 513)]
+    prompts.append(prompts[0][:2000] + prompt(300, 7))  # shares a prefix with another one
+    for chunk in (512, 2048):
+        stock = engine("CPU_ATTN", max_num_batched_tokens=chunk)
+        expected = [stock.tokens(prompts), stock.tokens(prompts)]
+        options = {"price": 0, "min_seq_len": 512, "max_density": 1.0}
+        ours = engine("VSPREFILL", options, max_num_batched_tokens=chunk)
+        assert [ours.tokens(prompts), ours.tokens(prompts)] == expected
+        for counts in ours.counts.values():
+            assert counts.sparse_chunks > 4
+            assert counts.density == 1.0
+
+
+@pytest.mark.parametrize("chunk", [700, 4096])
+def test_answers_are_found_with_lists_of_tiles(engine: Any, chunk: int) -> None:
+    """By a model that was trained to look things up, of which every tile then attends to a small part."""
+    rng = np.random.default_rng(5)
+    problems = [tasks.make_problem(rng, task, tasks.HAYSTACKS[0], 5000) for task in tasks.TASKS]
+    options = {"estimator": "priced", "min_seq_len": 1024}
+    ours = engine(
+        "VSPREFILL", options, NEEDLE_MODEL, max_num_batched_tokens=chunk, dtype="auto", skip_tokenizer_init=False
+    )
+    sampling = SamplingParams(max_tokens=64, temperature=0)
+    prompts: Any = [{"prompt_token_ids": problem.prompt_ids.tolist()} for problem in problems]
+    outputs = ours.llm.generate(prompts, sampling, use_tqdm=False)
+    right = [problem.is_correct(one.outputs[0].text) for problem, one in zip(problems, outputs, strict=True)]
+    assert sum(right) >= 4, [one.outputs[0].text for one in outputs]
+    total = sum(ours.counts.values(), LayerCounts())
+    assert total.sparse_chunks > total.handed_back
+    assert total.density < 0.7
+
+
 def test_auto_takes_priced_where_no_indexer_fits(engine: Any, plugin_log: list[str]) -> None:
-    ours = engine("VSPREFILL", SPARSE)
+    ours = engine("VSPREFILL", {**SPARSE, "price": PRICE})
     assert "training-free estimator (priced): no trained indexer for this model was found" in "\n".join(plugin_log)
     ours.tokens([prompt(3000)], 2)
     for counts in ours.counts.values():
         assert counts.sparse_chunks
-        assert counts.density < 0.7
+        assert counts.density < 0.9
 
 
 def test_short_prompts_run_stock(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
@@ -353,10 +392,12 @@ def ranks(
         pytest.skip("needs two cores, one a rank")
     script = tmp_path_factory.mktemp("ranks") / "ranks.py"
     script.write_text(RANKS)
-    options = {**SPARSE, "checkpoint": str(random_indexer)}
 
     @functools.lru_cache
-    def run(size: int, kind: str = "tensor") -> tuple[list[list[int]], dict[str, list[float]], dict[str, float]]:
+    def run(
+        size: int, kind: str = "tensor", price: float | None = None
+    ) -> tuple[list[list[int]], dict[str, list[float]], dict[str, float]]:
+        options = {**SPARSE, "checkpoint": str(random_indexer)} if price is None else {**SPARSE, "price": price}
         environ = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -402,3 +443,19 @@ def test_parallel_ranks(ranks: Any, kind: str) -> None:
     ]
     assert {name: parallel_series[name] for name in once} == {name: series[name] for name in once}
     assert sum(series[name] for name in once if "tokens" in name and "decode" not in name) == 2590
+
+
+def test_parallel_ranks_with_lists_of_tiles(ranks: Any) -> None:
+    """Stages compute what one rank does. Ranks with a KV head each measure errors against their own share of the
+    output: about as dense, and the same tokens where nothing is left out."""
+    tokens, counts, _ = ranks(1, price=PRICE)
+    staged_tokens, staged_counts, _ = ranks(2, "pipeline", price=PRICE)
+    assert (staged_tokens, staged_counts) == (tokens, counts)
+    _, parallel_counts, _ = ranks(2, "tensor", price=PRICE)
+    for layer, (computed, causal) in counts.items():
+        assert 0.1 < computed / causal < 0.9
+        assert parallel_counts[layer][1] == causal
+        assert parallel_counts[layer][0] == pytest.approx(computed, rel=0.25)
+    whole_tokens, whole_counts, _ = ranks(2, "tensor", price=0.0)
+    assert whole_tokens == ranks(1, price=0.0)[0]
+    assert all(computed == causal for computed, causal in whole_counts.values())

@@ -62,9 +62,13 @@ from vllm_vsprefill.kernels.guard.naive import expected_density
 from vllm_vsprefill.kernels.guard.triton import guard
 from vllm_vsprefill.kernels.index import NONE, RANK, Index, allocate_index
 from vllm_vsprefill.kernels.merge import naive as naive_merge
-from vllm_vsprefill.kernels.merge.paged import check_build_index, set_flags
-from vllm_vsprefill.kernels.merge.triton import build_index
+from vllm_vsprefill.kernels.merge.paged import check_build_index, check_build_tiles, set_flags
+from vllm_vsprefill.kernels.merge.triton import build_index, build_tiles
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
+from vllm_vsprefill.kernels.price.paged import allocate_price, check_price
+from vllm_vsprefill.kernels.price.triton import price
+from vllm_vsprefill.kernels.rank.paged import allocate_rank, check_rank
+from vllm_vsprefill.kernels.rank.triton import rank
 from vllm_vsprefill.kernels.sampled import naive as naive_sampled
 from vllm_vsprefill.kernels.sampled.paged import allocate_sampled, check_sampled
 from vllm_vsprefill.kernels.sampled.triton import sampled
@@ -81,6 +85,8 @@ from vllm_vsprefill.kernels.select import naive as naive_select
 from vllm_vsprefill.kernels.select.paged import allocate_select, check_gather, check_select
 from vllm_vsprefill.kernels.select.triton import gather, select
 from vllm_vsprefill.kernels.settings import Settings, settings
+from vllm_vsprefill.kernels.tile_index import EVERYTHING, TileIndex, allocate_tiles
+from vllm_vsprefill.kernels.tile_scores import listable, tile_scores
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, Selection, SparsePattern
 
 Params = dict[str, Any]
@@ -638,6 +644,111 @@ def solve_tiles(
     check.measure("output", math.sqrt(off / max(norm, 1e-60)), ATTEND_LIMIT[dtype])
 
 
+# The chain of lists of tiles
+
+
+SCORE_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far from the bar a key may be on the wrong side of it: means of queries are rounded."""
+
+
+def draw_chain(rng: random.Random, tiny: bool) -> Params:
+    config = draw_tiles(rng, tiny)
+    config["priced_rows"] = rng.choice((1, 7, 16) if tiny else (1, 13, 16, 32, 64))
+    return config
+
+
+def listed_keys(index: TileIndex, kv: PagedKV, request: int, batch: Batch, check: Check) -> Tensor:
+    """What the tiles of a request list, bool ``[Hkv, tiles, n]``; each list is ascending and has its sinks."""
+    start, end, n = (int(x[request]) for x in batch[:3])
+    pattern, first, slots = index.pattern, n - (end - start), slots_of(kv, request, n)
+    position = torch.zeros(int(slots.max()) + 1, dtype=torch.int64, device=DEVICE)
+    position[slots] = torch.arange(n, device=DEVICE)
+    tiles, heads = pattern.tiles(end - start, n), kv.num_kv_heads
+    found = torch.zeros(heads, len(tiles), n, dtype=torch.bool, device=DEVICE)
+    room = index.slots.shape[0] >= heads * index.bits.shape[1] * n
+    for t, tile in enumerate(tiles):
+        place, window = index.place(start, request, first, tile), pattern.window_start(tile * pattern.block_q)
+        for head in range(heads):
+            count, at = int(index.counts[head, place]), int(index.starts[head, place])
+            if count == EVERYTHING:
+                # Also where there was no room for the list.
+                check.holds("a list was left out", not room or float(index.bars[request, head]) == -math.inf)
+                found[head, t, pattern.sink_keys : window] = True
+                continue
+            keys = position[index.slots[at : at + count].long()]
+            check.holds("a list is not ascending", bool((keys.diff() > 0).all()) and not bool((keys >= window).any()))
+            sinks = min(pattern.sink_keys, window)
+            check.equal("sinks of a list", int((keys < pattern.sink_keys).sum()), sinks)
+            found[head, t, keys[sinks:]] = True
+    return found
+
+
+def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
+    """Price, rank, lists, attention on one index: every step from what the one before has decided."""
+    dtype, heads, size = DTYPES[config["dtype"]], config["heads"], config["size"]
+    pattern = draw_pattern(rng, config, (0,))
+    rows, seq_lens = draw_lengths(rng, config)
+    scale, worth = size**-0.5 * rng.choice((1, 3)), rng.choice((0.0, 0.1, 1.0, 3.0, 30.0))
+    told |= {"rows": rows, "seq_lens": seq_lens, "pattern": str(pattern), "scale": scale, "price": worth}
+    told["other_bars"] = rng.random() < 0.5
+    batch, total = make_batch(rng, rows, seq_lens, config["reach"])
+    kv = make_cache(rng, gen, config, seq_lens)
+    q, used = make_queries(gen, config, batch, total)
+    requests, longest, num_rows = batch.num_requests, batch.max_seq_len, max(total, batch.max_rows)
+    storage = allocate_tiles(requests, heads, num_rows, [(pattern, longest)], DEVICE)
+    query_heads, count = heads * config["group"], config["priced_rows"]
+    prices = allocate_price(requests, query_heads, heads, size, longest, count, dtype, DEVICE)
+    ranks = allocate_rank(num_rows, requests, query_heads, size, pattern.block_q, dtype, DEVICE)
+    for part in (*storage, *prices, *ranks):
+        if isinstance(part, Tensor):
+            part.fill_(float("nan") if part.is_floating_point() else 2**31 - 1)
+    storage.next_piece.zero_()
+    index = storage.view(pattern, num_rows, requests, longest)
+    out = torch.full(q.shape, float("nan"), dtype=dtype, device=DEVICE)
+    visited = torch.full((requests,), 5, dtype=torch.int64, device=DEVICE)  # they are added
+    check_price(q, kv, batch, index, prices, scale, worth)
+    check_rank(q, kv, batch, index, ranks, scale)
+    check_build_tiles(index, kv, batch)
+    check_attend_tiles(q, kv, index, batch, scale, out, visited)
+    price(q, kv, batch, index, prices, scale=scale, price=worth)
+    if told["other_bars"]:
+        # Short sequences have no step of the ladder between none and all.
+        bars = torch.rand(index.bars.shape, generator=gen, device=DEVICE) * 8 - 7
+        kinds = torch.rand(index.bars.shape, generator=gen, device=DEVICE)
+        index.bars.copy_(torch.where(kinds < 0.1, math.inf, torch.where(kinds > 0.9, -math.inf, bars)))
+    rank(q, kv, batch, index, ranks, scale=scale)
+    build_tiles(index, kv, batch)
+    attend_tiles(q, kv, index, batch, scale=scale, out=out, visited=visited)
+
+    check.holds("rows of no request were written", bool(out[~used].isnan().all()))
+    check.holds("an output is not finite", bool(out[used].isfinite().all()))
+    k_scale, v_scale = factor(kv.k_scale), factor(kv.v_scale)
+    pairs, off, norm = [5] * requests, 0.0, 0.0
+    for i, (part_rows, n, start) in enumerate(zip(rows, seq_lens, batch.row_start.tolist(), strict=True)):
+        if not part_rows:
+            continue
+        part, bars = q[start : start + part_rows], index.bars[i]
+        density = index.density[i]
+        check.holds("a density is none", bool(((density > 0) & (density <= 1.0001)).all()))
+        check.holds("a bar is none", not bool(bars.isnan().any()))
+        k, v = contiguous(kv, i, n, dtype)
+        keys, tiles = listed_keys(index, kv, i, batch, check), pattern.tiles(part_rows, n)
+        scores = tile_scores(part, k, list(tiles), scale=scale * k_scale, pattern=pattern)
+        apart = scores - bars.view(-1, 1, 1)
+        wrong = (keys != (apart >= 0)) & listable(pattern, tiles, n, scores.device) & bars.isfinite().view(-1, 1, 1)
+        limit = SCORE_LIMIT[dtype] * max(1.0, scale * k_scale * size**0.5)
+        check.measure("wrong side of a bar", float(apart.abs()[wrong].max()) if bool(wrong.any()) else 0.0, limit)
+        check.holds("keys above no bar are listed", not bool(keys[bars == math.inf].any()))
+        mask = visible_of_tiles(keys, pattern, part_rows)
+        pairs[i] += int(mask.sum())
+        wanted, _ = masked_attention(part, k, v, mask, scale * k_scale)
+        wanted *= v_scale
+        error = out[start : start + part_rows].double() - wanted
+        off, norm = off + float(error.square().sum()), norm + float(wanted.square().sum())
+    check.equal("visited pairs", visited.tolist(), pairs)
+    check.measure("output", math.sqrt(off / max(norm, 1e-60)), ATTEND_LIMIT[dtype])
+
+
 # The index
 
 
@@ -1135,6 +1246,7 @@ OPERATIONS = {
     "hopper": Operation(draw_hopper, run_hopper, 5),
     "attend_tiles": Operation(draw_tiles, run_tiles, 5),
     "attend_tiles_hopper": Operation(draw_tiles_hopper, run_tiles_hopper, 5),
+    "tiles": Operation(draw_chain, run_chain, 4),
     "score": Operation(draw_score, run_score, 2),
     "sampled": Operation(draw_sampled, run_sampled, 2),
     "select": Operation(draw_select, run_select, 2),
