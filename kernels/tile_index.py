@@ -44,7 +44,6 @@ class TileIndex(NamedTuple):
         counts: int32 ``[Hkv, T]``, its length, sinks included; ``EVERYTHING`` where it attends to every key.
         slots: int32 ``[room]``, cache slots, ascending in position within a list.
         used: int32 ``[1]``, how much of ``slots`` is taken; a tile whose list finds no room attends to every key.
-        next_piece: int32 ``[1]``, 0 but while ``attend_tiles`` runs, whose programs count here what they have taken.
         pattern: tiles, window and sinks.
     """
 
@@ -55,7 +54,6 @@ class TileIndex(NamedTuple):
     counts: Tensor
     slots: Tensor
     used: Tensor
-    next_piece: Tensor
     pattern: SparsePattern
 
     @staticmethod
@@ -73,7 +71,7 @@ class TileStorage(NamedTuple):
 
     Attributes:
         bars, density: as in ``TileIndex``, for the largest round.
-        bits, starts, counts, slots, used, next_piece: flat.
+        bits, starts, counts, slots, used: flat.
     """
 
     bars: Tensor
@@ -83,7 +81,6 @@ class TileStorage(NamedTuple):
     counts: Tensor
     slots: Tensor
     used: Tensor
-    next_piece: Tensor
 
     def view(self, pattern: SparsePattern, num_rows: int, num_requests: int, max_seq_len: int) -> TileIndex:
         """An index for a round, in this memory.
@@ -111,7 +108,6 @@ class TileStorage(NamedTuple):
             self.counts[: heads * tiles].view(heads, tiles),
             self.slots,
             self.used,
-            self.next_piece,
             pattern,
         )
 
@@ -152,7 +148,6 @@ def allocate_tiles(
         room(num_kv_heads * max(tiles)),
         room(num_kv_heads * listed),
         room(1),
-        torch.zeros(1, dtype=torch.int32, device=device),
     )
 
 

@@ -5,12 +5,7 @@
 
 The same operation as ``triton.py`` beside it, in Gluon. Who does what is as in ``attend/hopper.py``, which explains it:
 a program has a producer, which copies rows of keys and values into rings in shared memory, and two consumers of 64 rows
-each.
-
-**Pieces.** Lists differ in length, and a head that attends to everything takes many times as long as one that lists
-keys. So a program takes its next piece when it needs one: its producer counts up ``next_piece`` and hands the piece's
-number to the consumers. Heads that promise to take longest come first, and of each its latest positions. Whoever counts
-last leaves a zero for the next launch.
+each; it computes every so many of all pieces.
 
 **Rows.** A consumer has as many positions as fit with all query heads of a group: 10 positions x 6 heads are 60 of its
 64 rows. A piece is the positions of both consumers. It lies within a tile, so both see the same keys but for the causal
@@ -31,13 +26,10 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..hopper_shared import (
     Cache,
     Output,
-    Pipeline,
-    Pipelines,
     PipelineState,
     Queries,
     Requests,
@@ -47,7 +39,6 @@ from ..hopper_shared import (
     num_pairs,
     own_tile,
     piece_of,
-    pipeline,
     pipelines,
     send,
     send_bias,
@@ -62,7 +53,6 @@ from ..tile_index import TileIndex
 
 ROWS = 64  # of a consumer: the least that a warp group multiplies
 KEYS = 128  # of a tile
-SORTED = gl.constexpr(64)  # heads of requests that are taken in order of their length, at most; others come behind them
 REGISTERS = (208, 88)
 
 
@@ -90,27 +80,6 @@ class Lists:
     p_slots: gl.tensor
     width: gl.tensor
     reach: gl.tensor
-
-
-@aggregate
-class Work:
-    """What there is to do: ``total`` pieces, ``num_tiles`` for every KV head of every request. ``p_next`` counts those
-    taken; ``p_bars`` and ``p_density`` tell which heads take long, ``lists`` of them."""
-
-    p_next: gl.tensor
-    p_bars: gl.tensor
-    p_density: gl.tensor
-    num_tiles: gl.tensor
-    total: gl.tensor
-    lists: gl.tensor
-
-
-@aggregate
-class Rings:
-    """The rings of a program, and one of a single place for the number of the next piece."""
-
-    of: Pipelines
-    numbers: Pipeline
 
 
 @aggregate
@@ -161,83 +130,14 @@ def _plan(piece, lists, shape):
     )
 
 
-# Which piece is next
-
-
 @gluon.jit
-def _ranks(work, batch, shape):
-    """Of the first heads of all requests, [SORTED], how many take longer, or as long and come before.
-
-    Bits of floats are compared: whatever they hold, each rank is there once. Were it not so, pieces would be left out.
-    """
-    l_two: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    l_row: gl.constexpr = gl.SliceLayout(1, l_two)
-    l_column: gl.constexpr = gl.SliceLayout(0, l_two)
-    o_l = gl.arange(0, SORTED, layout=l_row)
-    m_l = o_l < work.lists
-    b_bar = gl.load(work.p_bars + o_l, mask=m_l, other=0.0)
-    b_density = gl.load(work.p_density + o_l, mask=m_l, other=0.0)
-    b_keys = gl.load(batch.p_seq_len + o_l // shape.HEADS, mask=m_l, other=0)
-    b_long = (gl.where(b_bar == float("-inf"), 1.0, b_density) * b_keys.to(gl.float32)).to(gl.int32, bitcast=True)
-    b_long = gl.where(m_l, b_long, -(2**31))
-    b_other = gl.expand_dims(gl.convert_layout(b_long, l_column), 0)
-    b_long = gl.expand_dims(b_long, 1)
-    o_other = gl.expand_dims(gl.arange(0, SORTED, layout=l_column), 0)
-    m_before = (b_other > b_long) | ((b_other == b_long) & (o_other < gl.expand_dims(o_l, 1)))
-    return gl.sum(m_before.to(gl.int32), 1)
-
-
-@gluon.jit
-def _number(i_w, b_rank, work):
-    """The number, as ``piece_of`` counts, of the piece that is taken after ``i_w`` others."""
-    i_l = i_w // work.num_tiles
-    if i_l < SORTED:
-        o_l = gl.arange(0, SORTED, layout=b_rank.type.layout)
-        i_l = gl.sum(gl.where(b_rank == i_l, o_l, 0), 0)
-    return i_l * work.num_tiles + i_w % work.num_tiles
-
-
-@gluon.jit
-def _take(work):
-    """What follows the pieces that the programs begin with, each with the one of its own number.
-
-    Every program takes until there is nothing left, so that all of them together count up to ``total``.
-    """
-    i_w = gl.num_programs(0) + gl.atomic_add(work.p_next, 1, sem="relaxed")
-    if i_w == work.total + gl.num_programs(0) - 1:
-        gl.store(work.p_next, 0)
-    return i_w
-
-
-@gluon.jit
-def _send_number(numbers, number, ring):
-    """Tells both consumers the number of a piece, -1 behind the last one; returns the state for the next."""
-    l_one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    ring.producer_acquire(numbers)
-    ring.places.index(0).store(gl.full([1], number, gl.int32, layout=l_one))
-    mbarrier.arrive(ring.full.index(0))
-    return numbers.next()
-
-
-@gluon.jit
-def _receive_number(numbers, ring):
-    """The number of the next piece, and the state for the one after it."""
-    l_one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    ring.consumer_wait(numbers)
-    number = gl.max(ring.places.index(0).load(l_one), 0)
-    ring.consumer_release(numbers)
-    return number, numbers.next()
-
-
-@gluon.jit
-def _rings(DTYPE: gl.constexpr, shape):
-    """Shared memory of a program."""
-    places = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    numbers = pipeline(places, 1)
-    mbarrier.init(numbers.full.index(0), count=1)
-    mbarrier.init(numbers.empty.index(0), count=2)
-    fence_async_shared()
-    return Rings(of=pipelines(DTYPE, shape), numbers=numbers)
+def _next_piece(i_first, total, batch, num_tiles, shape):
+    """The piece of this program among those from number ``i_first`` on, one for each program, and whether there is one
+    with a row. Every other time the programs take turns from behind: pieces get shorter within a head."""
+    num, i_w = gl.num_programs(0), gl.program_id(0)
+    i_w = i_first + gl.where(i_first // num % 2 == 0, i_w, num - 1 - i_w)
+    piece = piece_of(gl.minimum(i_w, total - 1), batch, num_tiles, shape)
+    return piece, (i_w < total) & (piece.i_p < piece.hi)
 
 
 # Consumers
@@ -268,19 +168,17 @@ def _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH: gl
 
 
 @gluon.jit
-def _consumer(rings, batch, lists, output, scale, work, WHICH: gl.constexpr, shape):
+def _consumer(rings, batch, lists, output, scale, num_tiles, total, WHICH: gl.constexpr, shape):
     """One of the two that compute: its rows of every piece of the program."""
     tiles = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
-    numbers = PipelineState(count=gl.to_tensor(0), STAGES=1)
-    number, numbers = _receive_number(numbers, rings.numbers)
-    while number >= 0:
-        piece = piece_of(number, batch, work.num_tiles, shape)
-        plan = _plan(piece, lists, shape)
-        tiles, biases = _consume(tiles, biases, pieces, rings.of, output, piece, plan, scale, WHICH, shape)
-        pieces = pieces.next()
-        number, numbers = _receive_number(numbers, rings.numbers)
+    for i_first in range(0, total, gl.num_programs(0)):
+        piece, there = _next_piece(i_first, total, batch, num_tiles, shape)
+        if there:
+            plan = _plan(piece, lists, shape)
+            tiles, biases = _consume(tiles, biases, pieces, rings, output, piece, plan, scale, WHICH, shape)
+            pieces = pieces.next()
 
 
 # Producer
@@ -343,51 +241,40 @@ def _produce(
 
 
 @gluon.jit
-def _producer(rings, batch, lists, queries, cache, p_visited, work, COUNT: gl.constexpr, shape):
+def _producer(rings, batch, lists, queries, cache, p_visited, num_tiles, total, COUNT: gl.constexpr, shape):
     """The warp group that copies, for every piece of the program."""
     tiles = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     biases = PipelineState(count=gl.to_tensor(0), STAGES=shape.STAGES)
     pieces = PipelineState(count=gl.to_tensor(0), STAGES=1)
-    numbers = PipelineState(count=gl.to_tensor(0), STAGES=1)
-    b_rank = _ranks(work, batch, shape)
-    i_w = gl.program_id(0)
-    while i_w < work.total:
-        number = _number(i_w, b_rank, work)
-        piece = piece_of(number, batch, work.num_tiles, shape)
-        if piece.i_p < piece.hi:
-            numbers = _send_number(numbers, number, rings.numbers)
+    for i_first in range(0, total, gl.num_programs(0)):
+        piece, there = _next_piece(i_first, total, batch, num_tiles, shape)
+        if there:
             plan = _plan(piece, lists, shape)
             tiles, biases = _produce(
-                tiles, biases, pieces, rings.of, queries, cache.of(piece), p_visited, piece, plan, COUNT, shape
+                tiles, biases, pieces, rings, queries, cache.of(piece), p_visited, piece, plan, COUNT, shape
             )
             pieces = pieces.next()
-        i_w = _take(work)
-    _send_number(numbers, -1, rings.numbers)
 
 
 # The kernel
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total", "num_lists", "width", "reach", "stride_table"])
+@gluon.jit(do_not_specialize=["num_tiles", "total", "width", "reach", "stride_table"])
 def _attend_tiles_kernel(
-    p_q, p_cache, p_out, p_visited, p_table, p_row_start, p_row_end, p_seq_len, p_starts, p_counts, p_slots, p_next,
-    p_bars, p_density, scale,
+    p_q, p_cache, p_out, p_visited, p_table, p_row_start, p_row_end, p_seq_len, p_starts, p_counts, p_slots, scale,
     stride_q_row, stride_q_head, stride_out_row, stride_out_head, stride_block, stride_head, stride_token, stride_table,
-    num_tiles, total, num_lists, width, reach,
+    num_tiles, total, width, reach,
     HEADS: gl.constexpr, GROUP: gl.constexpr, POSITIONS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, BLOCK_SIZE: gl.constexpr, LINEAR: gl.constexpr,
     COUNT: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
-    """Pieces of ``2 * POSITIONS`` positions, as long as there are any."""
+    """Every so many of all pieces of ``2 * POSITIONS`` positions."""
     shape = Shape(
         HEADS=HEADS, GROUP=GROUP, PACK=GROUP, POSITIONS=POSITIONS, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, D=D, KEYS=KEYS,
         STAGES=STAGES,
     )  # fmt: skip
     batch = Requests(p_row_start=p_row_start, p_row_end=p_row_end, p_seq_len=p_seq_len)
     lists = Lists(p_starts=p_starts, p_counts=p_counts, p_slots=p_slots, width=width, reach=reach)
-    work = Work(
-        p_next=p_next, p_bars=p_bars, p_density=p_density, num_tiles=num_tiles, total=total, lists=num_lists
-    )  # fmt: skip
     queries = Queries(p_q=p_q, stride_row=stride_q_row, stride_head=stride_q_head)
     cache = Cache(
         p_kv=p_cache, p_table=p_table, stride_block=stride_block, stride_head=stride_head, stride_token=stride_token,
@@ -397,12 +284,12 @@ def _attend_tiles_kernel(
         p_out=p_out, p_lse=None, stride_row=stride_out_row, stride_head=stride_out_head, stride_lse_row=0,
         stride_lse_head=0, LSE=False,
     )  # fmt: skip
-    rings = _rings(p_q.dtype.element_ty, shape)
+    rings = pipelines(p_q.dtype.element_ty, shape)
     gl.warp_specialize(
         [
-            (_consumer, (rings, batch, lists, output, scale, work, 0, shape)),
-            (_consumer, (rings, batch, lists, output, scale, work, 1, shape)),
-            (_producer, (rings, batch, lists, queries, cache, p_visited, work, COUNT, shape)),
+            (_consumer, (rings, batch, lists, output, scale, num_tiles, total, 0, shape)),
+            (_consumer, (rings, batch, lists, output, scale, num_tiles, total, 1, shape)),
+            (_producer, (rings, batch, lists, queries, cache, p_visited, num_tiles, total, COUNT, shape)),
         ],
         [4, 4],
         [REGS[0], REGS[1]],
@@ -471,9 +358,9 @@ def attend_tiles(
         _attend_tiles_kernel, (min(total, multiprocessors(q.device)),),
         (
             q, kv.cache, out, visited, kv.block_table, batch.row_start, batch.row_end, batch.seq_len,
-            index.starts, index.counts, index.slots, index.next_piece, index.bars, index.density, scale / math.log(2),
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *strides[:3], kv.block_table.stride(0), num_tiles,
-            total, num_kv_heads * batch.num_requests, index.starts.shape[1], pattern.reach,
+            index.starts, index.counts, index.slots, scale / math.log(2), q.stride(0), q.stride(1), out.stride(0),
+            out.stride(1), *strides[:3], kv.block_table.stride(0), num_tiles, total, index.starts.shape[1],
+            pattern.reach,
         ),
         HEADS=num_kv_heads, GROUP=group, POSITIONS=ROWS // group, BLOCK_Q=pattern.block_q, BLOCK_K=pattern.block_k,
         D=size, KEYS=KEYS, STAGES=3 if size == 128 else 6, BLOCK_SIZE=kv.block_size,

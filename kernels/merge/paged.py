@@ -108,9 +108,8 @@ def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
     """Lists of the tiles from their bits: sinks and marked keys before a tile's window, ascending, as cache slots.
 
     Args:
-        index: ``bars`` and ``bits`` are read; ``used`` and ``next_piece``, which becomes 0, are written, and
-            ``starts``, ``counts`` and ``slots`` of tiles that hold rows. A tile whose list finds no room attends to
-            every key.
+        index: ``bars`` and ``bits`` are read; ``used`` is written, and ``starts``, ``counts`` and ``slots`` of tiles
+            that hold rows. A tile whose list finds no room attends to every key.
         kv: its block table gives the slots.
         batch: the requests. Those without rows are left out.
 
@@ -140,5 +139,4 @@ def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
                     index.slots[used : used + count] = slots[:last][marked]
                     used += count
     index.used.fill_(used)
-    index.next_piece.zero_()
     return index

@@ -169,10 +169,9 @@ def _listed(p_bits, o_w, window, sinks, marked):
 
 
 @triton.jit
-def _zero_kernel(p_used, p_next):
+def _zero_kernel(p_used):
     """Nothing is taken."""
     tl.store(p_used, 0)
-    tl.store(p_next, 0)
 
 
 @triton.jit(do_not_specialize=["stride_table", "tiles", "words", "room", "reach", "sinks"])
@@ -237,7 +236,7 @@ def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
     if batch.num_requests == 0:
         return index
     pattern, (num_heads, tiles, words) = index.pattern, index.bits.shape
-    launch(_zero_kernel, (1,), (index.used, index.next_piece), num_warps=1)
+    launch(_zero_kernel, (1,), (index.used,), num_warps=1)
     if batch.max_rows == 0:
         return index
     launch(

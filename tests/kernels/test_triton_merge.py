@@ -143,7 +143,7 @@ def tile_index(problem: PagedProblem, rng: random.Random) -> TileIndex:
     total = max(problem.q.shape[0], batch.max_rows)
     storage = allocate_tiles(batch.num_requests, heads, total, [(problem.pattern, batch.max_seq_len)], DEVICE)
     index = storage.view(problem.pattern, total, batch.num_requests, batch.max_seq_len)
-    for tensor in (index.starts, index.counts, index.slots, index.used, index.next_piece):
+    for tensor in (index.starts, index.counts, index.slots, index.used):
         tensor.fill_(77)
     seed = torch.Generator().manual_seed(rng.randrange(1000))
     bits = torch.randint(-(2**31), 2**31, index.bits.shape, generator=seed)
@@ -159,7 +159,7 @@ def tile_index(problem: PagedProblem, rng: random.Random) -> TileIndex:
 def copied(index: TileIndex) -> TileIndex:
     return TileIndex(
         index.bars.clone(), index.density.clone(), index.bits.clone(), index.starts.clone(), index.counts.clone(),
-        index.slots.clone(), index.used.clone(), index.next_piece.clone(), index.pattern,
+        index.slots.clone(), index.used.clone(), index.pattern,
     )  # fmt: skip
 
 
@@ -207,7 +207,6 @@ def check_lists(index: TileIndex, wanted: dict[tuple[int, int], list[int] | None
     assert len(set(taken)) == len(taken)
     assert all(at < index.slots.shape[0] for at in taken)
     assert int(index.used) >= len(taken)
-    assert int(index.next_piece) == 0
     if room is None:
         assert missing == 0
         assert int(index.used) == len(taken)

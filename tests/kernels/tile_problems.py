@@ -38,7 +38,6 @@ def tile_index(problem: PagedProblem, keys: list[Tensor]) -> TileIndex:
     storage = allocate_tiles(batch.num_requests, heads, num_rows, [(pattern, batch.max_seq_len)], DEVICE)
     for tensor in storage:
         tensor.fill_(NOWHERE)
-    storage.next_piece.zero_()
     index = storage.view(pattern, num_rows, batch.num_requests, batch.max_seq_len)
     lists: list[tuple[int, int, Tensor]] = []
     bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), problem.seq_lens(), keys, strict=True)
