@@ -328,9 +328,7 @@ def test_a_platform_fills_in_what_suits_lists_by_tile() -> None:
     assert chosen({"estimator": "sampled"}) == chosen({}, trained=True) == (64, 0.5, 8192)
     hopper = cuda_tuning((9, 0))
     options = VSPrefillConfig.from_sources().resolved(hopper).for_estimator(False, hopper)
-    assert (options.max_density, options.min_pairs) == (hopper.tile_max_density, hopper.tile_min_pairs)
-    asked = VSPrefillConfig.from_sources({"min_pairs": 7}).resolved(hopper).for_estimator(False, hopper)
-    assert asked.min_pairs == 7
+    assert options.max_density == hopper.tile_max_density == 0.6
 
 
 def test_tuning_goes_by_capability() -> None:

@@ -42,7 +42,7 @@ _LINK_NAME = re.compile(r"VSPREFILL_(?:[A-Z0-9_]+_)?NAME"), re.compile(r"/[^/]+/
 
 PRESETS: dict[str, dict[str, float | int | None]] = {
     "accurate": {
-        "price": 0.004,
+        "price": 0.003,
         "tau_columns": 0.97,
         "tau_diagonals": 0.97,
         "min_columns": 512,
@@ -447,7 +447,6 @@ class VSPrefillConfig(_Options):
             "sampled_rows": tuning.priced_rows,
             "max_density": tuning.tile_max_density,
             "min_seq_len": tuning.tile_min_seq_len,
-            "min_pairs": tuning.tile_min_pairs,
         }
         given = set(self.model_fields_set)
         update = {name: value for name, value in wanted.items() if value is not None and name not in given}
