@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from examples.needle import tasks
 from tests.test_stats import values
+from vllm_vsprefill.cli import app
 from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.eval.server import ServerError, VLLMServer, loopback
 from vllm_vsprefill.metrics import FAMILIES
@@ -272,3 +275,31 @@ def test_starting_from_the_repository_root_by_module(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "attention" in done.stdout
+
+
+def test_bench_times_both_modes_and_shares_no_cache_between_them(server: VLLMServer, tmp_path: Path) -> None:
+    """`vllm bench serve` itself: one portion of a length and some load, dense and sparse on the same server."""
+    pytest.importorskip("pandas")
+    words = ["bench", "--url", server.url, "--out", str(tmp_path), "--lengths", "4k", "--samples", "1"]
+    words += ["--rate", "2", "--seconds", "2", "--prefix-share", "1", "--output-tokens", "4", "--ttft-limit", "100"]
+    words += ["--seed", "3"]  # of which the first four prompts go on from the same document
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    found = {(f["loop"], f["target"]): f for f in json.loads((tmp_path / "results.json").read_text())["figures"]}
+    for loop, requests in (("closed", 1), ("open", 4)):
+        dense, sparse = found[loop, "dense"], found[loop, "sparse"]
+        assert dense["density"] == 1
+        assert 0 < sparse["density"] < 1
+        assert dense["prompt_tokens"] == sparse["prompt_tokens"]
+        assert 3800 < min(dense["prompt_tokens"]) <= max(dense["prompt_tokens"]) <= 4092
+        assert [(f["requests"], f["failed"]) for f in (dense, sparse)] == [(requests, 0)] * 2
+    for target in ("dense", "sparse"):
+        # Both were sent the same prompts, of which neither may find what the other has left.
+        assert found["closed", target]["prefix_hits"] == 0
+        assert found["open", target]["prefix_hits"] > 0.2
+        assert found["open", target]["goodput"] == found["open", target]["requests_per_second"]
+        theirs = json.loads((tmp_path / "runs" / f"{target}-open-2-2s.json").read_text())
+        for name in ("p50", "p99"):
+            assert found["open", target][f"ttft_{name}"] == pytest.approx(theirs[f"{name}_ttft_ms"] / 1e3, rel=1e-3)
+        throughput = theirs["total_token_throughput"]
+        assert found["open", target]["tokens_per_second"] == pytest.approx(throughput, rel=1e-2)

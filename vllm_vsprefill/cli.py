@@ -14,6 +14,7 @@ from vllm_vsprefill import control
 from vllm_vsprefill.distil import commands as distil
 from vllm_vsprefill.eval import command as evaluation
 from vllm_vsprefill.tools import ckpt
+from vllm_vsprefill.tools.bench_command import bench
 from vllm_vsprefill.tools.doctor import doctor
 from vllm_vsprefill.tools.inspect_command import inspect
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("train")(distil.train)
 app.command("calibrate")(distil.calibrate)
 app.command("eval")(evaluation.evaluate)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.command("inspect")(inspect)
 app.add_typer(ckpt.app, name="ckpt")

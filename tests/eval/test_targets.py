@@ -24,7 +24,7 @@ class Listening(Server):
 def chosen(monkeypatch: pytest.MonkeyPatch, *pids: int, server: str | None = None) -> int:
     found = [Listening(pid, f"name{pid}", Path("nowhere")) for pid in pids]
     monkeypatch.setattr(targets, "find_servers", lambda: found)
-    return targets._local_server(ServerOptions(url="http://127.0.0.1:8000", server=server)).pid
+    return targets.local_server(ServerOptions(url="http://127.0.0.1:8000", server=server)).pid
 
 
 def test_the_server_that_listens_at_the_url_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,12 +184,24 @@ class Client:
         return before
 
     def _densities(self) -> Densities | None:
+        text = self.metrics()
+        found = Densities.parse(text) if text is not None else None
+        return found if found is not None and found.causal else None
+
+    def version(self) -> str | None:
+        """vLLM's version; None where the server does not say."""
+        try:
+            return str(self.get("/version")["version"])
+        except (EvalError, KeyError):
+            return None
+
+    def metrics(self) -> str | None:
+        """The text of ``/metrics``; None where there is none."""
         try:
             response = self._http.get("/metrics")
         except httpx.HTTPError:
             return None
-        found = Densities.parse(response.text) if response.status_code == 200 else None
-        return found if found is not None and found.causal else None
+        return response.text if response.status_code == 200 else None
 
 
 def _reason(response: httpx.Response) -> str:

@@ -68,7 +68,7 @@ class Journal:
         ]
         if changed:
             raise EvalError(
-                f"--out {self.folder} holds an evaluation with other settings; choose another folder or set them back:"
+                f"--out {self.folder} holds figures of other settings; choose another folder or set them back:"
                 "\n" + "\n".join(changed)
             )
 

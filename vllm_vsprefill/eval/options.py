@@ -19,7 +19,8 @@ Split = Literal["calibration", "validation", "report"]
 DEFAULT_SAMPLES: dict[Suite, int] = {"fidelity": 6, "ruler": 25, "in-prompt": 4}
 
 
-def _parts(value: Any) -> Any:
+def parts(value: Any) -> Any:
+    """What stands between commas."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -50,8 +51,9 @@ def _words(value: Any) -> Any:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_parts)]
+Names = Annotated[tuple[str, ...], BeforeValidator(parts)]
+Lengths = Annotated[tuple[Annotated[int, Field(ge=64, le=2**21)], ...], BeforeValidator(_lengths)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(parts)]
 
 
 class _Frozen(BaseModel):
@@ -137,10 +139,10 @@ class EvalCommand(_Frozen):
     """Options of ``vsprefill eval``."""
 
     out: Path = Field(description="Folder for figures and report; the same command goes on where it stopped.")
-    suite: Annotated[tuple[Suite, ...], BeforeValidator(_parts)] = Field(
+    suite: Annotated[tuple[Suite, ...], BeforeValidator(parts)] = Field(
         ("fidelity",), min_length=1, description="fidelity, ruler, in-prompt, with commas between them."
     )
-    lengths: Annotated[tuple[Annotated[int, Field(ge=64, le=2**21)], ...], BeforeValidator(_lengths)] = Field(
+    lengths: Lengths = Field(
         (16384,), min_length=1, description="Tokens of a prompt and its answer: 4k,16k or 4k..32k (every doubling)."
     )
     samples: int | None = Field(

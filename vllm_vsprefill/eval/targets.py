@@ -92,21 +92,21 @@ def plans(options: EvalCommand, say: Say) -> list[Plan]:
     needs_dense = "fidelity" in options.suite
     if wanted.url is None:
         return _started(options, say, needs_dense)
-    served = Plan(SPARSE, lambda: _running(SPARSE, wanted.url, wanted.model))
+    served = Plan(SPARSE, lambda: running(SPARSE, wanted.url, wanted.model))
     if wanted.dense_url is not None:
-        dense = Plan(DENSE, lambda: _running(DENSE, wanted.dense_url, None))
-        floor = Plan(FLOOR, lambda: _running(FLOOR, wanted.dense_url, None, beside=True))
+        dense = Plan(DENSE, lambda: running(DENSE, wanted.dense_url, None))
+        floor = Plan(FLOOR, lambda: running(FLOOR, wanted.dense_url, None, beside=True))
     else:
         try:
-            server = _local_server(wanted)
+            server = local_server(wanted)
         except EvalError:
             if needs_dense:
                 raise
             say("the server cannot be switched to dense attention from here: only what it does now is measured")
             return [served]
-        served = Plan(SPARSE, lambda: _switched(SPARSE, wanted, server, SPARSE))
-        dense = Plan(DENSE, lambda: _switched(DENSE, wanted, server, DENSE))
-        floor = Plan(FLOOR, lambda: _switched(FLOOR, wanted, server, DENSE, beside=True))
+        served = Plan(SPARSE, lambda: switched(SPARSE, wanted, server, SPARSE))
+        dense = Plan(DENSE, lambda: switched(DENSE, wanted, server, DENSE))
+        floor = Plan(FLOOR, lambda: switched(FLOOR, wanted, server, DENSE, beside=True))
     return [dense, *([floor] if needs_dense else []), served]
 
 
@@ -119,14 +119,19 @@ def connect(url: str, model: str | None) -> Client:
 
 
 @contextlib.contextmanager
-def _running(name: str, url: str | None, model: str | None, beside: bool = False) -> Iterator[Target]:
+def running(name: str, url: str | None, model: str | None, beside: bool = False) -> Iterator[Target]:
+    """A server as it is found."""
     assert url is not None
     with connect(url, model) as client:
         yield Target(name, client, beside)
 
 
-def _local_server(wanted: ServerOptions) -> Server:
-    """The server at --url, by the folder it can be switched through."""
+def local_server(wanted: ServerOptions) -> Server:
+    """The server at --url, by the folder it can be switched through.
+
+    Raises:
+        EvalError: it is another machine's, none is found, or several are.
+    """
     assert wanted.url is not None
     how = "give a server with dense attention as --dense-url"
     if not is_loopback(wanted.url):
@@ -145,10 +150,10 @@ def _local_server(wanted: ServerOptions) -> Server:
 
 
 @contextlib.contextmanager
-def _switched(name: str, wanted: ServerOptions, server: Server, mode: str, beside: bool = False) -> Iterator[Target]:
+def switched(name: str, wanted: ServerOptions, server: Server, mode: str, beside: bool = False) -> Iterator[Target]:
     """The server in a mode; afterwards sparse, as servers start."""
     assert wanted.url is not None
-    with _running(name, wanted.url, wanted.model, beside) as target:
+    with running(name, wanted.url, wanted.model, beside) as target:
         try:
             _switch(target.client, server, mode)
             yield target

@@ -59,6 +59,10 @@ class LocalTokens:
         """Tokens of a text, without special ones around it."""
         return list(self._made(text, add_special_tokens=False)["input_ids"])
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens, whose own tokens may be a few more or fewer."""
+        return str(self._made.decode(ids, clean_up_tokenization_spaces=False))
+
     def prefix(self) -> list[int]:
         """Special tokens that a plain text begins with."""
         ids, bare = list(self._made("a")["input_ids"]), self.encode("a")
