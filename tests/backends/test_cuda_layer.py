@@ -516,7 +516,6 @@ def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any, esti
     else:
         for scratch in layer.impl._runtime.prefill_on(layer.device).buffers.workspaces():
             scratch.view(torch.uint8).fill_(0xFF)  # NaN, or -1
-        layer.impl._runtime.prefill_on(layer.device).buffers.storage.next_piece.zero_()  # counts between launches
     layer.layer.kv_cache.fill_(-simulator.POISON)
     awake = layer.request(400)
     assert [check(layer, [(awake, 200)]) for _ in range(2)] == [(1, 0), (1, 0)]

@@ -702,7 +702,6 @@ def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: C
     for part in (*storage, *prices, *ranks):
         if isinstance(part, Tensor):
             part.fill_(float("nan") if part.is_floating_point() else 2**31 - 1)
-    storage.next_piece.zero_()
     index = storage.view(pattern, num_rows, requests, longest)
     out = torch.full(q.shape, float("nan"), dtype=dtype, device=DEVICE)
     visited = torch.full((requests,), 5, dtype=torch.int64, device=DEVICE)  # they are added
