@@ -108,6 +108,21 @@ def ttft_summary() -> str:
     return table(("prompt tokens", "stock vLLM", "VSPREFILL", "ratio", "attention computed"), rows)
 
 
+def ttft_real() -> str:
+    """A real model on a GPU, by setting."""
+    rows = results("real_ttft_32k_h100")["ttft"]
+    stock = {row["length"]: row["seconds"] for row in rows if row["setting"] == "dense"}
+    lines = []
+    for length, dense in sorted(stock.items()):
+        cells = [f"{length:,}", seconds(dense)]
+        for setting in ("balanced", "fast"):
+            (row,) = (row for row in rows if row["setting"] == setting and row["length"] == length)
+            cells += [seconds(row["seconds"]), f"{dense / row['seconds']:.2f}x", percent(row["density"])]
+        lines.append(cells)
+    header = ("prompt tokens", "stock", "`balanced`", "ratio", "density", "`fast`", "ratio", "density")
+    return table(header, lines)
+
+
 def ttft_cpu() -> str:
     records = [{row["tokens"]: row for row in results(f"cpu_ttft_chunk{n}")["rows"]} for n in (8192, 2048)]
     rows = []
@@ -255,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "ttft summary": ttft_summary,
     "ttft gpu": ttft_gpu,
+    "ttft real": ttft_real,
     "ttft cpu": ttft_cpu,
     "answers inside prompts": inside_answers,
     "crossover": crossover,
