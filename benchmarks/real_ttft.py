@@ -118,10 +118,12 @@ def densities(engine: RealEngine, before: Any) -> dict[str, Any]:
     """What has been computed since ``before``, which is None for the stock backend."""
     if before is None:
         return {}
+    from vllm_vsprefill.stats import LayerCounts
+
     total, layers = engine.counts()
     return {
         "density": (total - before[0]).density,
-        "layer_density": [round((layers[i] - before[1][i]).density, 4) for i in sorted(layers)],
+        "layer_density": [round((layers[i] - before[1].get(i, LayerCounts())).density, 4) for i in sorted(layers)],
     }
 
 
