@@ -135,7 +135,10 @@ def allocate_tiles(
     """
     tiles = [TileIndex.tiles_of(pattern, max_rows, num_requests) for pattern, _ in shapes]
     bits = max(count * words_of(longest) for count, (_, longest) in zip(tiles, shapes, strict=True))
-    listed = max(count * min(longest, LISTED) for count, (_, longest) in zip(tiles, shapes, strict=True))
+    listed = max(
+        count * min(longest, LISTED + pattern.sink_keys)
+        for count, (pattern, longest) in zip(tiles, shapes, strict=True)
+    )
 
     def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -58,7 +58,7 @@ CPU = PlatformTuning(block_q=128, block_k=64, tile_q=64, priced_rows=32, tile_ma
 # what is measured above errs towards stock attention.
 _PAIRS, _ROWS, _DENSITY = 60 * 2**20, 960, 0.6
 CUDA: dict[tuple[int, int], PlatformTuning] = {
-    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=_PAIRS, min_rows_sampled=_ROWS, tile_max_density=_DENSITY),
+    (8, 0): PlatformTuning(block_q=16, block_k=4, min_pairs=_PAIRS, min_rows_sampled=_ROWS),
     (9, 0): PlatformTuning(
         block_q=16,
         block_k=4,

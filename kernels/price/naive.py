@@ -37,6 +37,11 @@ def rows_of(num_rows: int, seq_len: int) -> int:
     return max(num_rows >> sum(seq_len > FULL_KEYS << i for i in range(HALVINGS)), 1)
 
 
+def kinds_of_length() -> list[int]:
+    """A sequence length for every number of rows that ``rows_of`` gives, ascending."""
+    return [FULL_KEYS << i for i in range(HALVINGS)] + [(FULL_KEYS << (HALVINGS - 1)) + 1]
+
+
 def priced_rows(num_rows_total: int, num_rows: int) -> list[int]:
     """The rows that stand for a chunk: spread over it, and over the places within a tile."""
     count = min(num_rows, num_rows_total)

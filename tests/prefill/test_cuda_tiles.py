@@ -7,12 +7,16 @@ The kernels take the place of the references in ``tests/backends/test_cuda_layer
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.prefill import operations
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
+from vllm_vsprefill.kernels.price.naive import rows_of
+from vllm_vsprefill.kernels.tile_index import TileIndex
 from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.plan import RequestRows
 from vllm_vsprefill.prefill.cpu_tiles import REFERENCE, CPUTilePrefill
@@ -116,3 +120,23 @@ def test_requests_with_other_tiles_are_another_round() -> None:
     for one in prefill.rounds(requests):
         index = prefill.index(one)
         assert index.bits.shape[2] * 32 >= max(rows.seq_len for rows in one)
+
+
+def test_warming_up_comes_by_every_number_of_priced_rows() -> None:
+    """Kernels depend on how long a round may be; none of them is to be compiled with the first long prompt."""
+    problem, seen = Problem(), []
+
+    def price(query: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, *args: Any, **kwargs: Any) -> None:
+        seen.append((index.pattern.block_q, rows_of(64, batch.max_seq_len)))
+        assert kv.block_table.shape[1] * BLOCK >= batch.max_seq_len
+        operations.TILE_REFERENCE.price(query, kv, batch, index, *args, **kwargs)
+
+    tiling = Tiling(PATTERN, HEADS, 131072)
+    shape = TileShape(HEADS, torch.float32, 131072, 2, 64)
+    buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=1, max_tokens=128, device=torch.device("cpu"))
+    prefill = CudaTilePrefill(0.1, buffers, operations=operations.TILE_REFERENCE._replace(price=price))
+    prefill.warm_up(LAYER, problem.kv, torch.float32, scale=SCALE)
+    tiles = {pattern.block_q for pattern, _ in tiling.patterns}
+    assert {(tile, rows) for tile in tiles for rows in (64, 32, 16)} == set(seen)
+    assert prefill.is_warm
+    assert not buffers.counts.any()

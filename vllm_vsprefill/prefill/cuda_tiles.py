@@ -19,10 +19,12 @@ from vllm_vsprefill.kernels.merge import triton as merge_triton
 from vllm_vsprefill.kernels.merge.paged import check_build_tiles
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.price import triton as price_triton
+from vllm_vsprefill.kernels.price.naive import kinds_of_length
 from vllm_vsprefill.kernels.price.paged import check_price
 from vllm_vsprefill.kernels.rank import triton as rank_triton
 from vllm_vsprefill.kernels.rank.paged import check_rank
 from vllm_vsprefill.kernels.tile_index import TileIndex
+from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.plan import RequestRows
 from vllm_vsprefill.prefill.cuda import Round
 from vllm_vsprefill.prefill.layer import SparseLayer
@@ -163,15 +165,23 @@ class CudaTilePrefill:
         self.is_warm = True
         rows, device = 64, kv.cache.device
         query = torch.zeros(rows, layer.heads.num_heads, layer.heads.head_size, dtype=dtype, device=device)
-        table = torch.zeros(1, -(-rows // kv.block_size), dtype=torch.int32, device=device)
-        batch = Batch.from_lists([rows], [rows], device)
-        kv = kv._replace(block_table=table)
-        for pattern, _ in self.buffers.tiling.patterns:
-            index = self.buffers.storage.view(pattern, rows, 1, rows)
-            requests = Round(batch, batch, batch._replace(row_end=self.buffers.sparse_end[:1]), index)
-            self.choose(layer, query, kv, requests, scale=scale)
-            self.attend(layer, query, kv, requests, scale=scale, out=torch.empty_like(query))
+        for pattern, limit in self.buffers.tiling.patterns:
+            for bound in [rows, *(n for n in kinds_of_length() if rows < n <= limit)]:
+                self._warm_up_one(layer, kv, query, pattern, bound, scale)
         self.buffers.counts.zero_()
+
+    def _warm_up_one(
+        self, layer: SparseLayer, kv: PagedKV, query: Tensor, pattern: SparsePattern, bound: int, scale: float
+    ) -> None:
+        """One request of short length in a round that might be as long as ``bound``: kernels depend on that."""
+        rows, device = query.shape[0], query.device
+        table = torch.zeros(1, -(-bound // kv.block_size), dtype=torch.int32, device=device)
+        batch = Batch.from_lists([rows], [rows], device)._replace(max_seq_len=bound)
+        kv = kv._replace(block_table=table)
+        index = self.buffers.storage.view(pattern, rows, 1, bound)
+        requests = Round(batch, batch, batch._replace(row_end=self.buffers.sparse_end[:1]), index)
+        self.choose(layer, query, kv, requests, scale=scale)
+        self.attend(layer, query, kv, requests, scale=scale, out=torch.empty_like(query))
 
 
 def _lists(requests: Round) -> TileIndex:
