@@ -19,7 +19,7 @@ def test_steps_that_pay_go_on() -> None:
 
 def test_steps_that_do_not_pay_pause_ever_longer() -> None:
     worth, pauses = Worth(), []
-    for _ in range(8):
+    for _ in range(PATIENCE + 6):
         skipped = 0
         while not worth.ask():
             skipped += 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 LIMIT = 0.8
 """Share of the causal pairs, over all layers, those that ran stock included, above which a step was not worth it."""
 
-PATIENCE = 2
+PATIENCE = 8
 """Steps in a row that must not have been worth it."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64
