@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = ROOT / "examples" / "needle" / "model"
 
 PROGRAM = """
-import json, os, pathlib, sys, urllib.request
+import contextlib, http.client, json, os, pathlib, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 def measure(given):
     lines = pathlib.Path(given["--dataset-path"]).read_text().splitlines()
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(given["--base-url"] + "/speed") as answer:
+    with contextlib.closing(http.client.HTTPConnection(given["--base-url"].split("//")[1])) as connection:
+        connection.request("GET", "/speed")
+        answer = connection.getresponse()
         ttft = float(given["--request-rate"]) / float(answer.read())
     many = [ttft] * len(lines)
     result = {"duration": 10.0, "input_lens": [9] * len(lines), "output_lens": [1] * len(lines), "ttfts": many}
