@@ -21,10 +21,9 @@ from benchmarks.environment import NEEDLE_MODEL
 from examples.needle import tasks
 from tests import models
 from vllm_vsprefill.checkpoint import CheckpointError
-from vllm_vsprefill.runtime import Runtime
 from vllm_vsprefill.startup import StartupError
 from vllm_vsprefill.stats import LayerCounts, read_counts
-from vllm_vsprefill.worth import Worth
+from vllm_vsprefill.worth import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # several vLLMs a test
 
@@ -305,9 +304,8 @@ def test_everything_handed_back_is_told_the_first_times(engine: Any, plugin_log:
     """Random tokens with random weights: no selection leaves out enough."""
     ours = engine("VSPREFILL", {"min_seq_len": 512, "estimator": "sampled", "max_density": 0.01})
     assert "in 2 of 2 layers" in "\n".join(plugin_log)
-    (runtime,) = Runtime._instances.values()
+    assert PATIENCE > 5  # or the last ones would run stock without an estimate
     for seed in range(5):
-        runtime.recorder.worth = Worth()  # as if others had been worth it in between
         ours.tokens([prompt(1000, seed)], 2)
     assert sum("gave a prompt's rows back" in line for line in plugin_log) == 3
     for counts in ours.counts.values():
