@@ -156,6 +156,22 @@ def key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE: tl.const
     return b_block * stride_block + (b_pos % BLOCK_SIZE).to(tl.int64) * stride_token
 
 
+@triton.jit
+def paged_rows(
+    p_rows, p_table, b_j, m_j, stride_block, stride_token, o_d,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Keys or values ``[BN, BD]`` at positions ``b_j``, zero outside ``m_j``."""
+    b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0).to(tl.int64)
+    b_offset = b_block * stride_block + (b_j % BLOCK_SIZE).to(tl.int64) * stride_token
+    # [BN, BD]
+    b_x = tl.load(p_rows + b_offset[:, None] + o_d[None, :], mask=m_j[:, None] & (o_d < D)[None, :], other=0.0)
+    b_x = b_x.to(dtype)
+    if UPCAST:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
 # Kernels are compiled or interpreted as was asked for when their modules were imported.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 

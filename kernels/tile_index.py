@@ -57,9 +57,9 @@ class TileIndex(NamedTuple):
     pattern: SparsePattern
 
     @staticmethod
-    def tiles_of(pattern: SparsePattern, num_rows: int, num_requests: int) -> int:
-        """Room for the tiles of so many rows of so many requests."""
-        return num_rows // pattern.block_q + 2 * num_requests
+    def tiles_of(block_q: int, num_rows: int, num_requests: int) -> int:
+        """Room for the tiles, of ``block_q`` positions, of so many rows of so many requests."""
+        return num_rows // block_q + 2 * num_requests
 
     def place(self, row_start: int, request: int, first: int, tile: int) -> int:
         """Place of a tile, ``position // block_q``, of a request whose rows begin at position ``first``."""
@@ -95,7 +95,7 @@ class TileStorage(NamedTuple):
             ValueError: there is no room for it.
         """
         heads = self.bars.shape[1]
-        tiles, words = TileIndex.tiles_of(pattern, num_rows, num_requests), words_of(max_seq_len)
+        tiles, words = TileIndex.tiles_of(pattern.block_q, num_rows, num_requests), words_of(max_seq_len)
         if heads * tiles * words > self.bits.shape[0] or heads * tiles > self.starts.shape[0]:
             raise ValueError(f"no room for {tiles} tiles of {num_rows} rows over {max_seq_len} keys")
         if num_requests > self.bars.shape[0]:
@@ -133,7 +133,7 @@ def allocate_tiles(
         shapes: the patterns that will be used, each with the longest sequence that it is used for.
         device: device.
     """
-    tiles = [TileIndex.tiles_of(pattern, max_rows, num_requests) for pattern, _ in shapes]
+    tiles = [TileIndex.tiles_of(pattern.block_q, max_rows, num_requests) for pattern, _ in shapes]
     bits = max(count * words_of(longest) for count, (_, longest) in zip(tiles, shapes, strict=True))
     listed = max(
         count * min(longest, LISTED + pattern.sink_keys)
@@ -167,7 +167,7 @@ def check_tiles(index: TileIndex, batch: Batch, num_kv_heads: int, device: torch
         raise ValueError(f"index has room for {bits.shape[0]} KV heads, not {num_kv_heads}")
     if index.bars.shape[0] < batch.num_requests:
         raise ValueError(f"index has room for {index.bars.shape[0]} requests, not {batch.num_requests}")
-    if bits.shape[1] < TileIndex.tiles_of(index.pattern, batch.max_rows, batch.num_requests):
+    if bits.shape[1] < TileIndex.tiles_of(index.pattern.block_q, batch.max_rows, batch.num_requests):
         raise ValueError(f"index has no room for {batch.max_rows} rows")
     if bits.shape[2] < words_of(batch.max_seq_len):
         raise ValueError(f"index has no room for sequences of {batch.max_seq_len} tokens")

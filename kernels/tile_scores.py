@@ -14,13 +14,15 @@ costs next to nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .types import SparsePattern
 
 
-def listable(pattern: SparsePattern, tiles: range, seq_len: int, device: torch.device) -> Tensor:
+def listable(pattern: SparsePattern, tiles: Sequence[int], seq_len: int, device: torch.device) -> Tensor:
     """Keys that a tile may list: those between the sinks and its window, bool ``[tiles, seq_len]``."""
     starts = torch.tensor([pattern.window_start(tile * pattern.block_q) for tile in tiles], device=device)
     position = torch.arange(seq_len, device=device)

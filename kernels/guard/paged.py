@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from ..index import Index, check_index
 from ..paged import Batch, check_device
 from ..reference import selection_of
 from ..tile_index import TileIndex, check_tiles
+from ..types import SparsePattern
 from . import naive
 
 DENSE_PAIRS, DENSE_CHUNKS = 0, 1
@@ -90,16 +93,12 @@ def guard(
         sparse_end: int32 ``[requests]``, written: ``row_start`` where the dense kernel runs, else ``row_end``.
         counts: int64 ``[2]``; (row, key) pairs of all KV heads of the dense requests, and their number, are added.
     """
-    pattern, heads = index.pattern, index.rank.shape[1]
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        rows = end - start
-        dense = rows > 0 and naive.expected_density(selection_of(index, i, n), pattern, rows, n) > max_density
-        dense_rows[2 * i], dense_rows[2 * i + 1] = 0, rows if dense else 0
-        sparse_end[i] = start if dense else end
-        if counts is not None and dense:
-            counts[DENSE_PAIRS] += heads * pattern.causal_pairs(rows, n)
-            counts[DENSE_CHUNKS] += 1
+    pattern = index.pattern
+
+    def dense(request: int, rows: int, seq_len: int) -> bool:
+        return naive.expected_density(selection_of(index, request, seq_len), pattern, rows, seq_len) > max_density
+
+    _sort(batch, index.rank.shape[1], dense, dense_rows, sparse_end, counts)
 
 
 def guard_tiles(
@@ -119,13 +118,24 @@ def guard_tiles(
         max_density: above this share the dense kernel runs.
         dense_rows, sparse_end, counts: as for ``guard``.
     """
-    heads = index.density.shape[1]
+
+    def dense(request: int, rows: int, seq_len: int) -> bool:
+        return not float(index.density[request].double().mean()) <= max_density
+
+    _sort(batch, index.density.shape[1], dense, dense_rows, sparse_end, counts)
+
+
+def _sort(
+    batch: Batch, heads: int, dense: Callable[[int, int, int], bool], dense_rows: Tensor, sparse_end: Tensor,
+    counts: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the decisions; ``dense`` says for a request, its rows and its length whether the dense kernel runs."""
     bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
     for i, (start, end, n) in enumerate(bounds):
         rows = end - start
-        dense = rows > 0 and not float(index.density[i].double().mean()) <= max_density
-        dense_rows[2 * i], dense_rows[2 * i + 1] = 0, rows if dense else 0
-        sparse_end[i] = start if dense else end
-        if counts is not None and dense:
-            counts[DENSE_PAIRS] += heads * index.pattern.causal_pairs(rows, n)
+        sent = rows > 0 and dense(i, rows, n)
+        dense_rows[2 * i], dense_rows[2 * i + 1] = 0, rows if sent else 0
+        sparse_end[i] = start if sent else end
+        if counts is not None and sent:
+            counts[DENSE_PAIRS] += heads * SparsePattern.causal_pairs(rows, n)
             counts[DENSE_CHUNKS] += 1

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_like, check_query_key, check_scale, check_tensor
-from ..tile_scores import tile_scores
+from ..tile_scores import listable, tile_scores
 from ..types import Bars, SparsePattern
 
 SIZES = (0, 128, 256, 512, 1024, 2048, 4096)
@@ -122,10 +122,9 @@ def price(
     rows = torch.tensor(priced_rows(q.shape[0], rows_of(num_rows, n)), device=q.device)
     tiles = ((rows + first) // pattern.block_q).tolist()
     scores = tile_scores(q, k, tiles, scale=scale, pattern=pattern)
-    starts = torch.tensor([pattern.window_start(tile * pattern.block_q) for tile in tiles], device=q.device)
     position = torch.arange(n, device=q.device)
     seen = position <= (rows + first).unsqueeze(1)
-    listed = (position >= pattern.sink_keys) & (position < starts.unsqueeze(1))
+    listed = listable(pattern, tiles, n, q.device)
     bins = bin_of(scores)
     counts = torch.stack([torch.bincount(b[listed & (b >= 0)], minlength=BINS) for b in bins])
     steps = ladder(counts, len(rows))

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
+from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded, settings
 from ..tile_index import TileIndex
 from . import naive
@@ -78,21 +78,6 @@ def _window_start(b_pos, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl
     """First key of the window of the tile around a position: ``SparsePattern.window_start``; 0 where there is none."""
     b_start = tl.maximum(tl.maximum(b_pos, 0) // BLOCK_Q * BLOCK_Q - REACH + 1, 0)
     return b_start // BLOCK_K * BLOCK_K
-
-
-@triton.jit
-def _paged_rows(
-    p_rows, p_table, b_j, m_j, stride_block, stride_token, o_d,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Keys or values ``[BN, BD]`` at positions ``b_j``, zero outside ``m_j``."""
-    b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0).to(tl.int64)
-    b_offset = b_block * stride_block + (b_j % BLOCK_SIZE).to(tl.int64) * stride_token
-    b_x = tl.load(p_rows + b_offset[:, None] + o_d[None, :], mask=m_j[:, None] & (o_d < D)[None, :], other=0.0)
-    b_x = b_x.to(dtype)
-    if UPCAST:
-        b_x = b_x.to(tl.float32)
-    return b_x
 
 
 @triton.jit
@@ -182,7 +167,7 @@ def _mean_kernel(
     for i_n in range(blocks + tl.cdiv(high - window, BN)):
         b_j = tl.where(i_n < blocks, i_n * BN, window + (i_n - blocks) * BN) + o_n
         m_j = b_j < tl.where(i_n < blocks, sinks, high)
-        b_k = _paged_rows(
+        b_k = paged_rows(
             p_k, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
         b_s = tl.where(m_j[None, :], tl.dot(b_c, tl.trans(b_k), input_precision="ieee") * scale, -1e30)
@@ -241,7 +226,7 @@ def _count_kernel(
     for i_n in range(low, last, BN):
         # One of every ``stride`` neighbours, not always at the same place among them
         b_j = (i_n + o_n) * stride + ((i_n + o_n) * 37 + i_m) % stride
-        b_k = _paged_rows(
+        b_k = paged_rows(
             p_k, p_table, b_j, b_j < high, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST,
             p_q.dtype.element_ty,
         )  # fmt: skip
@@ -370,10 +355,10 @@ def _output_kernel(
     for i_n in range(i_s * split, tl.minimum((i_s + 1) * split, tl.max(b_pos, 0) + 1), BN):
         b_j = i_n + o_n
         m_j = b_j < n
-        b_k = _paged_rows(
+        b_k = paged_rows(
             p_k, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
-        b_v = _paged_rows(
+        b_v = paged_rows(
             p_k + D, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
         b_t, m_t = _bins(b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK, BM, BN, BINS, BINS_PER_UNIT)

@@ -44,7 +44,7 @@ def allocate_rank(
         dtype: of the queries.
         device: device.
     """
-    tiles = max_rows // block_q_min + 2 * num_requests
+    tiles = TileIndex.tiles_of(block_q_min, max_rows, num_requests)
     return RankWorkspace(
         torch.empty(num_query_heads, tiles, head_size, dtype=dtype, device=device),
         torch.empty(num_query_heads, tiles, dtype=torch.float32, device=device),

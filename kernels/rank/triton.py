@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import Batch, PagedKV, is_interpreted
+from ..paged import Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded
 from ..tile_index import TileIndex
 from .paged import RankWorkspace
@@ -46,21 +46,6 @@ def _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q: tl.constexpr):
 def _no_bits(p_bars, i_r, i_h, HEADS: tl.constexpr):
     """Whether a head lists all keys or none."""
     return tl.abs(tl.load(p_bars + i_r * HEADS + i_h)) == float("inf")
-
-
-@triton.jit
-def _keys(
-    p_k, p_table, b_j, m_j, stride_block, stride_token, o_d,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Keys ``[BN, BD]`` at positions ``b_j``, zero outside ``m_j``."""
-    b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0).to(tl.int64)
-    b_offset = b_block * stride_block + (b_j % BLOCK_SIZE).to(tl.int64) * stride_token
-    # [BN, BD]
-    b_k = tl.load(p_k + b_offset[:, None] + o_d[None, :], mask=m_j[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
-    if UPCAST:
-        b_k = b_k.to(tl.float32)
-    return b_k
 
 
 @triton.jit(do_not_specialize=["room"])
@@ -129,7 +114,7 @@ def _near_kernel(
     for i in range(few + tl.cdiv(end - window, BN)):
         b_j = tl.where(i < few, i * BN, window + (i - few) * BN) + o_n
         m_j = b_j < tl.where(i < few, tl.minimum(sinks, window), end)
-        b_k = _keys(
+        b_k = paged_rows(
             p_k, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_means.dtype.element_ty
         )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * log2_scale
@@ -162,7 +147,7 @@ def _marks_kernel(
     bar = tl.load(p_bars + i_r * HEADS + i_h)
     o_d, o_m, o_w = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, BN // 32)
     b_j = i_n * BN + tl.arange(0, BN)
-    b_k = _keys(
+    b_k = paged_rows(
         p_cache + i_h.to(tl.int64) * stride_head, p_table + i_r.to(tl.int64) * stride_table, b_j, b_j < n,
         stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_means.dtype.element_ty,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..gathered import BLOCK, GatheredLogits
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted
+from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded, settings
 from .paged import MAX_ROWS, SPLITS, SampledWorkspace
 
@@ -49,20 +49,6 @@ def _sampled_rows(
     if UPCAST:
         b_q = b_q.to(tl.float32)
     return b_q, tl.where(m_m, n - total + b_row, -1)
-
-
-@triton.jit
-def _paged_keys(
-    p_k, p_table, b_j, m_j, stride_block, stride_token, o_d,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Keys ``[BN, BD]`` at positions ``b_j``, zero outside ``m_j``."""
-    b_block = tl.load(p_table + b_j // BLOCK_SIZE, mask=m_j, other=0).to(tl.int64)
-    b_offset = b_block * stride_block + (b_j % BLOCK_SIZE).to(tl.int64) * stride_token
-    b_k = tl.load(p_k + b_offset[:, None] + o_d[None, :], mask=m_j[:, None] & (o_d < D)[None, :], other=0.0).to(dtype)
-    if UPCAST:
-        b_k = b_k.to(tl.float32)
-    return b_k
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table", "rows"])
@@ -93,7 +79,7 @@ def _partial_kernel(
     b_sum = tl.zeros([BM], tl.float32)
     for i_n in range(i_s * split, tl.minimum((i_s + 1) * split, n), BN):
         b_j = i_n + o_n
-        b_k = _paged_keys(
+        b_k = paged_rows(
             p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
@@ -145,7 +131,7 @@ def _sum_kernel(
     p_column = p_logits + (i_r * 2 * HEADS + i_h).to(tl.int64) * width
     for i_n in range(first, tl.minimum(first + SPAN * BN, n), BN):
         b_j = i_n + o_n
-        b_k = _paged_keys(
+        b_k = paged_rows(
             p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
