@@ -418,11 +418,15 @@ def test_everything_handed_back_is_told_the_first_times(make_layer: Any, plugin_
 def test_what_is_not_worth_it_runs_stock_without_an_estimate(make_layer: Any) -> None:
     layer = make_layer(options={"tau_columns": 1.0, "max_density": 0.5})
     for _ in range(PATIENCE + FIRST_PAUSE + 1):
-        layer.step([(layer.request(400), 400)])
+        request = layer.request(400)
+        layer.step([(request, 400)])
+        layer.release(request)
     counts = layer.impl._runtime.recorder.layers[1]
     assert counts.handed_back == PATIENCE + 1
     assert counts.dense_chunks == PATIENCE + FIRST_PAUSE + 1
     everything = make_layer(options={"tau_columns": 1.0, "max_density": 1.0})
     for _ in range(PATIENCE + 2):
-        everything.step([(everything.request(400), 400)])
+        request = everything.request(400)
+        everything.step([(request, 400)])
+        everything.release(request)
     assert everything.impl._runtime.recorder.layers[1].sparse_chunks == PATIENCE + 2
