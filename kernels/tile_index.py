@@ -26,7 +26,12 @@ from .types import SparsePattern
 WORD_BITS = 32
 WORDS = 128  # a row of bits is a multiple of so many words: 4,096 keys
 LISTED = 5120
-"""Keys for which the list of a tile has room, on average: a quarter more than the last step of ``price``'s ladder."""
+"""Keys for which the list of a tile has room, on average: a quarter more than the last step of ``price``'s ladder, and
+twice as many for each of a sequence's ``doublings``."""
+
+FULL_KEYS, DOUBLINGS = 16384, 2
+"""Up to how many keys ``price`` looks at all rows and its ladder is as it is written, and how often, as the sequence
+doubles beyond, it looks at half as many rows and lists are twice as long."""
 
 EVERYTHING = -1
 """In ``counts``: the tile attends to every key; it has no list."""
@@ -112,6 +117,11 @@ class TileStorage(NamedTuple):
         )
 
 
+def doublings(seq_len: int) -> int:
+    """How often a sequence has doubled beyond ``FULL_KEYS``, ``DOUBLINGS`` at most."""
+    return sum(seq_len > FULL_KEYS << i for i in range(DOUBLINGS))
+
+
 def words_of(seq_len: int) -> int:
     """Words of a row of bits for so many keys."""
     return cdiv(cdiv(seq_len, WORD_BITS), WORDS) * WORDS
@@ -136,7 +146,7 @@ def allocate_tiles(
     tiles = [TileIndex.tiles_of(pattern.block_q, max_rows, num_requests) for pattern, _ in shapes]
     bits = max(count * words_of(longest) for count, (_, longest) in zip(tiles, shapes, strict=True))
     listed = max(
-        count * min(longest, LISTED + pattern.sink_keys)
+        count * min(longest, (LISTED << doublings(longest)) + pattern.sink_keys)
         for count, (pattern, longest) in zip(tiles, shapes, strict=True)
     )
 

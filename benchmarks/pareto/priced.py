@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.pareto.chunk import Chunk, Kept, products
-from vllm_vsprefill.kernels.price.naive import BINS, SIZES, bin_of, ladder, priced_rows
+from vllm_vsprefill.kernels.price.naive import BINS, SIZES, bin_of, ladder, priced_rows, sizes_of
 
 Sets = Callable[[int, int, "Tensor | slice"], Tensor]
 """KV head, step of the ladder, tiles -> keys they list, bool ``[tiles, n]``."""
@@ -98,8 +98,8 @@ class Priced:
             def fixed(h: int, step: int, tiles: Tensor | slice) -> Tensor:
                 some = order[h, tiles]
                 chosen = torch.zeros_like(some, dtype=torch.bool)
-                if SIZES[step]:
-                    index = some.topk(min(SIZES[step], some.shape[-1]), -1).indices
+                if step:
+                    index = some.topk(min(sizes_of(chunk.seq_len)[step], some.shape[-1]), -1).indices
                     chosen.scatter_(-1, index, True)
                 return chosen
 
@@ -107,7 +107,7 @@ class Priced:
         bins = bin_of(scores)
         rows = torch.tensor(priced_rows(chunk.rows, self.rows), device=chunk.device) // self.tile
         counts = torch.stack([torch.bincount(b[rows][wanted[rows] & (b[rows] >= 0)], minlength=BINS) for b in bins])
-        steps = ladder(counts, len(rows))
+        steps = ladder(counts, len(rows), chunk.seq_len)
 
         def above(h: int, step: int, tiles: Tensor | slice) -> Tensor:
             return bins[h, tiles] >= steps[h, step]

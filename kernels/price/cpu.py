@@ -188,7 +188,7 @@ def price(
         bins[piece // len(ranges)] += found
         counted[piece // len(ranges)] += count
     counts = torch.from_numpy(counted[:, 1:])
-    steps = ladder(counts, len(positions))
+    steps = ladder(counts, len(positions), n)
 
     rows = _Rows(call, q, v)
     ranges = _cut(tiles, max(MAX_LOGITS // (q.shape[1] // num_kv_heads * n), 1))

@@ -18,28 +18,37 @@ import math
 import torch
 from torch import Tensor
 
+from .. import tile_index
 from ..checks import check_like, check_query_key, check_scale, check_tensor
+from ..tile_index import doublings
 from ..tile_scores import listable, tile_scores
 from ..types import Bars, SparsePattern
 
 SIZES = (0, 128, 256, 512, 1024, 2048, 4096)
-"""Keys a tile lists on average, on each step of the ladder but the last, which lists all."""
+"""Keys a tile lists on average, on each step of the ladder but the last, which lists all; of long sequences more."""
 
 LOWEST, HIGHEST, BINS = -20.0, 12.0, 256
 """Scores are told apart by bins of this range; what lies below it is listed by the last step only."""
 
-FULL_KEYS, HALVINGS = 16384, 2
-"""Up to how many keys all rows are looked at, and how often their number is halved as the sequence doubles beyond."""
-
 
 def rows_of(num_rows: int, seq_len: int) -> int:
     """How many of ``num_rows`` rows are looked at: the longer the sequence, the fewer, so that pairs hardly grow."""
-    return max(num_rows >> sum(seq_len > FULL_KEYS << i for i in range(HALVINGS)), 1)
+    return max(num_rows >> doublings(seq_len), 1)
+
+
+def sizes_of(seq_len: int) -> list[int]:
+    """Keys a tile lists on average on each step but the last: the longer the sequence, the more.
+
+    The step before the last is a quarter of the keys at 16,384, 32,768 and 65,536. With 4,096 whatever the length,
+    heads that wanted a few more keys than that eighth of 32,768 took all (docs/selection.md).
+    """
+    return [size << doublings(seq_len) for size in SIZES]
 
 
 def kinds_of_length() -> list[int]:
-    """A sequence length for every number of rows that ``rows_of`` gives, ascending."""
-    return [FULL_KEYS << i for i in range(HALVINGS)] + [(FULL_KEYS << (HALVINGS - 1)) + 1]
+    """A sequence length for every number of doublings, ascending."""
+    full, last = tile_index.FULL_KEYS, tile_index.DOUBLINGS - 1
+    return [full << i for i in range(last + 1)] + [(full << last) + 1]
 
 
 def priced_rows(num_rows_total: int, num_rows: int) -> list[int]:
@@ -77,18 +86,19 @@ def check_price(q: Tensor, k: Tensor, v: Tensor, scale: float, price: float, num
     check_num_rows(num_rows)
 
 
-def ladder(bins: Tensor, num_rows: int) -> Tensor:
-    """The bars of the ladder, as bins: the lowest of which all bins together hold at most ``SIZES`` keys a row.
+def ladder(bins: Tensor, num_rows: int, seq_len: int) -> Tensor:
+    """The bars of the ladder, as bins: the lowest of which all bins together hold at most ``sizes_of`` keys a row.
 
     Args:
         bins: int64 ``[Hkv, BINS]``, how many keys of all rows lie in each bin.
         num_rows: rows.
+        seq_len: keys of the sequence.
 
     Returns:
         int64 ``[Hkv, len(SIZES)]``; ``BINS`` lists none.
     """
     above = bins.flip(1).cumsum(1).flip(1)
-    return torch.stack([(above > size * num_rows).sum(1) for size in SIZES], 1)
+    return torch.stack([(above > size * num_rows).sum(1) for size in sizes_of(seq_len)], 1)
 
 
 def price(
@@ -127,7 +137,7 @@ def price(
     listed = listable(pattern, tiles, n, q.device)
     bins = bin_of(scores)
     counts = torch.stack([torch.bincount(b[listed & (b >= 0)], minlength=BINS) for b in bins])
-    steps = ladder(counts, len(rows))
+    steps = ladder(counts, len(rows), n)
     # [Hkv, group, R, D] x [Hkv, 1, D, n]
     queries = q[rows].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).float()
     logits = torch.matmul(queries, k.permute(1, 2, 0).float().unsqueeze(1)) * scale

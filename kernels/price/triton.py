@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tile_index
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded, settings
 from ..tile_index import TileIndex
-from . import naive
 from .naive import BINS, HIGHEST, LOWEST, SIZES, rows_of
 from .paged import CHUNK_ROWS, MAX_ROWS, SKETCH, STEPS, PriceWorkspace
 
@@ -40,9 +40,9 @@ assert SIZES == (0, *(64 << step for step in range(1, STEPS - 1)))  # as _ladder
 
 
 @triton.jit
-def _rows(num_rows, n, FULL_KEYS: tl.constexpr, HALVINGS: tl.constexpr):
+def _rows(num_rows, n, FULL_KEYS: tl.constexpr, DOUBLINGS: tl.constexpr):
     """``naive.rows_of``."""
-    for i in tl.static_range(HALVINGS):
+    for i in tl.static_range(DOUBLINGS):
         num_rows = tl.where(n > (FULL_KEYS << i), num_rows // 2, num_rows)
     return tl.maximum(num_rows, 1)
 
@@ -119,7 +119,7 @@ def _mean_kernel(
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, FP8: tl.constexpr, UPCAST: tl.constexpr,
     FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of the tile of one sampled row, and the log-sum-exp over its sinks and window.
 
@@ -130,7 +130,7 @@ def _mean_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     if i_i == 0:
         o_b = tl.arange(0, BINS)
@@ -188,7 +188,7 @@ def _count_kernel(
     BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
     CHUNK_ROWS: tl.constexpr, COUNT_KEYS: tl.constexpr,
     FP8: tl.constexpr, UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
 ):  # fmt: skip
     """How many of a split's keys lie in each bin, for one tile of rows.
 
@@ -199,7 +199,7 @@ def _count_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     count = tl.minimum(num_rows, row_end - row_start)
     tiles, splits, _ = _splits(count, rows, PACK, BM, CHUNK_ROWS, PROGRAMS, SPLITS)
     i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -245,7 +245,7 @@ def _ladder_kernel(
     p_counts, p_row_start, p_row_end, p_seq_len, p_bars, p_density, num_rows,
     HEADS: tl.constexpr, BR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, STEPS: tl.constexpr, FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
 ):  # fmt: skip
     """The ladder of one head, and how much each of its steps keeps. ``BR``: sampled rows, padded."""
     i_h, i_r = tl.program_id(0), tl.program_id(1)
@@ -253,12 +253,14 @@ def _ladder_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     o_b, o_s = tl.arange(0, BINS), tl.arange(0, STEPS)
     b_counts = tl.load(p_counts + i_head * BINS + o_b)
     b_above = tl.sum(b_counts, 0) - tl.cumsum(b_counts, 0) + b_counts
     b_size = tl.where(o_s == 0, 0, 64 << o_s) * tl.minimum(num_rows, row_end - row_start)
+    for i in tl.static_range(DOUBLINGS):
+        b_size = tl.where(n > (FULL_KEYS << i), b_size * 2, b_size)
     b_bar = tl.sum((b_above[None, :] > b_size[:, None]).to(tl.int32), 1)
     tl.store(p_bars + i_head * STEPS + o_s, b_bar)
     b_pos = _position(tl.arange(0, BR), row_start, row_end, n, num_rows)
@@ -300,7 +302,7 @@ def _output_kernel(
     SINKS: tl.constexpr, BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr,
     SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK_ROWS: tl.constexpr, FP8: tl.constexpr,
     UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
 ):  # fmt: skip
     """Sketched outputs of one tile of rows over one split of the sequence, for every step of the ladder."""
     i_h, i_turn = tl.program_id(1), tl.program_id(2)
@@ -309,7 +311,7 @@ def _output_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     count = tl.minimum(num_rows, row_end - row_start)
     tiles, splits, room = _splits(count, rows, PACK, BM, CHUNK_ROWS, PROGRAMS, SPLITS)
     i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -400,7 +402,7 @@ def _error_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, CHUNK_ROWS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr, SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr, AT_ONCE: tl.constexpr,
+    DOUBLINGS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Squared errors of each step, of ``CHUNK_ROWS`` rows, from all splits. ``BM``,
     ``BN``: as of ``_output_kernel``."""
@@ -410,7 +412,7 @@ def _error_kernel(
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, n, FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     count = tl.minimum(num_rows, row_end - row_start)
     if i_c * CHUNK_ROWS >= count * PACK:
         return
@@ -459,14 +461,14 @@ def _choose_kernel(
     p_errors, p_density, p_bars, p_row_start, p_row_end, p_seq_len, p_bar, p_chosen, num_rows, chunks, price,
     HEADS: tl.constexpr, BH: tl.constexpr, PACK: tl.constexpr, CHUNK_ROWS: tl.constexpr, BINS: tl.constexpr,
     LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr, FULL_KEYS: tl.constexpr,
-    HALVINGS: tl.constexpr, AT_ONCE: tl.constexpr,
+    DOUBLINGS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The cheapest step for every head of one request."""
     i_r = tl.program_id(0)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     if row_end <= row_start:
         return
-    num_rows = _rows(num_rows, tl.load(p_seq_len + i_r), FULL_KEYS, HALVINGS)
+    num_rows = _rows(num_rows, tl.load(p_seq_len + i_r), FULL_KEYS, DOUBLINGS)
     o_h, o_s = tl.arange(0, BH), tl.arange(0, STEPS)
     m_h = o_h < HEADS
     b_head = (i_r * HEADS + o_h).to(tl.int64)[:, None]
@@ -536,7 +538,7 @@ def price(
     strides = (block, head, token, kv.block_table.stride(0), rows)
     bounds = (batch.row_start, batch.row_end, batch.seq_len)
     places = (q, kv.cache, kv.block_table, *bounds, workspace.means, workspace.near)
-    few = {"FULL_KEYS": naive.FULL_KEYS, "HALVINGS": naive.HALVINGS}
+    few = {"FULL_KEYS": tile_index.FULL_KEYS, "DOUBLINGS": tile_index.DOUBLINGS}
     tile = {
         "BLOCK_Q": pattern.block_q, "BLOCK_K": pattern.block_k, "REACH": pattern.reach, "SINKS": pattern.sink_keys,
         "BINS": BINS, **few,

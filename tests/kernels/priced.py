@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_vsprefill.kernels.price.naive import SIZES, priced_rows, rows_of
+from vllm_vsprefill.kernels.price.naive import priced_rows, rows_of, sizes_of
 from vllm_vsprefill.kernels.types import SparsePattern
 
 
@@ -69,7 +69,7 @@ class Priced:
     def ladder(self) -> list[list[float]]:
         """Bars of every step, by head: multiples of 1/8 from -20 to below 12."""
         steps = []
-        for size in SIZES:
+        for size in sizes_of(len(self.values)):
             bars = []
             for head in range(self.heads):
                 scores = torch.cat([row[head] for row in self.scores])

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from tests.kernels.priced import Priced, planted
-from vllm_vsprefill.kernels.price.naive import BINS, SIZES, ladder, price, priced_rows
+from vllm_vsprefill.kernels.price.naive import (
+    BINS,
+    SIZES,
+    kinds_of_length,
+    ladder,
+    price,
+    priced_rows,
+    rows_of,
+    sizes_of,
+)
 from vllm_vsprefill.kernels.types import SparsePattern
 
 PATTERN = SparsePattern(block_q=20, block_k=4, window=30, sinks=8, dense_last=0)
@@ -62,12 +71,21 @@ def test_heads_that_differ_are_told_apart() -> None:
 def test_steps_hold_as_many_keys_as_they_may() -> None:
     counts = torch.zeros(1, BINS, dtype=torch.int64)
     counts[0, [200, 100, 50, 10]] = torch.tensor([100, 28, 1, 9000])
-    steps = ladder(counts, 1)[0].tolist()
+    steps = ladder(counts, 1, 16384)[0].tolist()
     assert steps == [201, 51, 11, 11, 11, 11, 11]  # 0, 128, then 129 keys; with the rest they would be too many
-    assert ladder(counts, 71)[0].tolist() == [201, 11, 0, 0, 0, 0, 0]
-    assert ladder(torch.zeros(1, BINS, dtype=torch.int64), 1)[0].tolist() == [0] * len(SIZES)
+    assert ladder(counts, 71, 16384)[0].tolist() == [201, 11, 0, 0, 0, 0, 0]
+    assert ladder(torch.zeros(1, BINS, dtype=torch.int64), 1, 16384)[0].tolist() == [0] * len(SIZES)
+    assert ladder(counts, 1, 16385)[0].tolist() == [201, 11, 11, 11, 11, 11, 11]  # 256: room for 129
+    assert ladder(counts, 1, 32769)[0].tolist() == [201, 11, 11, 11, 11, 11, 0]  # 16,384: for all
     counts[0, BINS - 1] = 1
-    assert ladder(counts, 1)[0, 0] == BINS  # no bar lists none
+    assert ladder(counts, 1, 16384)[0, 0] == BINS  # no bar lists none
+
+
+def test_longer_sequences_have_longer_lists_and_fewer_rows() -> None:
+    for n, factor in ((1, 1), (16384, 1), (16385, 2), (32768, 2), (32769, 4), (1 << 20, 4)):
+        assert sizes_of(n) == [size * factor for size in SIZES]
+        assert rows_of(64, n) == 64 // factor
+    assert [rows_of(64, n) for n in kinds_of_length()] == [64, 32, 16]
 
 
 def test_rows_are_of_the_chunk_and_at_different_places_of_their_tiles() -> None:

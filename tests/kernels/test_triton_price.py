@@ -13,6 +13,7 @@ import torch
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
 from tests.kernels.paged_problems import PagedProblem, make_paged
 from tests.kernels.priced import Priced, planted
+from vllm_vsprefill.kernels import tile_index
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.price import naive, paged
 from vllm_vsprefill.kernels.price.paged import PriceWorkspace, allocate_price, check_price
@@ -125,7 +126,7 @@ def test_counts_and_errors_are_close_to_exact_ones(group: int) -> None:
             counts[head] += torch.bincount(naive.bin_of(scores[head, i, places.to(DEVICE)]).cpu(), minlength=naive.BINS)
     # A score within rounding of a bar may fall on either side.
     assert int((workspace.counts[0].cpu() - counts).abs().sum()) <= 12
-    assert workspace.bars[0, :, :-1].tolist() == naive.ladder(workspace.counts[0].long(), 12).tolist()
+    assert workspace.bars[0, :, :-1].tolist() == naive.ladder(workspace.counts[0].long(), 12, 700).tolist()
     found = workspace.errors[0, :, : -(-12 * (8 if group == 6 else 1) // paged.CHUNK_ROWS)].sum(1).cpu()
     for step in range(paged.STEPS - 1):
         bars = [b / 8 - 20 if b < naive.BINS else math.inf for b in workspace.bars[0, :, step].tolist()]
@@ -179,8 +180,8 @@ def test_an_fp8_cache(factors: tuple[float | None, float | None]) -> None:
 
 
 def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer rows, and bars from counts of a part of the keys, which keep nearly the sizes of the ladder."""
-    monkeypatch.setattr(naive, "FULL_KEYS", 500)
+    """Fewer rows, longer lists, and bars from a part of the keys, which keep nearly the sizes of the ladder."""
+    monkeypatch.setattr(tile_index, "FULL_KEYS", 500)
     monkeypatch.setattr(kernels, "COUNT_KEYS", 256)
     assert [naive.rows_of(32, n) for n in (500, 501, 1000, 1001, 9000)] == [32, 16, 16, 8, 8]
     problem = make_paged(seq_lens=[1400, 300], rows=[400, 90], pattern=PATTERN, heads=2, group=2, size=64)
@@ -194,7 +195,7 @@ def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -
         pairs = sum(len(places) for places in true.places)
         for head in range(2):
             assert int(workspace.counts[i, head].sum()) == pytest.approx(pairs, rel=0.05)
-            for step, size in ((2, 256), (3, 512)):
+            for step, size in enumerate(naive.sizes_of((1400, 300)[i])[1:3], 1):
                 bar = int(workspace.bars[i, head, step])
                 kept = sum(int((scores[head] >= bar / 8 - 20).sum()) for scores in true.scores) / rows
                 assert kept <= size * 1.2
