@@ -472,6 +472,12 @@ class VSPrefillConfig(_Options):
             dense_last=self.dense_last_rows,
         )
 
+    def tile_pattern(self, tuning: PlatformTuning) -> SparsePattern:
+        """``pattern`` where every tile has a list of its own: the platform's, but for what was given explicitly."""
+        wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
+        update = {name: size for name, size in wanted.items() if size and name not in self.model_fields_set}
+        return self.model_copy(update=update).pattern()
+
     def check_layers(self, num_layers: int) -> None:
         """ConfigError if ``dense_layers`` names a layer that a model of ``num_layers`` layers does not have."""
         missing = [layer for layer in self.dense_layers if layer >= num_layers]

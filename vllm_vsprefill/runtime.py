@@ -26,7 +26,7 @@ from vllm_vsprefill import _compat, start_log, startup
 from vllm_vsprefill.checkpoint import LoadedIndexer, kv_head_range, load_checkpoint
 from vllm_vsprefill.config import ConfigError, VSPrefillConfig
 from vllm_vsprefill.fingerprint import read_setting
-from vllm_vsprefill.kernels.types import Budgets, SparsePattern
+from vllm_vsprefill.kernels.types import Budgets
 from vllm_vsprefill.metrics import CHECKPOINT, DENSE, DENSE_LAYERS, LAST_ROWS, NO_SPARSE_LAYER, SPARSE
 from vllm_vsprefill.outlook import outlook
 from vllm_vsprefill.plan import Gate, StepPlan
@@ -57,7 +57,7 @@ class Runtime:
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.price = self.options.price
         if self.lists_by_tile:
-            self.pattern = tile_pattern(self.options, self.pattern, platform_tuning())
+            self.pattern = dataclasses.replace(self.options.tile_pattern(platform_tuning()), dense_last=0)
             self.price *= shares_of_heads(vllm_config)
         self.gate = gate_of(self.options, vllm_config, self.indexer is not None)
         shipped = startup.shipped(vllm_config)
@@ -310,13 +310,6 @@ def gate_of(options: VSPrefillConfig, vllm_config: Any, trained: bool) -> Gate:
         min_rows=min_rows,
         enabled=options.enabled,
     )
-
-
-def tile_pattern(options: VSPrefillConfig, pattern: SparsePattern, tuning: PlatformTuning) -> SparsePattern:
-    """The pattern where every tile has a list of its own: the platform's, but for what the user has said."""
-    wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
-    given = options.model_fields_set
-    return dataclasses.replace(pattern, **{name: size for name, size in wanted.items() if size and name not in given})
 
 
 def shares_of_heads(vllm_config: Any) -> float:

@@ -9,9 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass
@@ -152,16 +150,6 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     On CUDA the caller allows TF32, which holds bfloat16 exactly and sums in float32.
     """
     return q.float() @ k.float().mT
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last rows of a sequence: ``[Hq, T, D]``, ``[Hkv, n, D]`` twice -> ``[Hq, T, D]``."""
-    group = q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
-    rows, n = q.shape[1], k.shape[2]
-    if rows == n:
-        return F.scaled_dot_product_attention(q[None], k, v, is_causal=True, scale=scale)[0]
-    return F.scaled_dot_product_attention(q[None], k, v, attn_mask=causal_lower_right(rows, n), scale=scale)[0]
 
 
 def pairs(chunk: Chunk, kept: Kept) -> Tensor:

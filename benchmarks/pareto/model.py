@@ -12,31 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
+from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, pairs
 from benchmarks.pareto.structures import Estimator
-
-IMPLEMENTATION = "vsprefill_pareto"
-TOP = 32
-"""Likeliest tokens of dense attention over which the divergence is summed, the others taken together."""
-ROWS = 512
-"""Rows whose logits over the vocabulary are held at a time."""
-
-
-@dataclass
-class Readings:
-    """What a pass says about its rows.
-
-    Attributes:
-        nll: float32 ``[rows]``: negative log-probability of the token that follows.
-        best: int64 ``[rows]``: likeliest token.
-        top: int64 ``[rows, TOP]``: likeliest tokens of dense attention.
-        top_logprobs: float32 ``[rows, TOP]``: their log-probabilities in this pass.
-    """
-
-    nll: Tensor
-    best: Tensor
-    top: Tensor
-    top_logprobs: Tensor
+from vllm_vsprefill.pricing.passes import LayerRows, Passes, attend_dense, dense
+from vllm_vsprefill.pricing.readings import Readings, compare, read
 
 
 @dataclass
@@ -67,18 +46,13 @@ class Runner:
         self.dense_first, self.chunk, self.dense_last = dense_first, chunk, dense_last
         config = model.config.get_text_config()
         self.layers: int = config.num_hidden_layers
-        self._keys: list[Tensor | None] = [None] * self.layers
-        self._values: list[Tensor | None] = [None] * self.layers
         self._estimator: Estimator | None = None
         self._sparse: Collection[int] = ()
         self._judge = False
-        self._first = 0
-        _register()
+        self._passes = Passes(model, len(tokens))
         torch.set_float32_matmul_precision("high")  # TF32 holds what bfloat16 does
-        model.set_attn_implementation(IMPLEMENTATION)
-        with torch.inference_mode():
-            self._pass(0, dense_first)
-            self.dense_seconds, self.reference = self._timed(lambda: self._rows(None))
+        self._passes.run(self.tokens, 0, dense_first)
+        self.dense_seconds, self.reference = self._timed(lambda: self._rows(None))
 
     @property
     def rows(self) -> int:
@@ -107,10 +81,8 @@ class Runner:
         self.tallies = [LayerTally() for _ in range(self.layers)]
         self._memory: list[dict[str, Any]] = [{} for _ in range(self.layers)]
         seconds, found = self._timed(lambda: self._rows(estimator))
-        ref = self.reference
-        # What lies outside the likeliest tokens counts as one more.
-        p, q = (torch.cat((r.top_logprobs, _rest(r.top_logprobs)), 1) for r in (ref, found))
-        same = (found.best == ref.best).float()
+        means = compare(self.reference, found).means()
+        same = (found.best == self.reference.best).float()
         n, first = len(self.tokens), self.dense_first
         causal = n * (n + 1) / 2
         beginning = first * (first + 1) / 2
@@ -119,12 +91,12 @@ class Runner:
         result = {
             "density": (beginning + mean * (causal - beginning)) / causal,
             "sparse_density": mean,
-            "top1": float(same.mean()),
-            "nll": float((found.nll - ref.nll).mean()),
-            "kl": float((p.exp() * (p - q)).sum(1).mean()),
-            "logprob": float((found.nll - ref.nll).abs().mean()),
+            "top1": means["top1"],
+            "nll": means["nll"],
+            "kl": means["kl"],
+            "logprob": means["absolute"],
             "by_quarter": [round(float(part.mean()), 5) for part in same.chunk(4)],
-            "dense_nll": float(ref.nll.mean()),
+            "dense_nll": float(self.reference.nll.mean()),
             "seconds": round(seconds, 2),
             "layer_density": [round(d, 5) for d in densities],
         }
@@ -141,15 +113,6 @@ class Runner:
             torch.cuda.synchronize()
         return time.perf_counter() - start, found
 
-    def _pass(self, first: int, end: int) -> Tensor:
-        """Hidden states of the rows from ``first`` to ``end``."""
-        global _current
-        _current = self
-        self._first = first
-        rows = torch.arange(first, end, device=self.tokens.device)[None]
-        body = self.model.get_decoder()
-        return body(input_ids=self.tokens[None, first:end], position_ids=rows, use_cache=False).last_hidden_state[0]
-
     def _rows(self, estimator: Estimator | None) -> Readings:
         """A pass over the rows behind the beginning, chunk by chunk."""
         self._estimator = estimator
@@ -157,45 +120,24 @@ class Runner:
         try:
             for first in range(self.dense_first, len(self.tokens), self.chunk):
                 end = min(first + self.chunk, len(self.tokens))
-                parts += self._read(self._pass(first, end), first)
+                hidden = self._passes.run(
+                    self.tokens, first, end, attend_dense if estimator is None else self.attention
+                )
+                rows = slice(first - self.dense_first, end - self.dense_first)
+                known = None if estimator is None else self.reference[rows]
+                parts.append(read(self._passes.logits, hidden, self.tokens[first + 1 : end + 1], known))
         finally:
             self._estimator = None
-        return Readings(*(torch.cat([getattr(part, name) for part in parts]) for name in Readings.__annotations__))
+        return Readings.joined(parts)
 
-    def _read(self, hidden: Tensor, first: int) -> list[Readings]:
-        head = self.model.get_output_embeddings()
-        parts = []
-        for r0 in range(0, len(hidden), ROWS):
-            at = first + r0
-            rows = hidden[r0 : r0 + ROWS]
-            logits = head(rows)
-            norm = torch.logsumexp(logits.float(), -1)
-            # The last row has no next token; its likeliest one stands for it.
-            best = logits.argmax(-1)
-            following = torch.cat((self.tokens[at + 1 : at + 1 + len(rows)], best[-1:]))[: len(rows)]
-            nll = norm - logits.gather(1, following[:, None])[:, 0].float()
-            top = (
-                self.reference.top[at - self.dense_first : at - self.dense_first + len(rows)]
-                if self._estimator is not None
-                else logits.topk(TOP, -1).indices
-            )
-            parts.append(Readings(nll, best, top, logits.gather(1, top).float() - norm[:, None]))
-        return parts
-
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """``[Hq, T, D]`` and ``[Hkv, T, D]`` twice, a pass's rows -> ``[Hq, T, D]``."""
-        first, rows = self._first, q.shape[1]
-        if self._keys[layer] is None:
-            shape = (k.shape[0], len(self.tokens), k.shape[2])
-            self._keys[layer], self._values[layer] = k.new_empty(shape), v.new_empty(shape)
-        keys, values = self._keys[layer], self._values[layer]
-        assert keys is not None
-        assert values is not None
-        keys[:, first : first + rows], values[:, first : first + rows] = k, v
-        k, v = keys[:, : first + rows], values[:, : first + rows]
+    def attention(self, call: LayerRows) -> Tensor:
+        """Attention of the rows of a chunk, ``[Hq, T, D]``."""
+        layer, q, k, v, scale = call.layer, call.q, call.k, call.v, call.scale
+        first, rows = call.first, q.shape[1]
         kept: Kept | Computed | None = None
         sparse_rows = rows - self.dense_last
-        if self._estimator is not None and layer in self._sparse and sparse_rows > 0:
+        assert self._estimator is not None
+        if layer in self._sparse and sparse_rows > 0:
             chunk = Chunk(
                 layer,
                 q[:, :sparse_rows],
@@ -206,15 +148,12 @@ class Runner:
                 self._memory[layer],
             )
             kept = self._estimator.keep(chunk)
-        if self._estimator is not None:
-            tally = self.tallies[layer]
-            if kept is None:
-                tally.pairs.append(_causal_pairs(first, first + rows))
-            else:
-                count = kept.pairs if isinstance(kept, Computed) else pairs(chunk, kept)
-                tally.pairs += [count, _causal_pairs(first + sparse_rows, first + rows)]
+        tally = self.tallies[layer]
         if kept is None:
+            tally.pairs.append(_causal_pairs(first, first + rows))
             return dense(q, k, v, scale)
+        count = kept.pairs if isinstance(kept, Computed) else pairs(chunk, kept)
+        tally.pairs += [count, _causal_pairs(first + sparse_rows, first + rows)]
         sparse = kept.output if isinstance(kept, Computed) else attend(chunk, kept)
         out = torch.cat((sparse, dense(q[:, sparse_rows:], k, v, scale)), 1)
         if self._judge:
@@ -224,41 +163,6 @@ class Runner:
         return out
 
 
-def _rest(logprobs: Tensor) -> Tensor:
-    """Log-probability of everything else, ``[rows, 1]``."""
-    return torch.log((1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=1e-6))
-
-
 def _causal_pairs(first: int, end: int) -> float:
     """Pairs of the rows from ``first`` to ``end``."""
     return (end * (end + 1) - first * (first + 1)) / 2
-
-
-_current: Runner | None = None
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query ``[1, Hq, T, D]``, key and value ``[1, Hkv, T, D]``."""
-    unusual = attention_mask is not None or sliding_window or softcap is not None or kwargs.get("s_aux") is not None
-    if _current is None or unusual or query.shape[0] != 1:
-        raise ValueError(f"{type(module).__name__} asks for more than ordinary causal attention over one sequence")
-    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
-    out = _current.attention(int(module.layer_idx), query[0], key[0], value[0], scale)  # type: ignore[arg-type]
-    return out.transpose(0, 1)[None].contiguous(), None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.pareto.__main__ import PLANS, expand, read_plan
 from benchmarks.pareto.budgets import curves, divide
-from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, dense, pairs
+from benchmarks.pareto.chunk import Chunk, Computed, Kept, attend, pairs
 from benchmarks.pareto.methods import METHODS, make
 from benchmarks.pareto.report import at_density
 from benchmarks.pareto.structures import (
@@ -26,6 +26,7 @@ from benchmarks.pareto.structures import (
     smallest_set,
     top_keys,
 )
+from vllm_vsprefill.pricing.passes import dense
 
 
 def chunk(rows: int = 150, n: int = 260, block: int = 32, seed: int = 0) -> Chunk:

@@ -127,6 +127,7 @@ def test_sliding_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits.masked_fill((distance < 0) | (distance >= 5), float("-inf"))
     expected = logits.softmax(-1) @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(attention.sliding(q, k, v, 0.3, 5), expected)
+    torch.testing.assert_close(attention.sliding(q[:, :, 11:], k, v, 0.3, 5), expected[:, :, 11:])  # the last rows
 
 
 @pytest.mark.gpu

@@ -69,7 +69,10 @@ def test_help_names_every_command_and_option() -> None:
     assert code == 0
     assert "train" in output
     assert "calibrate" in output
-    for command, flags in (("train", ("--resume", "--dry-run", "--target")), ("calibrate", ("--recall", "--per-head"))):
+    for command, flags in (
+        ("train", ("--resume", "--dry-run", "--target")),
+        ("calibrate", ("--recall", "--per-head", "--top1")),
+    ):
         code, output = run(command, "--help")
         assert code == 0
         assert all(flag in output for flag in flags), output

@@ -117,19 +117,21 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    """Attention to the nearest ``window`` keys, the row's own included; shapes as for ``causal``.
+    """Attention to the nearest ``window`` keys, the row's own included; shapes as for ``causal``, but that queries may
+    be those of the last rows only.
 
     Takes a block of rows at a time, so that memory grows with the window and not with the square of the sequence.
     """
     k, v = _expanded(q, k, v)
-    n = q.shape[2]
+    n, before = q.shape[2], k.shape[2] - q.shape[2]
     out = torch.empty_like(q)
     for first in range(0, n, WINDOW_ROWS):
-        last, low = min(first + WINDOW_ROWS, n), max(0, first - window + 1)
-        row = torch.arange(first, last, device=q.device)[:, None]
-        key = torch.arange(low, last, device=q.device)
+        last = min(first + WINDOW_ROWS, n)
+        low, end = max(0, before + first - window + 1), before + last
+        row = torch.arange(before + first, end, device=q.device)[:, None]
+        key = torch.arange(low, end, device=q.device)
         seen = (key <= row) & (key > row - window)
-        keys, values = k[:, :, low:last], v[:, :, low:last]
+        keys, values = k[:, :, low:end], v[:, :, low:end]
         out[:, :, first:last] = F.scaled_dot_product_attention(
             q[:, :, first:last], keys, values, attn_mask=seen, scale=scale
         )

@@ -8,7 +8,7 @@ touched. A layer's tensors are given away as soon as they exist and can be dropp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -51,6 +51,50 @@ class _Listener(NamedTuple):
 _listener: ContextVar[_Listener | None] = ContextVar("vsprefill_listener", default=None)
 
 
+def layer_index(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    softcap: float | None,
+    kwargs: Mapping[str, Any],
+) -> int:
+    """The layer that asks for attention, by the arguments of transformers' attention function.
+
+    Raises:
+        DistilError: it asks for anything but plain causal attention of the rows of one sequence among themselves.
+    """
+    n, index = query.shape[2], getattr(module, "layer_idx", None)
+    if attention_mask is not None or query.shape[0] != 1 or key.shape[2] != n or not isinstance(index, int):
+        raise DistilError(
+            f"{type(module).__name__} asked for attention that cannot be followed: expected one whole causal "
+            f"sequence without a mask and a layer index, got query {tuple(query.shape)}, key {tuple(key.shape)}, "
+            f"{'a mask' if attention_mask is not None else 'no mask'}, layer {index}"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise DistilError(f"layer {index} has attention sinks, which no kernel here computes")
+    if softcap is not None:
+        raise DistilError(f"layer {index} caps its attention logits (softcap {softcap}); no kernel here computes that")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise DistilError(f"layer {index} looks ahead: its attention is not causal")
+    return index
+
+
+def check_sizes(index: int, key: Tensor, value: Tensor) -> None:
+    """DistilError if a layer's keys and values are not of the same size."""
+    if value.shape[3] != key.shape[3]:
+        raise DistilError(f"layer {index} has keys of size {key.shape[3]} but values of size {value.shape[3]}")
+
+
+def check_heard(layers: Collection[int], heard: Collection[int]) -> None:
+    """DistilError if a layer did not go through transformers' attention interface."""
+    if missing := sorted(set(layers) - set(heard)):
+        raise DistilError(
+            f"attention layers {missing} of the model did not pass through transformers' attention interface; "
+            "this architecture cannot be followed"
+        )
+
+
 def capture_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -64,20 +108,8 @@ def capture_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query ``[1, Hq, n, D]``, key and value ``[1, Hkv, n, D]``."""
-    n, index = query.shape[2], getattr(module, "layer_idx", None)
-    if attention_mask is not None or query.shape[0] != 1 or key.shape[2] != n or not isinstance(index, int):
-        raise DistilError(
-            f"{type(module).__name__} asked for attention that cannot be distilled from: expected one whole causal "
-            f"sequence without a mask and a layer index, got query {tuple(query.shape)}, key {tuple(key.shape)}, "
-            f"{'a mask' if attention_mask is not None else 'no mask'}, layer {index}"
-        )
-    if kwargs.get("s_aux") is not None:
-        raise DistilError(f"layer {index} has attention sinks, which no kernel here computes")
-    if softcap is not None:
-        raise DistilError(f"layer {index} caps its attention logits (softcap {softcap}); no kernel here computes that")
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise DistilError(f"layer {index} looks ahead: its attention is not causal")
-    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    index = layer_index(module, query, key, attention_mask, softcap, kwargs)
+    n, scale = query.shape[2], query.shape[3] ** -0.5 if scaling is None else float(scaling)
     listener = _listener.get()
     wanted = listener is not None and index in listener.layers
     lse = None
@@ -88,8 +120,7 @@ def capture_attention(
     else:
         out, lse = attention.causal(query, key, value, scale)
     if wanted and listener is not None:
-        if value.shape[3] != key.shape[3]:
-            raise DistilError(f"layer {index} has keys of size {key.shape[3]} but values of size {value.shape[3]}")
+        check_sizes(index, key, value)
         listener.heard.add(index)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         listener.call(LayerCall(index, q, k, v, scale, lse))
@@ -117,9 +148,4 @@ def listening(layers: frozenset[int], call: Callable[[LayerCall], None]) -> Iter
         yield
     finally:
         _listener.reset(token)
-    missing = sorted(layers - listener.heard)
-    if missing:
-        raise DistilError(
-            f"attention layers {missing} of the model did not pass through transformers' attention interface; "
-            "an indexer cannot be distilled from this architecture"
-        )
+    check_heard(layers, listener.heard)

@@ -32,11 +32,17 @@ def train(options: TrainCommand) -> None:
 
 @takes(CalibrateCommand, DistilError)
 def calibrate(options: CalibrateCommand) -> None:
-    """Set the presets' thresholds of an indexer for a recall or a density on held-out text."""
-    from vllm_vsprefill.distil import runs
-
+    """Find the price that reaches a goal on your own text, or, with --checkpoint, set the thresholds of an indexer."""
     try:
-        runs.calibrate(options, typer.echo)
+        if options.checkpoint is None:
+            from vllm_vsprefill.pricing import run
+
+            run.calibrate(options, typer.echo)
+        else:
+            from vllm_vsprefill.distil import runs
+
+            runs.calibrate(options, typer.echo)
     except KeyboardInterrupt:
-        typer.echo("vsprefill: stopped; the checkpoint is as it was", err=True)
+        kept = "what was measured is above" if options.checkpoint is None else "the checkpoint is as it was"
+        typer.echo(f"vsprefill: stopped; {kept}", err=True)
         raise typer.Exit(130) from None

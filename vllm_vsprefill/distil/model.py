@@ -27,9 +27,9 @@ class Layers:
     covered: tuple[int, ...]
     skipped: dict[int, str]
 
-    def describe(self) -> str:
-        """One line per reason."""
-        lines = [f"{len(self.covered)} layers get an indexer"]
+    def describe(self, what: str = "get an indexer") -> str:
+        """One line per reason; ``what`` is what the layers do that are not left out."""
+        lines = [f"{len(self.covered)} layers {what}"]
         for reason in dict.fromkeys(self.skipped.values()):
             which = [str(i) for i, why in self.skipped.items() if why == reason]
             lines.append(f"left out, {reason}: layers {', '.join(which)}")
@@ -243,7 +243,9 @@ def check(config: Any) -> tuple[ModelFingerprint, Layers]:
         )
     layers = attention_layers(config)
     if not layers.covered:
-        raise DistilError(f"no attention layer of this model can run sparse, nothing to train:\n{layers.describe()}")
+        raise DistilError(
+            f"no attention layer of this model can run sparse, nothing to train or calibrate:\n{layers.describe()}"
+        )
     return fingerprint, layers
 
 
@@ -257,7 +259,7 @@ def decoder_of(model: Any) -> Any:
     # Some models call their head the decoder.
     if not hasattr(decoder, "get_output_embeddings") or decoder.get_output_embeddings() is not None:
         raise DistilError(
-            f"the decoder of a {model.config.model_type} model cannot be told from its head, no indexer can be trained"
+            f"the decoder of a {model.config.model_type} model cannot be told from its head, it cannot be listened to"
         )
     return decoder
 
@@ -284,6 +286,40 @@ def wrap(model: Any, name: str, identity: ModelIdentity | None = None) -> Teache
     return Teacher(name, decoder, fingerprint, identity, layers, embedding.num_embeddings, embedding.weight.device)
 
 
+def load_model(options: ModelOptions, config: Any, device: torch.device, *, head: bool = False) -> Any:
+    """transformers' model, from a folder or by its id, with the weights of its decoder at least.
+
+    Args:
+        options: which, and how.
+        config: its configuration, from ``read_config``.
+        device: where to run it.
+        head: whether its head over the vocabulary is needed, too.
+
+    Raises:
+        DistilError: it cannot be loaded, lacks weights, or does not fit on the device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            _source(options.model), config=config, dtype=options.dtype, output_loading_info=True, **_from_hub(options)
+        )
+    except Exception as error:
+        # transformers, safetensors and libraries for quantised weights raise many kinds; to the user they are all one.
+        raise DistilError(f"--model {options.model}: its weights cannot be loaded ({error})") from None
+    needed = {id(parameter) for parameter in (loaded if head else decoder_of(loaded)).parameters()}
+    missing = sorted(name for name, p in loaded.named_parameters() if name in found["missing_keys"] and id(p) in needed)
+    if missing:
+        raise DistilError(
+            f"--model {options.model}: {len(missing)} of its weights are not there and would be random: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
+        )
+    try:
+        return loaded.to(device)
+    except torch.OutOfMemoryError:
+        raise DistilError(f"--model {options.model}: its weights do not fit on {device}; use a larger device") from None
+
+
 def load(options: ModelOptions, device: torch.device) -> Teacher:
     """Load a model from a folder or by its id.
 
@@ -294,28 +330,9 @@ def load(options: ModelOptions, device: torch.device) -> Teacher:
     Raises:
         DistilError: it cannot be found or loaded, or has no layer for an indexer.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(options)
     fingerprint, _ = check(config)
-    try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            _source(options.model), config=config, dtype=options.dtype, output_loading_info=True, **_from_hub(options)
-        )
-    except Exception as error:
-        # transformers, safetensors and libraries for quantised weights raise many kinds; to the user they are all one.
-        raise DistilError(f"--model {options.model}: its weights cannot be loaded ({error})") from None
-    needed = {id(parameter) for parameter in decoder_of(loaded).parameters()}
-    missing = sorted(name for name, p in loaded.named_parameters() if name in found["missing_keys"] and id(p) in needed)
-    if missing:
-        raise DistilError(
-            f"--model {options.model}: {len(missing)} of its weights are not there and would be random: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
-        )
-    try:
-        loaded = loaded.to(device)
-    except torch.OutOfMemoryError:
-        raise DistilError(f"--model {options.model}: its weights do not fit on {device}; use a larger device") from None
+    loaded = load_model(options, config, device)
     # Of the files, as a server reads them; of what was made of them where they are in another format.
     identity = read_identity(options.model, fingerprint.num_layers, revision=options.revision)
     if identity.weights is None and identity.norms is None:

@@ -7,12 +7,13 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_vsprefill.command_line import JsonObject, option_problems
+from vllm_vsprefill.command_line import JsonObject, flag, option_problems
 from vllm_vsprefill.distil.errors import DistilError
 
 Loss = Literal["kl", "mse", "cosine"]
@@ -179,10 +180,22 @@ class TrainCommand(_Frozen):
 
 
 class CalibrateOptions(_Frozen):
-    """What thresholds are to reach, and what that is measured on. Lengths in tokens."""
+    """What is to be reached, and what that is measured on. Lengths in tokens."""
+
+    density: float | None = Field(None, gt=0, le=1, description="Share of the causal entries that are kept.")
+    length: int = Field(32768, ge=1, description="Tokens of a sequence.")
+    sequences: int | None = Field(None, ge=1, description="Sequences; by default 8, for a price 2.")
+    chunk_lengths: Chunks = Field((2048, 8192), description="Prefill chunks, in tokens, in turns; 0: whole.")
+    seed: int = Field(0, ge=0, description="Of the order of texts, and of the sampled rows.")
+    platform: Literal["cuda", "cpu"] | None = Field(
+        None, description="Where it will be served: tile sizes differ; by default the device it runs on."
+    )
+
+
+class ThresholdOptions(_Frozen):
+    """What the thresholds of an indexer are to reach."""
 
     recall: float | None = Field(None, gt=0, le=1, description="Share of the true attention that every layer reaches.")
-    density: float | None = Field(None, gt=0, le=1, description="Share of the causal entries that are kept.")
     preset: Literal["accurate", "balanced", "fast"] | None = Field(
         None, description="Preset to set; all with their default recalls if neither a recall nor a density is given."
     )
@@ -190,33 +203,80 @@ class CalibrateOptions(_Frozen):
     metric: Metric = Field(
         "mass", description="What recall counts: mass, or strong (entries weigh as much as their probability)."
     )
-    length: int = Field(32768, ge=1, description="Tokens of a sequence.")
-    sequences: int = Field(8, ge=1, description="Sequences.")
-    chunk_lengths: Chunks = Field((2048, 8192), description="Prefill chunks, in tokens, in turns; 0: whole.")
     rows: int = Field(32, ge=1, description="Rows sampled of each chunk.")
-    seed: int = Field(0, ge=0, description="Of the sampled rows.")
-    platform: Literal["cuda", "cpu"] | None = Field(
-        None, description="Where it will be served: tile sizes differ; by default the device it runs on."
-    )
 
-    @model_validator(mode="after")
-    def _check(self) -> CalibrateOptions:
-        if self.recall is not None and self.density is not None:
-            raise ValueError("give either --recall or --density, not both")
-        if (self.recall is not None or self.density is not None) and self.preset is None:
-            raise ValueError(
-                "with --recall or --density say which preset it is for: --preset accurate, balanced or fast"
-            )
-        return self
+
+class PriceOptions(_Frozen):
+    """What a price is to reach."""
+
+    top1: float | None = Field(
+        None, gt=0, le=100, description="Points of top-1 agreement with dense attention below the floor, at most."
+    )
+    error: float | None = Field(
+        None,
+        gt=0,
+        description="Mean KL divergence of the next token from dense attention's, in nats above the floor's, at most.",
+    )
+    dense_first: int | None = Field(
+        None,
+        ge=1,
+        description="First rows of a sequence, which run dense and are not compared; by default 4096, and a quarter of "
+        "the sequence at most.",
+    )
+    options: JsonObject = Field({}, description="Other options of VSPREFILL to serve with, such as window.")
+    out: Path | None = Field(None, description="File for all figures, as JSON.")
 
 
 class CalibrateCommand(_Frozen):
     """Options of ``vsprefill calibrate``."""
 
-    checkpoint: Path = Field(description="Folder of the indexer; its thresholds are replaced.")
+    checkpoint: Path | None = Field(
+        None, description="Folder of an indexer, whose thresholds are replaced. Without one a price is looked for."
+    )
     model: ModelOptions = Field(description="Model")
     data: DataOptions = Field(description="Data")
     goal: CalibrateOptions = Field(CalibrateOptions(), description="Goal")
+    thresholds: ThresholdOptions = Field(ThresholdOptions(), description="With --checkpoint: thresholds")
+    price: PriceOptions = Field(PriceOptions(), description="Without --checkpoint: a price")
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrateCommand:
+        if problem := self._price_problem() if self.checkpoint is None else self._threshold_problem():
+            raise ValueError(problem)
+        return self
+
+    def _threshold_problem(self) -> str | None:
+        density, recall = self.goal.density, self.thresholds.recall
+        if odd := self.price.model_fields_set:
+            return (
+                f"{_flags(odd)} of a price, which is looked for without --checkpoint; the goals of an indexer's "
+                "thresholds are --recall and --density"
+            )
+        if recall is not None and density is not None:
+            return "give either --recall or --density, not both"
+        if (recall is not None or density is not None) and self.thresholds.preset is None:
+            return "with --recall or --density say which preset it is for: --preset accurate, balanced or fast"
+        return None
+
+    def _price_problem(self) -> str | None:
+        if odd := self.thresholds.model_fields_set:
+            return (
+                f"{_flags(odd)} of an indexer's thresholds: give the indexer with --checkpoint. The goals of a price, "
+                "which is looked for without one, are --top1, --error and --density"
+            )
+        goals = [goal for goal in (self.price.top1, self.price.error, self.goal.density) if goal is not None]
+        if len(goals) != 1:
+            return (
+                "say what a price is to reach, by one of --top1 POINTS, --error KL and --density SHARE; for the "
+                "thresholds of an indexer give --checkpoint"
+            )
+        return None
+
+
+def _flags(names: Iterable[str]) -> str:
+    """Options as the subject of a sentence."""
+    found = [flag(name) for name in sorted(names)]
+    return f"{', '.join(found)} {'is an option' if len(found) == 1 else 'are options'}"
 
 
 def train_options(student: dict[str, Any], **values: Any) -> TrainOptions:

@@ -61,7 +61,13 @@ def _go_on(layer: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def rehearse(config: Any, fingerprint: ModelFingerprint, layers: Layers, trust_remote_code: bool = False) -> None:
+def rehearse(
+    config: Any,
+    fingerprint: ModelFingerprint,
+    layers: Layers,
+    trust_remote_code: bool = False,
+    refusal: str = "no indexer can be trained",
+) -> None:
     """Run a model without weights to see what its attention is given.
 
     Args:
@@ -69,9 +75,10 @@ def rehearse(config: Any, fingerprint: ModelFingerprint, layers: Layers, trust_r
         fingerprint: what an indexer for it must match.
         layers: which of its layers get an indexer.
         trust_remote_code: run code that lies with the model.
+        refusal: how a message begins that refuses the model.
 
     Raises:
-        DistilError: none can be trained; says what the model does that cannot be distilled.
+        DistilError: the model is refused; says what the model does that cannot be distilled.
     """
     model = blueprint(config, trust_remote_code)
     decoder = decoder_of(model)
@@ -98,12 +105,12 @@ def rehearse(config: Any, fingerprint: ModelFingerprint, layers: Layers, trust_r
         with torch.device("meta"), capture.listening(frozenset(layers.covered), listen):
             decoder(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
     except DistilError as error:
-        raise DistilError(f"no indexer can be trained for a {kind_of(config)} model: {error}") from None
+        raise DistilError(f"{refusal} for a {kind_of(config)} model: {error}") from None
     except Exception as error:
         # Code that looks at values cannot be rehearsed. Where it says of itself that it has the interface that the
         # listener needs, the run will tell.
         if not heard and not getattr(model, "_supports_attention_backend", False):
             raise DistilError(
-                f"no indexer can be trained for a {kind_of(config)} model: its attention does not go through "
+                f"{refusal} for a {kind_of(config)} model: its attention does not go through "
                 f"transformers' attention interface (and it cannot be tried without weights: {first_line(error)})"
             ) from None

@@ -14,12 +14,16 @@ from vllm_vsprefill.distil import calibrate as calibration
 from vllm_vsprefill.distil import estimate, prepare
 from vllm_vsprefill.distil.errors import DistilError
 from vllm_vsprefill.distil.model import check, load, positions, read_config, text_config
-from vllm_vsprefill.distil.options import CalibrateCommand, CalibrateOptions, TrainCommand
+from vllm_vsprefill.distil.options import CalibrateCommand, ThresholdOptions, TrainCommand
 from vllm_vsprefill.distil.rehearsal import rehearse
 from vllm_vsprefill.distil.trainer import Trainer
 
+SEQUENCES = 8
+"""That thresholds are calibrated on by default."""
 
-def _fits(config: Any, option: str, length: int) -> None:
+
+def fits(config: Any, option: str, length: int) -> None:
+    """DistilError if a model has fewer positions than an option says."""
     longest = positions(config)
     if longest is not None and length > longest:
         raise DistilError(f"{option} {length}: the model has {longest} positions")
@@ -41,7 +45,7 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     config = read_config(options.model)
     fingerprint, layers = check(config)
     rehearse(config, fingerprint, layers, options.model.trust_remote_code)
-    _fits(config, "--max-length", run.max_length)
+    fits(config, "--max-length", run.max_length)
     if options.dry_run:
         own = options.model.dtype
         if own == "auto":
@@ -79,10 +83,10 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
     ).run()
 
 
-def _goals(options: CalibrateOptions) -> dict[str, calibration.Goal]:
+def _goals(options: ThresholdOptions, density: float | None) -> dict[str, calibration.Goal]:
     """What is wanted of each preset."""
-    if options.preset is not None and (options.recall is not None or options.density is not None):
-        return {options.preset: calibration.Goal(options.recall, options.density, options.metric)}
+    if options.preset is not None and (options.recall is not None or density is not None):
+        return {options.preset: calibration.Goal(options.recall, density, options.metric)}
     which = [options.preset] if options.preset is not None else calibration.DEFAULT_GOALS
     return {name: calibration.Goal(calibration.DEFAULT_GOALS[name].recall, None, options.metric) for name in which}
 
@@ -91,14 +95,16 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     """Set the thresholds of a checkpoint.
 
     Args:
-        options: of the command.
+        options: of the command, with a checkpoint.
         say: takes a line for the user.
 
     Raises:
         DistilError: nothing could be measured; the checkpoint is as it was.
     """
-    goal, count = options.goal, options.goal.sequences
-    goals = _goals(goal)
+    goal, wanted = options.goal, options.thresholds
+    assert options.checkpoint is not None
+    count = goal.sequences or SEQUENCES
+    goals = _goals(wanted, goal.density)
     config = read_config(options.model)
     fingerprint, layers = check(config)
     try:
@@ -108,7 +114,7 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
     place = prepare.device(options.model.device)
     rehearse(config, fingerprint, layers, options.model.trust_remote_code)
     tuning = calibration.platform_tuning(torch.device(goal.platform) if goal.platform is not None else place)
-    _fits(config, "--length", goal.length)
+    fits(config, "--length", goal.length)
     # Text that is too short for a sparse prompt says nothing about one, unless it is asked for by --length.
     length = max(goal.length, 16)
     # The held-out stream: the documents of a generated one are not those of training, text is all held out.
@@ -142,11 +148,11 @@ def calibrate(options: CalibrateCommand, say: Callable[[str], None]) -> None:
             {name: calibration.preset_budgets(name, tuning) for name in goals},
             chunks=goal.chunk_lengths,
             min_seq_len=calibration.MIN_SEQ_LEN,
-            rows=goal.rows,
+            rows=wanted.rows,
             seed=goal.seed,
             progress=bar.update,
         )
-    found = calibration.calibrate(tables, goals, goal.per_head)
+    found = calibration.calibrate(tables, goals, wanted.per_head)
     calibration.store(loaded, {name: c.thresholds for name, c in found.items()})
     for name, c in found.items():
         for line in _described(name, goals[name], c, loaded.config.layers):

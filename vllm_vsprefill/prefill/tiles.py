@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.kernels.price.paged import PriceWorkspace, allocate_price
 from vllm_vsprefill.kernels.rank.paged import RankWorkspace, allocate_rank
 from vllm_vsprefill.kernels.tile_index import TileIndex, TileStorage, allocate_tiles
@@ -18,6 +19,7 @@ from vllm_vsprefill.kernels.types import SparsePattern
 from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS, RoundBuffers, round_buffers
 from vllm_vsprefill.prefill.layer import Heads
+from vllm_vsprefill.tuning import PlatformTuning
 
 PIECE_ROWS = 128
 """Rows, positions times heads of a group, that a program of ``attend_tiles`` multiplies at a time."""
@@ -61,6 +63,20 @@ class Tiling:
     def of(self, seq_len: int) -> SparsePattern:
         """The pattern for a sequence."""
         return next((pattern for pattern, limit in self._patterns if seq_len <= limit), self._patterns[-1][0])
+
+
+def tiling_of(options: VSPrefillConfig, tuning: PlatformTuning, heads: Heads, longest: int) -> Tiling:
+    """How a server cuts sequences of at most ``longest`` tokens, without the dense last rows of a chunk.
+
+    Args:
+        options: with the platform's defaults filled in.
+        tuning: the platform's.
+        heads: of a layer.
+        longest: tokens.
+    """
+    pattern = dataclasses.replace(options.tile_pattern(tuning), dense_last=0)
+    fixed = bool(tuning.tile_q) or "block_q" in options.model_fields_set
+    return Tiling(pattern, heads, longest, fixed=fixed)
 
 
 class TileShape(NamedTuple):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,8 +24,8 @@ from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.prefill.cpu import CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.prefill.layer import Heads
-from vllm_vsprefill.prefill.tiles import Tiling
-from vllm_vsprefill.runtime import describe, tile_pattern
+from vllm_vsprefill.prefill.tiles import tiling_of
+from vllm_vsprefill.runtime import describe
 from vllm_vsprefill.thresholds import thresholds
 from vllm_vsprefill.tools import pages
 from vllm_vsprefill.tools.errors import ToolError
@@ -167,10 +166,9 @@ def tile_prefill(call: LayerCall, options: VSPrefillConfig, tuning: PlatformTuni
         options: with the platform's defaults filled in.
         tuning: the platform's.
     """
-    pattern = tile_pattern(options, dataclasses.replace(options.pattern(), dense_last=0), tuning)
-    if not tuning.tile_q and "block_q" not in options.model_fields_set:
-        rows, heads, size = call.q.shape
-        pattern = Tiling(pattern, Heads(heads, call.k.shape[1], size), rows).of(rows - options.dense_last_rows)
+    rows, heads, size = call.q.shape
+    tiling = tiling_of(options, tuning, Heads(heads, call.k.shape[1], size), rows)
+    pattern = tiling.of(rows - options.dense_last_rows)
     return CPUTilePrefill(pattern, options.price, priced_rows=options.sampled_rows, max_density=options.max_density)
 
 
