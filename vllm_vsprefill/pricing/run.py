@@ -107,7 +107,7 @@ def calibrate(command: CalibrateCommand, say: Callable[[str], None]) -> None:
     passes = Passes(model, longest, layers.covered)
     tiles: Tiles = ContiguousTiles(served)
     if place.type == "cuda":
-        tiles = PagedTiles(served, longest, next(model.parameters()).dtype, place)
+        tiles = PagedTiles(served, max(chunk or longest for chunk in chunks), next(model.parameters()).dtype, place)
     from tqdm import tqdm
 
     with tqdm(unit="token", unit_scale=True, disable=None) as bar:
