@@ -32,6 +32,7 @@ from vllm_vsprefill.kernels.paged import Batch, PagedKV
 from vllm_vsprefill.kernels.price import naive, paged
 from vllm_vsprefill.kernels.price.triton import price
 from vllm_vsprefill.kernels.reference import keys_values
+from vllm_vsprefill.kernels.rows import spread_rows
 from vllm_vsprefill.kernels.settings import Settings
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.tile_scores import tile_scores
@@ -102,7 +103,7 @@ class Problem:
         """What bars ``[Hkv]`` cost at a price, of each head, by the true attention of the sampled rows."""
         n, device = self.seq_len, self.q.device
         first = n - CHUNK
-        rows = torch.tensor(naive.priced_rows(CHUNK, naive.rows_of(ROWS, n)), device=device)
+        rows = torch.tensor(spread_rows(CHUNK, naive.rows_of(ROWS, n)), device=device)
         tiles = ((rows + first) // PATTERN.block_q).tolist()
         k, v = keys_values(self.kv, 0, n)
         scores = tile_scores(self.q, k, tiles, scale=SCALE, pattern=PATTERN)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
-"""Steps of attention over a paged cache that Triton kernels share: loading, the online softmax, storing."""
+"""Steps of attention over a paged cache that Triton kernels share: loading, the online softmax, storing,
+and the rows that stand for a chunk."""
 
 from __future__ import annotations
 
@@ -106,3 +107,20 @@ def store_rows(
         b_lse = (b_max + tl.math.log2(b_sum)) * 0.6931471805599453
         b_offset = (first + b_pos).to(tl.int64) * stride_lse_row + b_head.to(tl.int64) * stride_lse_head
         tl.store(p_lse + b_offset, b_lse, mask=m_row)
+
+
+@triton.jit
+def spread_position(b_i, row_start, row_end, n, num_rows):
+    """Position of the row ``b_i`` of those that stand for a chunk, -1 where there is none: ``rows.spread_rows``."""
+    total = row_end - row_start
+    count = tl.minimum(num_rows, total)
+    step = tl.maximum(total // count, 1)
+    b_row = (total.to(tl.int64) * b_i // count).to(tl.int32) + b_i * 37 % step
+    return tl.where(b_i < count, n - total + tl.minimum(b_row, total - 1), -1)
+
+
+@triton.jit
+def window_start(b_pos, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr):
+    """First key of the window of the tile around a position: ``SparsePattern.window_start``; 0 where there is none."""
+    b_start = tl.maximum(tl.maximum(b_pos, 0) // BLOCK_Q * BLOCK_Q - REACH + 1, 0)
+    return b_start // BLOCK_K * BLOCK_K

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.pareto.chunk import Chunk, Kept, products
-from vllm_vsprefill.kernels.price.naive import BINS, SIZES, bin_of, ladder, priced_rows, sizes_of
+from vllm_vsprefill.kernels.price.naive import BINS, SIZES, bin_of, ladder, sizes_of
+from vllm_vsprefill.kernels.rows import spread_rows
 
 Sets = Callable[[int, int, "Tensor | slice"], Tensor]
 """KV head, step of the ladder, tiles -> keys they list, bool ``[tiles, n]``."""
@@ -105,7 +106,7 @@ class Priced:
 
             return fixed
         bins = bin_of(scores)
-        rows = torch.tensor(priced_rows(chunk.rows, self.rows), device=chunk.device) // self.tile
+        rows = torch.tensor(spread_rows(chunk.rows, self.rows), device=chunk.device) // self.tile
         counts = torch.stack([torch.bincount(b[rows][wanted[rows] & (b[rows] >= 0)], minlength=BINS) for b in bins])
         steps = ladder(counts, len(rows), chunk.seq_len)
 
@@ -116,7 +117,7 @@ class Priced:
 
     def _best(self, chunk: Chunk, near: Tensor, wanted: Tensor, sets: Sets) -> Tensor:
         """Index of the best step for each KV head; ``len(SIZES)`` keeps everything."""
-        rows = torch.tensor(priced_rows(chunk.rows, self.rows), device=chunk.device)
+        rows = torch.tensor(spread_rows(chunk.rows, self.rows), device=chunk.device)
         tiles = rows // self.tile
         seen = chunk.positions <= (rows + chunk.first)[:, None]
         heads = chunk.k.shape[0]

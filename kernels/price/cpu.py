@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..parallel import run_pieces
+from ..rows import spread_rows
 from ..tiles_cpu import TILES, TileScores
 from ..types import Bars, SparsePattern
-from .naive import BINS, HIGHEST, LOWEST, bar_of, check_price, ladder, priced_rows, rows_of
+from .naive import BINS, HIGHEST, LOWEST, bar_of, check_price, ladder, rows_of
 
 Bins = npt.NDArray[np.int16]
 
@@ -177,7 +178,7 @@ def price(
     n, num_kv_heads = k.shape[0], k.shape[1]
     heads = range(num_kv_heads)
     call = TileScores(q, k, scale=scale, pattern=pattern)
-    positions = [row + call.first for row in priced_rows(q.shape[0], rows_of(num_rows, n))]
+    positions = [row + call.first for row in spread_rows(q.shape[0], rows_of(num_rows, n))]
     tiles = _tiles(positions, pattern)
     step = max(min(len(tiles) // 4, TILES), 1)
     ranges = [(i, min(i + step, len(tiles))) for i in range(0, len(tiles), step)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import tile_index
 from ..checks import check_like, check_query_key, check_scale, check_tensor
+from ..rows import check_num_rows, spread_rows
 from ..tile_index import doublings
 from ..tile_scores import listable, tile_scores
 from ..types import Bars, SparsePattern
@@ -51,13 +52,6 @@ def kinds_of_length() -> list[int]:
     return [full << i for i in range(last + 1)] + [(full << last) + 1]
 
 
-def priced_rows(num_rows_total: int, num_rows: int) -> list[int]:
-    """The rows that stand for a chunk: spread over it, and over the places within a tile."""
-    count = min(num_rows, num_rows_total)
-    step = max(num_rows_total // count, 1)
-    return [min(num_rows_total * i // count + i * 37 % step, num_rows_total - 1) for i in range(count)]
-
-
 def bin_of(scores: Tensor) -> Tensor:
     """int64, the bin of each score: -1 below all of them."""
     width = (HIGHEST - LOWEST) / BINS
@@ -67,12 +61,6 @@ def bin_of(scores: Tensor) -> Tensor:
 def bar_of(bins: Tensor) -> Tensor:
     """float32, the lower end of each bin."""
     return LOWEST + bins.float() * ((HIGHEST - LOWEST) / BINS)
-
-
-def check_num_rows(num_rows: int) -> None:
-    """Checks the number of rows to look at."""
-    if isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 1:
-        raise ValueError(f"num_rows must be a positive int, got {num_rows!r}")
 
 
 def check_price(q: Tensor, k: Tensor, v: Tensor, scale: float, price: float, num_rows: int) -> None:
@@ -119,7 +107,7 @@ def price(
         scale: factor on ``q . k`` before the softmax.
         pattern: tiles, window and sinks.
         price: squared relative output error of the layer that all pairs of one head are worth.
-        num_rows: rows to look at (``priced_rows``), of a long sequence fewer (``rows_of``).
+        num_rows: rows to look at (``spread_rows``), of a long sequence fewer (``rows_of``).
 
     Returns:
         Bars; 0 lists everything whatever it brings.
@@ -129,7 +117,7 @@ def price(
     """
     check_price(q, k, v, scale, price, num_rows)
     n, first, num_kv_heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
-    rows = torch.tensor(priced_rows(q.shape[0], rows_of(num_rows, n)), device=q.device)
+    rows = torch.tensor(spread_rows(q.shape[0], rows_of(num_rows, n)), device=q.device)
     tiles = ((rows + first) // pattern.block_q).tolist()
     scores = tile_scores(q, k, tiles, scale=scale, pattern=pattern)
     position = torch.arange(n, device=q.device)

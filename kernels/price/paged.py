@@ -14,6 +14,7 @@ from ..checks import check_scale
 from ..launch import cdiv, next_power_of_2
 from ..paged import Batch, PagedKV, check_device, check_queries
 from ..reference import keys_values
+from ..rows import check_num_rows
 from ..tile_index import TileIndex, check_tiles
 from . import naive
 
@@ -71,7 +72,7 @@ def allocate_price(
     Raises:
         ValueError: ``num_rows`` is not a positive int, or more rows than a counter of pairs can take.
     """
-    naive.check_num_rows(num_rows)
+    check_num_rows(num_rows)
     if num_rows * max_seq_len >= 2**31:
         raise ValueError(f"num_rows must be below {2**31 // max_seq_len} for {max_seq_len} keys, got {num_rows}")
     pack = next_power_of_2(num_query_heads // num_kv_heads)

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tile_index
+from ..attention import spread_position, window_start
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded, settings
@@ -61,23 +62,6 @@ def _splits(
     tiles = tl.cdiv(count * PACK, BM)
     room = tl.cdiv(count * PACK, CHUNK_ROWS) * CHUNK_ROWS
     return tiles, tl.minimum(SPLITS * rows // room, PROGRAMS // tiles), room
-
-
-@triton.jit
-def _position(b_i, row_start, row_end, n, num_rows):
-    """Position of the sampled row ``b_i``, -1 where there is none: ``naive.priced_rows``."""
-    total = row_end - row_start
-    count = tl.minimum(num_rows, total)
-    step = tl.maximum(total // count, 1)
-    b_row = (total.to(tl.int64) * b_i // count).to(tl.int32) + b_i * 37 % step
-    return tl.where(b_i < count, n - total + tl.minimum(b_row, total - 1), -1)
-
-
-@triton.jit
-def _window_start(b_pos, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr):
-    """First key of the window of the tile around a position: ``SparsePattern.window_start``; 0 where there is none."""
-    b_start = tl.maximum(tl.maximum(b_pos, 0) // BLOCK_Q * BLOCK_Q - REACH + 1, 0)
-    return b_start // BLOCK_K * BLOCK_K
 
 
 @triton.jit
@@ -135,7 +119,7 @@ def _mean_kernel(
     if i_i == 0:
         o_b = tl.arange(0, BINS)
         tl.store(p_counts + i_head * BINS + o_b, tl.zeros([BINS], tl.int32))
-    position = _position(i_i, row_start, row_end, n, num_rows)
+    position = spread_position(i_i, row_start, row_end, n, num_rows)
     if position < 0:
         return
     o_d, o_n, o_r, o_m = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR), tl.arange(0, BM)
@@ -159,7 +143,7 @@ def _mean_kernel(
     p_table += i_r.to(tl.int64) * stride_table
     if FP8:
         scale *= tl.load(p_k_scale)
-    window = _window_start(position, BLOCK_Q, BLOCK_K, REACH)
+    window = window_start(position, BLOCK_Q, BLOCK_K, REACH)
     sinks = tl.minimum(SINKS, window)  # those in front of the window
     b_max = tl.full([BM], -1e30, tl.float32)
     b_total = tl.zeros([BM], tl.float32)
@@ -205,8 +189,8 @@ def _count_kernel(
     i_m, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     RT: tl.constexpr = BM // PACK
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-    b_start = _window_start(
-        _position(i_m * RT + tl.arange(0, RT), row_start, row_end, n, num_rows), BLOCK_Q, BLOCK_K, REACH
+    b_start = window_start(
+        spread_position(i_m * RT + tl.arange(0, RT), row_start, row_end, n, num_rows), BLOCK_Q, BLOCK_K, REACH
     )
     high = tl.max(b_start, 0)
     stride = tl.cdiv(n, COUNT_KEYS)
@@ -263,8 +247,8 @@ def _ladder_kernel(
         b_size = tl.where(n > (FULL_KEYS << i), b_size * 2, b_size)
     b_bar = tl.sum((b_above[None, :] > b_size[:, None]).to(tl.int32), 1)
     tl.store(p_bars + i_head * STEPS + o_s, b_bar)
-    b_pos = _position(tl.arange(0, BR), row_start, row_end, n, num_rows)
-    b_open = tl.maximum(_window_start(b_pos, BLOCK_Q, BLOCK_K, REACH) - SINKS, 0)
+    b_pos = spread_position(tl.arange(0, BR), row_start, row_end, n, num_rows)
+    b_open = tl.maximum(window_start(b_pos, BLOCK_Q, BLOCK_K, REACH) - SINKS, 0)
     seen = tl.sum(b_pos + 1, 0)
     may = tl.sum(tl.where(b_pos >= 0, b_open, 0), 0)
     b_listed = tl.sum(tl.where(o_b[None, :] >= b_bar[:, None], b_counts[None, :], 0), 1)
@@ -320,10 +304,10 @@ def _output_kernel(
         return
     RT: tl.constexpr = BM // PACK
     o_d, o_n, o_m, o_c = tl.arange(0, BD), tl.arange(0, BN), i_m * BM + tl.arange(0, BM), tl.arange(0, SKETCH)
-    b_pos = _position(o_m // PACK, row_start, row_end, n, num_rows)
+    b_pos = spread_position(o_m // PACK, row_start, row_end, n, num_rows)
     b_pos = tl.where(o_m % PACK < GROUP, b_pos, -1)
-    b_start = _window_start(
-        _position(i_m * RT + tl.arange(0, RT), row_start, row_end, n, num_rows), BLOCK_Q, BLOCK_K, REACH
+    b_start = window_start(
+        spread_position(i_m * RT + tl.arange(0, RT), row_start, row_end, n, num_rows), BLOCK_Q, BLOCK_K, REACH
     )
     p_row = p_q + (row_start + b_pos - (n - (row_end - row_start))).to(tl.int64)[:, None] * stride_q_row
     p_row += (i_h * GROUP + o_m % PACK).to(tl.int64)[:, None] * stride_q_head + o_d[None, :]

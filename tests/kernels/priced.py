@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_vsprefill.kernels.price.naive import priced_rows, rows_of, sizes_of
+from vllm_vsprefill.kernels.price.naive import rows_of, sizes_of
+from vllm_vsprefill.kernels.rows import spread_rows
 from vllm_vsprefill.kernels.types import SparsePattern
 
 
@@ -21,7 +22,7 @@ class Priced:
         q, k, v = (x.double().cpu() for x in (q, k, v))
         n, self.heads, rows = k.shape[0], k.shape[1], q.shape[0]
         group = q.shape[1] // self.heads
-        self.rows = priced_rows(rows, rows_of(num_rows, n))
+        self.rows = spread_rows(rows, rows_of(num_rows, n))
         self.scores: list[list[Tensor]] = []  # by row and head, of the keys that may be listed
         self.places: list[Tensor] = []
         self.probs: list[list[Tensor]] = []

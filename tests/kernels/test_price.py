@@ -5,22 +5,12 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 
 from tests.kernels.priced import Priced, planted
-from vllm_vsprefill.kernels.price.naive import (
-    BINS,
-    SIZES,
-    kinds_of_length,
-    ladder,
-    price,
-    priced_rows,
-    rows_of,
-    sizes_of,
-)
+from vllm_vsprefill.kernels.price.naive import BINS, SIZES, kinds_of_length, ladder, price, rows_of, sizes_of
 from vllm_vsprefill.kernels.types import SparsePattern
 
 PATTERN = SparsePattern(block_q=20, block_k=4, window=30, sinks=8, dense_last=0)
@@ -86,17 +76,6 @@ def test_longer_sequences_have_longer_lists_and_fewer_rows() -> None:
         assert sizes_of(n) == [size * factor for size in SIZES]
         assert rows_of(64, n) == 64 // factor
     assert [rows_of(64, n) for n in kinds_of_length()] == [64, 32, 16]
-
-
-def test_rows_are_of_the_chunk_and_at_different_places_of_their_tiles() -> None:
-    rng = random.Random(0)
-    for total in [1, 2, 63, 64, 65, *(rng.randrange(1, 20000) for _ in range(50))]:
-        rows = priced_rows(total, 64)
-        assert len(rows) == min(64, total)
-        assert rows[0] >= 0
-        assert rows[-1] < total
-        assert rows == sorted(set(rows))
-    assert len({row % 16 for row in priced_rows(8192, 64)}) == 16
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.kernels.problems import TOLERANCE, make_problem, patterns
 from vllm_vsprefill.kernels.price import cpu, naive
+from vllm_vsprefill.kernels.rows import spread_rows
 from vllm_vsprefill.kernels.tile_scores import tile_scores
 from vllm_vsprefill.kernels.types import SparsePattern
 
@@ -24,7 +25,7 @@ def objectives(
     """float64 ``[Hkv]``: what ``price`` makes smallest, and the density, row by row from the definition."""
     n, first, heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
     error, kept, seen, total = torch.zeros(heads), torch.zeros(heads), 0, 0.0
-    for row in naive.priced_rows(q.shape[0], naive.rows_of(num_rows, n)):
+    for row in spread_rows(q.shape[0], naive.rows_of(num_rows, n)):
         position = row + first
         tile = position // pattern.block_q
         scores = tile_scores(q, k, [tile], scale=scale, pattern=pattern)[:, 0]
