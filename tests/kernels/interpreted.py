@@ -35,6 +35,7 @@ try:
         import vllm_vsprefill.kernels.merge.triton
         import vllm_vsprefill.kernels.price.triton
         import vllm_vsprefill.kernels.rank.triton
+        import vllm_vsprefill.kernels.recall.triton
         import vllm_vsprefill.kernels.sampled.triton
         import vllm_vsprefill.kernels.score.triton
         import vllm_vsprefill.kernels.select.triton

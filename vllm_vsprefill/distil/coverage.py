@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_vsprefill.distil.capture import LayerCall
+from vllm_vsprefill.kernels.recall.naive import probabilities
 from vllm_vsprefill.kernels.types import SparsePattern
 
 # Thresholds that are tried. The lowest keeps the single likeliest entry.
@@ -124,11 +125,9 @@ def shares(table: Tensor) -> Tensor:
 def true_rows(call: LayerCall, rows: Tensor, end: int) -> tuple[Tensor, Tensor]:
     """True probabilities of some rows and their squares, means over each group: float32 ``[Hkv, R, end]`` each."""
     heads = call.k.shape[1]
-    causal = torch.arange(end, device=rows.device) <= rows[:, None]
     first, second = [], []
     for head, queries in enumerate(call.q[rows].unflatten(1, (heads, -1)).unbind(1)):
-        logits = torch.einsum("rgd,nd->grn", queries.float(), call.k[:end, head].float()) * call.scale
-        probs = logits.masked_fill_(~causal, float("-inf")).softmax(-1)
+        probs = probabilities(queries, call.k[:end, head], rows, call.scale)
         first.append(probs.mean(0))
         second.append(probs.square_().mean(0))
     return torch.stack(first), torch.stack(second)

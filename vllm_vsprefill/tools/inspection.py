@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_vsprefill.distil.capture import LayerCall
+from vllm_vsprefill.kernels.recall.naive import probabilities
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
@@ -150,8 +151,7 @@ def _head(
     for start in range(0, rows, pattern.block_q):
         end = min(start + pattern.block_q, rows)
         causal = torch.arange(end) <= torch.arange(start, end)[:, None]  # [b, end]
-        logits = torch.einsum("bgd,md->gbm", queries[start:end], keys[:end]) * scale
-        probs = logits.masked_fill_(~causal, float("-inf")).softmax(-1)  # [g, b, end]
+        probs = probabilities(queries[start:end], keys[:end], torch.arange(start, end), scale)  # [g, b, end]
         if isinstance(chosen, Tensor):
             kept = chosen[start // pattern.block_q, :end].clone()
             kept[: pattern.sink_keys] = True
