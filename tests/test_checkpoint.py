@@ -121,6 +121,19 @@ def test_thresholds_per_head_must_be_one_for_each(folder: Path) -> None:
     assert "thresholds.fast.tau_columns.1.3: " in refuse(folder)
 
 
+def test_the_recall_of_a_calibration_is_kept_by_layer(folder: Path) -> None:
+    written = description(thresholds={"fast": Thresholds(tau_columns=(0.5, 0.6, 0.7), recall=(0.8, 0.9, 1.0))})
+    loaded = load_checkpoint(save_checkpoint(folder, indexer(), written))
+    assert [loaded.recall("fast", layer) for layer in LAYERS] == [0.8, 0.9, 1.0]
+    assert loaded.recall("balanced", 2) is None
+    edit(folder, thresholds={"fast": {"recall": [0.8, 0.9]}})
+    assert "thresholds.fast.recall must have one value per covered layer (3), found 2" in refuse(folder)
+    edit(folder, thresholds={"fast": {"recall": [0.8, 0.9, 1.1]}})
+    assert "thresholds.fast.recall.2: " in refuse(folder)
+    edit(folder, thresholds={"fast": {"tau_columns": [0.5, 0.6, 0.7]}})
+    assert load_checkpoint(folder).recall("fast", 2) is None
+
+
 def test_an_indexer_with_other_inputs_is_not_served(tmp_path: Path) -> None:
     tensors = {
         name: torch.zeros(tensor.shape[0], 8, *tensor.shape[2:]) if name.endswith("w1") else tensor

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_vsprefill import cli, exchange
 from vllm_vsprefill.exchange import STATS_DIR_VARIABLE
+from vllm_vsprefill.recall_check import Recall
 from vllm_vsprefill.stats import LayerCounts, Recorder, read_last_prompt, read_modes
 from vllm_vsprefill.switch import Switch, write_mode
 
@@ -71,6 +72,14 @@ def test_status_and_mode_of_the_only_server(temporary: Path) -> None:
     assert "since start: 75.0% of causal attention, 50.0% (layer 3) to 100.0% (layer 4); 2 sparse and 2 dense" in text
     assert "last prompt: 60.0% of causal attention, 20.0% (layer 3) to 100.0% (layer 4)" in text
     assert "layer   3:  50.0% since start,  20.0% last prompt" in text
+
+    assert "recall" not in text
+    recorder.recall = Recall(0.612, 0.95, 8)
+    recorder.write()
+    assert "  recall of the indexer in the first sparse steps: 61.2%, expected 95.0%\n" in run("status")[1]
+    recorder.recall = Recall(0.612, None, 8)
+    recorder.write()
+    assert "  recall of the indexer in the first sparse steps: 61.2%\n" in run("status")[1]
 
     code, text = run("mode", "dense")
     assert code == 0

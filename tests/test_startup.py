@@ -319,11 +319,13 @@ def test_an_indexer_of_a_relative_is_taken_if_it_is_given(
     vllm_config = engine_config(other, additional_config=given)
     located = startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config)
     assert (located.folder, located.note) == (installed / "own", "")  # a worker says nothing once more
+    assert located.is_doubtful  # but looks at its recall
     ((level, text),) = said.notes()
     assert level == logging.WARNING
     assert f"own was trained on {model.name}; the served model relative has its shapes, but other weights" in text
-    engine_config(model, additional_config=given)
+    vllm_config = engine_config(model, additional_config=given)
     assert said.notes() == []
+    assert not startup.locate_checkpoint(startup.read_options(vllm_config), vllm_config).is_doubtful
 
 
 @pytest.mark.parametrize("case", ["checkpoint", "dummy weights", "no safetensors"])
@@ -338,9 +340,13 @@ def test_what_is_not_known_is_taken_for_its_shapes(case: str, other: Path, insta
     else:
         (other / "model.safetensors").unlink()
     for additional in ({}, {"vsprefill": {"checkpoint": str(installed / "own")}}):
-        section = startup.shipped(engine_config(other, additional_config=additional, **settings))
+        vllm_config = engine_config(other, additional_config=additional, **settings)
+        section = startup.shipped(vllm_config)
         assert section is not None
         assert section.trained is True
+        for one in (vllm_config, pickle.loads(pickle.dumps(vllm_config))):
+            located = startup.locate_checkpoint(startup.read_options(one), one)
+            assert located.is_doubtful == (case != "dummy weights")  # there is no recall to speak of
         ((level, text),) = said.notes()
         assert level == logging.INFO
         assert "is taken for its shapes" in text
@@ -386,7 +392,9 @@ def test_before_the_weights_of_an_id_are_here_its_name_counts(model: Path, insta
 def test_shipped_options_pickle_with_what_is_beside_them() -> None:
     section = ShippedOptions(preset="fast")
     section.exchange, section.trained, section.indexer = "/somewhere", True, "needle"
+    section.doubtful = True
     copy = pickle.loads(pickle.dumps(section))
+    assert copy.doubtful
     assert (copy, copy.exchange, copy.trained, copy.indexer) == ({"preset": "fast"}, "/somewhere", True, "needle")
     assert VSPrefillConfig.from_sources(copy).preset == "fast"
 

@@ -96,13 +96,15 @@ _LayerShare = Annotated[
 class Thresholds(BaseModel):
     """Calibrated thresholds of one preset: an entry per covered layer, in the order of ``layers``.
 
-    An entry is a number for the whole layer, or one number for each of the model's KV heads.
+    An entry is a number for the whole layer, or one number for each of the model's KV heads. ``recall`` is the share of
+    the true attention that they covered of the text they were calibrated with, a number for each layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tau_columns: tuple[_LayerShare, ...] | None = None
     tau_diagonals: tuple[_LayerShare, ...] | None = None
+    recall: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -156,7 +158,7 @@ class CheckpointConfig(BaseModel):
         if max(self.layers) >= self.fingerprint.num_layers:
             problems.append(f"layers must be below fingerprint.num_layers = {self.fingerprint.num_layers}")
         for preset, thresholds in self.thresholds.items():
-            for name in ("tau_columns", "tau_diagonals"):
+            for name in ("tau_columns", "tau_diagonals", "recall"):
                 values = getattr(thresholds, name)
                 if values is not None and len(values) != len(self.layers):
                     problems.append(
@@ -229,6 +231,13 @@ class LoadedIndexer:
             return entry[slice(*self.kv_heads)] if isinstance(entry, tuple) else entry
 
         return own(calibrated.tau_columns), own(calibrated.tau_diagonals)
+
+    def recall(self, preset: str, layer_index: int) -> float | None:
+        """Share of a layer's attention that the preset's calibrated thresholds covered; None where it is not known."""
+        calibrated = self.config.thresholds.get(preset)
+        if calibrated is None or calibrated.recall is None:
+            return None
+        return calibrated.recall[self.config.layers.index(layer_index)]
 
 
 def kv_head_range(total_kv_heads: int, tp_size: int, tp_rank: int) -> tuple[int, int]:

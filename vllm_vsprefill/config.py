@@ -192,12 +192,14 @@ class ShippedOptions(dict[str, Any]):
         trained: whether the process that started the server found a trained indexer; all ranks must agree.
         indexer: name of the installed one that it chose, which the other processes take, too: a rank may see more of
             the model's weights than others, while they are fetched.
+        doubtful: whether it may be another model's; the workers then look at its recall.
     """
 
     exchange: str | None = None
     exchange_made: bool = False
     trained: bool | None = None
     indexer: str | None = None
+    doubtful: bool = False
 
 
 class _Options(BaseModel):

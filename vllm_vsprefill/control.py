@@ -102,6 +102,9 @@ def status(
             f"  since start: {_percent(total)}; {chunks.sparse_chunks} sparse and {chunks.dense_chunks} dense{back}"
         )
         typer.echo(f"  last prompt: {_percent(last)}")
+        for found, expected in stats.read_recall(one.folder):
+            wanted = "" if expected is None else f", expected {expected:.1%}"
+            typer.echo(f"  recall of the indexer in the first sparse steps: {found:.1%}{wanted}")
         if layers:
             for layer, counts in sorted(total.items()):
                 recent = last.get(layer, LayerCounts())

@@ -31,9 +31,10 @@ from vllm_vsprefill.metrics import CHECKPOINT, DENSE, DENSE_LAYERS, LAST_ROWS, N
 from vllm_vsprefill.outlook import outlook
 from vllm_vsprefill.plan import Gate, StepPlan
 from vllm_vsprefill.prefill.layer import Heads, SlotLogits, SparseLayer
+from vllm_vsprefill.recall_check import Recall, RecallCheck
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.switch import Switch
-from vllm_vsprefill.thresholds import Threshold, thresholds
+from vllm_vsprefill.thresholds import Threshold, expected_recall, thresholds
 from vllm_vsprefill.tuning import PlatformTuning, pairs_worth_choosing, platform_tuning
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Runtime:
         self.known_layers: dict[str, None] = {}  # all of this model with this backend, sparse or not, in order
         self.options = startup.read_options(vllm_config)
         # The plan gives a chunk's dense last rows to the stock kernel.
+        self.is_doubtful = False
         self.indexer = self._load_indexer(vllm_config)
         self.options = self.options.for_estimator(self.indexer is not None, platform_tuning())
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
@@ -66,6 +68,10 @@ class Runtime:
         self.recorder = Recorder(get_tensor_model_parallel_rank(), exchange, exists=made)
         self.recorder.num_layers = _num_layers(vllm_config)
         self._counts_steps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+        self.recall_check: RecallCheck | None = None
+        """Of an indexer that may have been trained on another model; one rank looks for all."""
+        if self.is_doubtful and get_tensor_model_parallel_rank() == 0:
+            self.recall_check = RecallCheck(self._expected_recall, self._tell_recall)
         self.switch = Switch.of(exchange)
         self._prefilled = False
         self._worth = True
@@ -161,6 +167,30 @@ class Runtime:
         """``(tau_columns, tau_diagonals)`` of a layer: one number each, or one for each KV head of this rank."""
         return thresholds(self.options, self.indexer, index)
 
+    def _expected_recall(self, index: int) -> float | None:
+        return None if self.indexer is None else expected_recall(self.options, self.indexer, index)
+
+    def _tell_recall(self, recall: Recall) -> None:
+        """Say how much the indexer covers; also called by a thread that waits for a device."""
+        self.recorder.recall = recall
+        assert self.indexer is not None
+        found = (
+            f"the indexer {self.indexer.name} covered {recall.found:.1%} of this model's attention in the first "
+            f"{recall.steps} sparse steps"
+        )
+        if recall.expected is None:
+            logger.info("VSPREFILL: %s, with the thresholds and bounds that were given.", found)
+        elif not recall.is_low:
+            logger.info("VSPREFILL: %s; %.1f%% are expected.", found, 100 * recall.expected)
+        else:
+            given = self.options.checkpoint is not None and self.options.estimator == "auto"
+            without = "leave checkpoint out" if given else 'set estimator to "priced"'
+            logger.warning(
+                "VSPREFILL: %s, where %.1f%% are expected: it does not fit this model, and answers to long prompts may "
+                "suffer. For the training-free estimator (priced) %s; or make an indexer for this model (vsprefill "
+                "train), or thresholds (vsprefill calibrate).", found, 100 * recall.expected, without,
+            )  # fmt: skip
+
     def explain_stock(self, reasons: list[str], index: int = -1) -> None:
         """Note why a layer runs the stock backend; what comes after the start-up message is logged, once a reason.
 
@@ -246,6 +276,7 @@ class Runtime:
             located.log()
         if located.folder is None:
             return None
+        self.is_doubtful = located.is_doubtful
         total = vllm_config.model_config.get_total_num_kv_heads()
         heads = kv_head_range(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
         return load_checkpoint(located.folder, expected=located.model, kv_head_range=heads)

@@ -21,7 +21,7 @@ from vllm_vsprefill.checkpoint import CheckpointConfig, find_checkpoints, read_c
 from vllm_vsprefill.config import ENV_PREFIX, ConfigError, ShippedOptions, VSPrefillConfig, env_name
 from vllm_vsprefill.exchange import Exchange
 from vllm_vsprefill.fingerprint import ModelFingerprint, read_setting
-from vllm_vsprefill.identity import ModelIdentity, read_identity
+from vllm_vsprefill.identity import ModelIdentity, Relation, read_identity
 from vllm_vsprefill.registration import BACKEND_NAME
 from vllm_vsprefill.tuning import platform_tuning
 
@@ -73,7 +73,7 @@ def ship(vllm_config: Any, exchange: Callable[[], Exchange]) -> None:
         located.log()
         if located.folder is not None and options.checkpoint is None:
             section.indexer = located.folder.name
-        section.trained = located.folder is not None
+        section.trained, section.doubtful = located.folder is not None, located.is_doubtful
     else:
         section.trained = False
     found = exchange()
@@ -159,12 +159,16 @@ def _hf_config(vllm_config: Any) -> Any:
     return getattr(model_config, "hf_text_config", None) or getattr(model_config, "hf_config", None)
 
 
+def _has_dummy_weights(vllm_config: Any) -> bool:
+    load_format = getattr(getattr(vllm_config, "load_config", None), "load_format", None)
+    return getattr(load_format, "value", load_format) == "dummy"
+
+
 def served_identity(vllm_config: Any, num_layers: int) -> ModelIdentity:
     """Which model is served, from its files; unknown for dummy weights, and before the files are there."""
     model_config, load_config = (getattr(vllm_config, name, None) for name in ("model_config", "load_config"))
-    load_format = getattr(load_config, "load_format", None)
     model = getattr(model_config, "model", None)
-    if not isinstance(model, str) or getattr(load_format, "value", load_format) == "dummy":
+    if not isinstance(model, str) or _has_dummy_weights(vllm_config):
         return ModelIdentity()
     return read_identity(
         model,
@@ -183,12 +187,14 @@ class Located:
         model: the fingerprint that it must have.
         note: what to tell about the choice; empty where it is beyond doubt.
         is_warning: whether the note is one.
+        is_doubtful: whether it may have been trained on another model than the one that is served.
     """
 
     folder: Path | None = None
     model: ModelFingerprint | None = None
     note: str = ""
     is_warning: bool = False
+    is_doubtful: bool = False
 
     def log(self) -> None:
         """Log the note, if there is one."""
@@ -223,10 +229,12 @@ def locate_checkpoint(options: VSPrefillConfig, vllm_config: Any) -> Located:
     if options.checkpoint is not None:
         folder = resolve_checkpoint(options.checkpoint)
         config = read_config(folder, expected=model)
-        return Located(folder, model) if decided else _given(folder, config, model, vllm_config)
+        if section is not None and decided:
+            return Located(folder, model, is_doubtful=section.doubtful)
+        return _given(folder, config, model, vllm_config)
     if section is not None and decided:
         found = (folder for folder, _ in find_checkpoints(model) if folder.name == section.indexer)
-        return Located(next(found, None), model)
+        return Located(next(found, None), model, is_doubtful=section.doubtful)
     located = _installed(model, vllm_config)
     if located.folder is None and options.estimator == "vsindexer":
         reason = located.note or 'no installed indexer was trained for this model. Give one with "checkpoint"'
@@ -245,11 +253,27 @@ def _given(folder: Path, config: CheckpointConfig, model: ModelFingerprint, vllm
     if relation == "other":
         note = (
             f"the indexer {folder.name} was trained on {_trained_on(config)}; {_called(served)} has its shapes, but "
-            f"{_difference(config.identity, served)}. It is used because it is given as checkpoint: compare answers "
-            "with those of dense prefill (vsprefill eval)"
+            f"{_difference(config.identity, served)}. It is used because it is given as checkpoint: its recall is "
+            "looked at with the first prompts; compare answers with those of dense prefill (vsprefill eval)"
         )
-        return Located(folder, model, note, is_warning=True)
-    return Located(folder, model, _by_shapes(folder, config, served) if relation == "unknown" else "")
+        return Located(folder, model, note, is_warning=True, is_doubtful=True)
+    return _taken(folder, config, served, relation, model, vllm_config)
+
+
+def _taken(
+    folder: Path,
+    config: CheckpointConfig,
+    served: ModelIdentity,
+    relation: Relation,
+    model: ModelFingerprint,
+    vllm_config: Any,
+) -> Located:
+    """A checkpoint of the served model, as far as is known."""
+    if relation == "same":
+        return Located(folder, model)
+    # Made-up weights attend to nothing in particular, and nobody wants their answers.
+    doubtful = not _has_dummy_weights(vllm_config)
+    return Located(folder, model, _by_shapes(folder, config, served), is_doubtful=doubtful)
 
 
 def _installed(model: ModelFingerprint, vllm_config: Any) -> Located:
@@ -259,10 +283,11 @@ def _installed(model: ModelFingerprint, vllm_config: Any) -> Located:
         return Located(None, model)
     served = served_identity(vllm_config, model.num_layers)
     relations = [config.identity.relation(served) for _, config in candidates]
+    wanted: Relation
     for wanted in ("same", "unknown"):
         if wanted in relations:
             folder, config = candidates[relations.index(wanted)]
-            return Located(folder, model, _by_shapes(folder, config, served) if wanted == "unknown" else "")
+            return _taken(folder, config, served, wanted, model, vllm_config)
     refused = "; ".join(
         f"{folder.name} was trained on {_trained_on(config)}, the served one has {_difference(config.identity, served)}"
         for folder, config in candidates

@@ -27,6 +27,7 @@ from typing import Any
 
 from vllm_vsprefill import exchange
 from vllm_vsprefill.metrics import MAX_DENSITY, Key, Look, Tally, multiprocess_metrics, quarter
+from vllm_vsprefill.recall_check import Recall
 from vllm_vsprefill.worth import Worth
 
 _PROMETHEUS_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
@@ -105,6 +106,7 @@ class Recorder:
         self.num_layers = 0
         self.tally = Tally(known=rank == 0)
         self.worth = Worth()
+        self.recall: Recall | None = None  # of an indexer that may be another model's
         self._totals: dict[int, LayerCounts] = {}
         self._before_prompt: dict[int, LayerCounts] = {}
         self._prompt_of_totals = 0
@@ -230,6 +232,8 @@ class Recorder:
             for layer, counts in shown.items()
         }
         payload["metrics"] = self.tally.dump()
+        if self.recall is not None:
+            payload["recall"] = [self.recall.found, self.recall.expected]
         if self._failing and time.monotonic() < self._next_try:
             return
         try:
@@ -298,6 +302,11 @@ def read_tally(*folders: Path) -> Tally:
 def read_modes(folder: Path) -> list[str]:
     """Mode of each worker: ``sparse``, ``dense`` (by the switch) or ``off`` (by the options)."""
     return [str(payload["mode"]) for payload in _payloads(folder) if "mode" in payload]
+
+
+def read_recall(folder: Path) -> list[tuple[float, float | None]]:
+    """Recall that was found of an indexer, and expected, of each worker that has looked."""
+    return [(payload["recall"][0], payload["recall"][1]) for payload in _payloads(folder) if "recall" in payload]
 
 
 class FolderCollector:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Which thresholds a layer gets."""
+"""Which thresholds a layer gets, and how much of its attention they should cover."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from vllm_vsprefill.config import VSPrefillConfig
 
 Threshold = float | tuple[float, ...]
+
+RECALL_GOALS = {"accurate": 0.98, "balanced": 0.95, "fast": 0.9}
+"""Share of the true attention that the thresholds of each preset are to cover, where nothing else is asked for."""
+
+_DECIDE = ("tau_columns", "tau_diagonals", "max_columns", "max_diagonals", "window")
 
 
 def thresholds(options: VSPrefillConfig, indexer: LoadedIndexer | None, index: int) -> tuple[Threshold, Threshold]:
@@ -26,3 +31,12 @@ def thresholds(options: VSPrefillConfig, indexer: LoadedIndexer | None, index: i
         return value
 
     return choose("tau_columns", calibrated[0]), choose("tau_diagonals", calibrated[1])
+
+
+def expected_recall(options: VSPrefillConfig, indexer: LoadedIndexer, index: int) -> float | None:
+    """Share of a layer's attention that its thresholds should cover: what they did when the checkpoint was calibrated,
+    else the preset's goal. None where the user has said what is kept."""
+    if options.model_fields_set.intersection(_DECIDE):
+        return None
+    known = indexer.recall(options.preset, index)
+    return RECALL_GOALS[options.preset] if known is None else known

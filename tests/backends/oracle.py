@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.types import Bars, IndexerLayerWeights, Selection, SparsePattern
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
+from vllm_vsprefill.recall_check import ROWS
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -84,6 +87,25 @@ def chosen(layer: LayerUnderTest, request: Request, rows: int, **changes: Any) -
             torch.testing.assert_close(logits, expected, atol=close, rtol=close)
         estimate = prefill.operations.distributions(logits)
     return prefill.guard(prefill.select(sparse.tau.cpu(), *estimate, tail), rows - tail, n - tail)
+
+
+def recall(layer: LayerUnderTest, request: Request, rows: int) -> Tensor:
+    """Share of the true attention of some rows of a sparse chunk that was covered, ``[Hkv]``."""
+    n, tail = request.computed, _tail(layer)
+    selection = chosen(layer, request, rows)
+    assert selection is not None
+    query, key = request.query[n - rows : n].float(), request.key[:n].float()
+    return reference_prefill(layer).recall(query, key, selection, rows - tail, scale=layer.impl.scale, num_rows=ROWS)
+
+
+def relative_of(indexer: Path, folder: Path, **thresholds: Any) -> Path:
+    """A copy of an indexer that was trained on another model of the same shapes, with thresholds of ``balanced``."""
+    shutil.copytree(indexer, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["identity"]["weights"] = "0" * 32
+    config["thresholds"] = {"balanced": thresholds}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 class Decisions:

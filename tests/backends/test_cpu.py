@@ -14,8 +14,9 @@ import torch
 from tests.backends import oracle
 from tests.backends.oracle import check, dense
 from tests.backends.simulator import LAYER, LayerUnderTest, Request
+from vllm_vsprefill import recall_check
 from vllm_vsprefill.kernels.score.cpu import score
-from vllm_vsprefill.stats import TELL
+from vllm_vsprefill.stats import TELL, read_recall
 from vllm_vsprefill.tuning import CPU
 from vllm_vsprefill.worth import FIRST_PAUSE, PATIENCE, Worth
 
@@ -430,3 +431,48 @@ def test_what_is_not_worth_it_runs_stock_without_an_estimate(make_layer: Any) ->
         everything.step([(request, 400)])
         everything.release(request)
     assert everything.impl._runtime.recorder.layers[1].sparse_chunks == PATIENCE + 2
+
+
+SAID = {
+    None: "with the thresholds and bounds that were given",
+    0.1: "; 10.0% are expected",
+    0.95: "where 95.0% are expected: it does not fit this model",
+}
+
+
+@pytest.mark.parametrize("expected", list(SAID))
+def test_recall_of_another_models_indexer_is_looked_at(
+    expected: float | None, random_model: Path, random_indexer: Path, tmp_path: Path, plugin_log: list[str],
+    monkeypatch: pytest.MonkeyPatch, single_process: Path,
+) -> None:  # fmt: skip
+    """With the first sparse steps: of what the reference chooses for them, and in the log once."""
+    monkeypatch.setattr(recall_check, "STEPS", 3)
+    known = {} if expected is None else {"recall": [expected] * 2}
+    indexer = oracle.relative_of(
+        random_indexer, tmp_path / "relative", tau_columns=[0.5] * 2, tau_diagonals=[0.02] * 2, **known
+    )
+    given = [] if expected is None else ["tau_columns", "tau_diagonals", "max_diagonals", "window"]
+    options = {name: value for name, value in OPTIONS.items() if name not in given}
+    layer = oracle.layer_with(random_model, indexer, tmp_path, options, "vsindexer", num_blocks=128)
+    runtime = layer.impl._runtime
+    request, other = layer.request(1500), layer.request(700)
+    recalls = []
+    for work in ([(request, 900)], [(other, 100)], [(request, 300), (other, 600)], [(request, 300)]):
+        assert runtime.recall_check.is_due
+        layer.step(work)
+        recalls += [oracle.recall(layer, one, rows) for one, rows in work if rows > 100]
+    assert not runtime.recall_check.is_due
+    mean = float(torch.cat(recalls).mean())
+    found = runtime.recorder.recall
+    assert (found.found, found.expected, found.steps) == (pytest.approx(mean, abs=1e-5), expected, 3)
+    assert 0.2 < mean < 0.85
+    (text,) = [line for line in plugin_log if "covered" in line]
+    assert f"the indexer relative covered {mean:.1%} of this model's attention in the first 3 sparse steps" in text
+    assert SAID[expected] in text
+    (shown,) = read_recall(next(single_process.glob("vsprefill-*")))
+    assert shown == (found.found, expected)
+
+
+def test_the_recall_of_the_models_own_indexer_costs_nothing(make_layer: Any) -> None:
+    for estimator in ESTIMATORS:
+        assert make_layer(estimator).impl._runtime.recall_check is None

@@ -27,6 +27,7 @@ from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.config import VSPrefillConfig
 from vllm_vsprefill.plan import StepPlan
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS
+from vllm_vsprefill.recall_check import STEPS, Recall, RecallCheck
 from vllm_vsprefill.runtime import Runtime, shares_of_heads
 from vllm_vsprefill.stats import LayerCounts, Recorder
 from vllm_vsprefill.tuning import CUDA, cuda_tuning
@@ -196,6 +197,24 @@ def test_counts_of_host_and_device_are_joined_step_by_step(monkeypatch: pytest.M
     assert recorder._totals[0] == LayerCounts(5, 5, 0, 1)
     last = {layer: now - recorder._before_prompt[layer] for layer, now in recorder._totals.items()}
     assert last[3] == LayerCounts(2 * 10 + 2 * 50, 200, 2, 2, 2)
+
+
+def test_recall_is_read_step_by_step_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountsReader, "_run", lambda self, device: None)
+    told: list[Recall] = []
+    check = RecallCheck({1: 0.9, 3: 0.7}.__getitem__, told.append)
+    reader = CountsReader(Recorder(), [1, 3], check=check)
+    counts, covered = torch.zeros(2, 2 * MAX_REQUESTS, dtype=torch.int64), torch.zeros(2, 4)
+    for step in range(STEPS + 2):
+        if step != 1:  # nothing ran sparse
+            assert check.is_due  # nobody has read anything yet
+            check.mark()
+            covered += torch.tensor([[1.0, 2, 0, 0], [1.2, 2, 0, 0]])
+        reader.enqueue(counts, covered)
+    assert told == []
+    assert reader.drain()
+    assert not check.is_due
+    assert told == [Recall(pytest.approx(0.55), pytest.approx(0.8), STEPS)]  # type: ignore[arg-type]
 
 
 def test_counts_appear_without_asking() -> None:

@@ -16,8 +16,10 @@ from tests.backends import flash, oracle, simulator
 from tests.backends.oracle import check, dense
 from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
+from vllm_vsprefill import recall_check
 from vllm_vsprefill.backends import cuda_probe
 from vllm_vsprefill.kernels.price import paged as price_paged
+from vllm_vsprefill.kernels.recall import paged as recall_paged
 from vllm_vsprefill.kernels.tile_index import TileIndex
 from vllm_vsprefill.prefill import tiles
 from vllm_vsprefill.worth import Worth
@@ -57,9 +59,8 @@ def make_layer(
 
     def make(estimator: str = "vsindexer", options: dict[str, Any] | None = None, **settings: Any) -> LayerUnderTest:
         settings = {"dtype": DTYPE, "device": DEVICE, **settings}
-        return oracle.layer_with(
-            random_model, random_indexer, tmp_path, {**OPTIONS, **(options or {})}, estimator, **settings
-        )
+        indexer = settings.pop("indexer", random_indexer)
+        return oracle.layer_with(random_model, indexer, tmp_path, {**OPTIONS, **(options or {})}, estimator, **settings)
 
     return make
 
@@ -431,6 +432,46 @@ def test_a_closer_look_at_tiles(make_layer: Any, monkeypatch: pytest.MonkeyPatch
     assert series["vsprefill_tile_keys_sum"] == pytest.approx(sum(found), abs=3 if DTYPE == "float32" else 12)
     assert series["vsprefill_attend_seconds_count"] == 3
     assert "vsprefill_columns_sum" not in series
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.6])
+def test_recall_of_another_models_indexer_is_looked_at(
+    make_layer: Any, random_indexer: Path, tmp_path: Path, plugin_log: list[str], monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+) -> None:  # fmt: skip
+    """On the device, of what the reference chooses; what the guard sends away is left out. Then never again."""
+    monkeypatch.setattr(recall_check, "STEPS", 3)
+    monkeypatch.setattr(recall_paged, "SPLITS", 4)
+    relative = oracle.relative_of(random_indexer, tmp_path / "relative")
+    layer = make_layer("vsindexer", {"max_density": limit}, indexer=relative)
+    runtime = layer.impl._runtime
+    work = [layer.request(460), layer.request(230)]
+    recalls, steps = [], 0
+    for rows in ([180, 140], [140], [140], [0, 90]):
+        runtime.recorder.worth = Worth()  # as if others had been worth it in between
+        layer.step([(one, count) for one, count in zip(work, rows, strict=False) if count])
+        totals(layer)
+        if steps < 3:
+            chosen = [(one, n) for one, n in zip(work, rows, strict=False) if n and oracle.chosen(layer, one, n)]
+            recalls += [oracle.recall(layer, one, n) for one, n in chosen]
+            steps += bool(chosen)
+        assert runtime.recall_check.is_due == (steps < 3)
+    buffers = runtime.prefill_on(layer.device).buffers
+    mean = float(torch.cat(recalls).mean())
+    close = 1e-4 if DTYPE == "float32" else 1e-2
+    assert buffers.covered(0).tolist() == pytest.approx([2 * len(recalls) * mean, 2 * len(recalls)], rel=close)
+    said = [line for line in plugin_log if "covered" in line]
+    if limit == 1.0:
+        assert len(recalls) == 4
+        assert runtime.recorder.recall.found == pytest.approx(mean, rel=close)
+        assert said == [
+            f"VSPREFILL: the indexer relative covered {runtime.recorder.recall.found:.1%} of this model's attention in "
+            "the first 3 sparse steps, with the thresholds and bounds that were given."
+        ]
+    else:
+        assert 0 < len(recalls) < 4
+        assert said == []
+    assert make_layer().impl._runtime.prefill_on(layer.device).buffers.work.recall is None
 
 
 def test_switch(make_layer: Any, single_process: Path) -> None:

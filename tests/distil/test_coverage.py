@@ -108,6 +108,20 @@ def test_a_wanted_recall_is_reached_with_as_few_entries_as_possible(per_head: bo
     assert float(found.density.mean()) < 1
     stricter = calibrate.choose(table.table, calibrate.Goal(recall=0.95, metric=metric), per_head)  # type: ignore[arg-type]
     assert float(stricter.density.mean()) > float(found.density.mean())
+    # The checkpoint says how much of the attention itself is covered, whatever was counted for the goal.
+    assert found.thresholds.recall is not None
+    assert len(found.thresholds.recall) == 3
+    for layer, share in enumerate(found.thresholds.recall):
+        shares = table.shares()[layer, :, 1]
+        columns, diagonals = (
+            [grid.index(value) for value in (entry if isinstance(entry, tuple) else (entry,) * HEADS)]
+            for grid, entry in (
+                (COLUMN_GRID, (found.thresholds.tau_columns or ())[layer]),
+                (DISTANCE_GRID, (found.thresholds.tau_diagonals or ())[layer]),
+            )
+        )
+        expected = [float(shares[head, columns[head], diagonals[head]]) for head in range(HEADS)]
+        assert share == pytest.approx(sum(expected) / HEADS, abs=1e-4)
 
 
 def test_thresholds_per_head_spend_less() -> None:

@@ -10,6 +10,7 @@ from vllm_vsprefill.kernels.guard import paged as guard
 from vllm_vsprefill.kernels.merge import paged as merge
 from vllm_vsprefill.kernels.price import paged as price
 from vllm_vsprefill.kernels.rank import paged as rank
+from vllm_vsprefill.kernels.recall import paged as recall
 from vllm_vsprefill.kernels.sampled import paged as sampled
 from vllm_vsprefill.kernels.score import paged as score
 from vllm_vsprefill.kernels.select import paged as select
@@ -24,6 +25,7 @@ REFERENCE = PagedOperations(
     merge.build_index,
     guard.guard,
     attend.attend,
+    recall.recall,
 )
 TILE_REFERENCE = TileOperations(
     price.price,

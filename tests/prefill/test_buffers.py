@@ -34,17 +34,18 @@ def test_requests_of_a_round_fit_into_their_share(longest: int, sampled: int | N
 
 
 def test_all_buffers_are_counted() -> None:
-    shape = Shape(4, 2, 4096, 3, 16)
+    shape = Shape(4, 2, 4096, 3, 16, 8)
     buffers = DeviceBuffers.allocate(shape, PATTERN, max_num_seqs=4, max_tokens=2048, device=torch.device("cpu"))
     assert buffers.requests == 4
     work = buffers.work
-    parts = [*work.gathered, *work.select, *work.index, *work.missing, *(work.sampled or ())]
-    parts += [buffers.dense_rows, buffers.sparse_end, buffers.counts]
+    parts = [*work.gathered, *work.select, *work.index, *work.missing, *(work.sampled or ()), *(work.recall or ())]
+    parts += [buffers.dense_rows, buffers.sparse_end, buffers.counts, buffers.recall]
     assert buffers.num_bytes == sum(part.numel() * part.element_size() for part in parts if hasattr(part, "numel"))
     assert buffers.num_bytes < 4 * bytes_per_request(shape, PATTERN) + buffers.counts.numel() * 8 + 64
     for layer in range(3):
         assert buffers.visited(layer).data_ptr() % 16 == 0
         assert buffers.guarded(layer).data_ptr() % 16 == 0
+        assert buffers.covered(layer).data_ptr() % 16 == 0
 
 
 def test_missing_logits_and_queries_reuse_their_room() -> None:

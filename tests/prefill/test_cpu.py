@@ -84,6 +84,27 @@ def test_prefill_is_attention_under_its_mask(seed: int, operations: Operations, 
     assert pairs < 0.9 * 2 * sum(range(N - ROWS + 1, N - TAIL + 1))
 
 
+def test_recall_is_that_of_the_rows_that_are_attended() -> None:
+    layer, query, key, value = problem(0, indexer=False)
+    prefill = CPUPrefill(PATTERN, BUDGETS, sampled_rows=12)
+    rows = ROWS - TAIL
+    chosen = prefill.choose(layer, query, key, value, rows, scale=0.25)
+    assert chosen is not None
+    columns, diagonals = sampled(query, key, scale=0.25, num_rows=12)
+    found = prefill.recall(query, key, chosen, rows, scale=0.25, num_rows=rows)
+    for head in range(4):
+        seen = mask(columns, diagonals, head // 2)
+        causal = torch.arange(N - TAIL) <= torch.arange(N - ROWS, N - TAIL)[:, None]
+        logits = query[:rows, head] @ key[: N - TAIL, head // 2].T * 0.25
+        share = (logits.masked_fill(~causal, float("-inf")).softmax(-1) * seen).sum(-1).mean()
+        other = prefill.recall(
+            query[:, [head, head]], key[:, [head // 2]], type(chosen)(*(part[[head // 2]] for part in chosen)), rows,
+            scale=0.25, num_rows=rows,
+        )  # fmt: skip
+        torch.testing.assert_close(other[0], share)
+    assert 0.2 < float(found.mean()) < 0.8
+
+
 def test_logits_are_kept_and_missing_ones_computed() -> None:
     layer, query, key, value = problem(0, indexer=True)
     weights = layer.weights

@@ -64,11 +64,21 @@ class Problem:
         self.part = Round(whole, rows)
 
     def prefill(self, max_density: float = 1.0) -> CudaPrefill:
-        shape = Shape(HEADS.num_heads, HEADS.num_kv_heads, 256, 2, 12)
+        shape = Shape(HEADS.num_heads, HEADS.num_kv_heads, 256, 2, 12, 8)
         buffers = DeviceBuffers.allocate(
             shape, PATTERN, max_num_seqs=2, max_tokens=512, device=torch.device("cpu")
         )  # fmt: skip
         return CudaPrefill(BUDGETS, buffers, max_density=max_density, operations=operations.REFERENCE)
+
+    def recall(self, i: int) -> Tensor:
+        """Of what is chosen for a sequence, ``[num_kv_heads]``."""
+        prefill = CPUPrefill(PATTERN, BUDGETS, sampled_rows=12, operations=REFERENCE)
+        layer = SparseLayer(0, 0, HEADS, self.layer.weights, self.layer.tau)
+        both = self.kv.cache.transpose(1, 2).flatten(0, 1)[self.slots[i]]
+        query, rows = self.query.split(list(ROWS))[i], ROWS[i] - TAIL
+        chosen = prefill.choose(layer, query, both[..., :16], both[..., 16:], rows, scale=SCALE)
+        assert chosen is not None
+        return prefill.recall(query, both[..., :16], chosen, rows, scale=SCALE, num_rows=8)
 
     def expected(self, i: int) -> tuple[Tensor, int, float]:
         """The rows of a sequence before its dense last ones, the pairs visited, and the density to expect."""
@@ -97,6 +107,11 @@ def test_a_round_is_its_sequences(indexer: bool, kept: bool) -> None:
         assert int(prefill.buffers.visited(1)[i]) == visited
     assert not prefill.buffers.counts[0].any()
     assert not prefill.buffers.guarded(1).any()
+    assert not prefill.buffers.recall.any()
+    for times in (1, 2):
+        prefill.recall(problem.layer, problem.query, problem.kv, problem.part, scale=SCALE)
+        total = times * float(sum(problem.recall(i).sum() for i in range(2)))
+        assert prefill.buffers.covered(1).tolist() == pytest.approx([total, times * 4])
     if kept:
         assert not problem.logits[torch.cat(problem.slots)].isnan().any()
 
@@ -112,6 +127,9 @@ def test_guard_keeps_rows_of_wide_requests_for_the_dense_kernel() -> None:
     out = torch.full_like(problem.query, 7.0)
     prefill.choose(problem.layer, problem.query, problem.kv, part, scale=SCALE)
     prefill.attend(problem.layer, problem.query, problem.kv, part, scale=SCALE, out=out)
+    prefill.recall(problem.layer, problem.query, problem.kv, part, scale=SCALE)
+    kept = densities.index(min(densities))
+    assert prefill.buffers.covered(1).tolist() == pytest.approx([float(problem.recall(kept).sum()), 2])
     sent = prefill.buffers.dense_rows[1:4:2].tolist()
     assert [bool(rows) for rows in sent] == [density == max(densities) for density in densities]
     for i, rows in enumerate(out.split(list(ROWS))):
@@ -132,6 +150,8 @@ def test_buffers_must_fit_the_estimator() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="without sampled_rows"):
         prefill.choose(problem.layer, problem.query, problem.kv, problem.part, scale=SCALE)
+    with pytest.raises(ValueError, match="without recall_rows"):
+        prefill.recall(problem.layer, problem.query, problem.kv, problem.part, scale=SCALE)
 
 
 def test_arguments_are_checked_in_the_first_layer_before_anything_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +172,8 @@ def test_arguments_are_checked_in_the_first_layer_before_anything_is_launched(mo
         prefill.choose(wrong, problem.query, problem.kv, problem.part, scale=SCALE)
     with pytest.raises(ValueError, match="out has dtype"):
         prefill.attend(first, problem.query, problem.kv, problem.part, scale=SCALE, out=problem.query.half())
+    with pytest.raises(ValueError, match="scale"):
+        prefill.recall(first, problem.query, problem.kv, problem.part, scale=0.0)
     assert launched == []
     prefill.choose(replace(wrong, place=1), problem.query, problem.kv, problem.part, scale=SCALE)
     assert launched == ["score_missing", "gather", "select", "build_index"]

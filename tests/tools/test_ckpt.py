@@ -32,7 +32,7 @@ CONFIG = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    thresholds = {"fast": Thresholds(tau_columns=(0.5, (0.6, 0.7, 0.8, 0.9), 0.55))}
+    thresholds = {"fast": Thresholds(tau_columns=(0.5, (0.6, 0.7, 0.8, 0.9), 0.55), recall=(0.8, 0.9, 1.0))}
     return save_checkpoint(tmp_path / "mine", indexer(), description(training={"steps": 3}, thresholds=thresholds))
 
 
@@ -82,6 +82,7 @@ def test_list_of_a_folder_names_what_is_wrong_with_each(folder: Path) -> None:
 def test_show_reads_no_weights(folder: Path) -> None:
     code, text = run("show", folder)
     assert code == 0
+    assert "; recall 90.0%" in text
     for part in (
         "layers: 0, 2, 5 (3 of 6)",
         "columns 0.5..0.9, one for each KV head; diagonals as the preset",

@@ -26,6 +26,7 @@ from vllm_vsprefill.plan import RequestRows, StepPlan
 from vllm_vsprefill.prefill.cpu import CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.prefill.layer import SparseLayer
+from vllm_vsprefill.recall_check import ROWS
 from vllm_vsprefill.runtime import Runtime
 from vllm_vsprefill.stats import LayerCounts
 
@@ -72,6 +73,19 @@ class CPURuntime(Runtime):
             self.prefill = CPUTilePrefill(self.pattern, self.price, priced_rows=options.sampled_rows, max_density=limit)
         else:
             self.prefill = CPUPrefill(self.pattern, self.budgets, sampled_rows=options.sampled_rows, max_density=limit)
+        self._recall: dict[int, tuple[float, float]] = {}  # by layer, summed over KV heads, and how many
+
+    def look_at_recall(self, index: int, found: torch.Tensor) -> None:
+        """Add up the recall of what a layer has chosen, ``[num_kv_heads]``."""
+        assert self.recall_check is not None
+        self.recall_check.mark()
+        total, number = self._recall.get(index, (0.0, 0.0))
+        self._recall[index] = total + float(found.sum()), number + len(found)
+
+    def publish(self) -> None:
+        if self.recall_check is not None and self.recall_check.take():
+            self.recall_check.read(self._recall)
+        super().publish()
 
 
 class VSPrefillCPUMetadataBuilder(SparseBuilderMixin[SparseRequest], CPUAttentionMetadataBuilder):
@@ -157,6 +171,7 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
             self._reader = self._infer_layout(call.layer, kv_cache)
         counts = LayerCounts()
         prefill: Any = runtime.prefill  # what it chooses is its own affair
+        looks = runtime.recall_check is not None and runtime.recall_check.is_due
         cached, scored = prefill.cached, prefill.scored
         choosing, attending, attended = 0.0, 0.0, 0
         selections: list[Selection] = []
@@ -185,6 +200,9 @@ class VSPrefillCPUImpl(SparseLayerMixin[CPURuntime], CPUAttentionBackendImpl):
                 attended += 1
                 if isinstance(chosen, Selection):
                     selections.append(chosen)
+                    if looks:
+                        found = prefill.recall(chunk, key, chosen, rows.rows, scale=self.scale, num_rows=ROWS)
+                        runtime.look_at_recall(sparse.index, found)
                 else:
                     tile_keys.append(prefill.tile_keys(chosen, rows.rows))
                 counts += LayerCounts(int(visited), sparse_chunks=1)

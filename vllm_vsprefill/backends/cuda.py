@@ -126,6 +126,7 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             query = prefill.buffers.unquantised(query, self._vllm_config.model_config.dtype)
             scale *= float(call.layer._q_scale_float)
         probe = runtime.probe if runtime.probe is not None and runtime.probe.is_due else None
+        looks = runtime.recall_check is not None and runtime.recall_check.is_due
         place, tail, scores = sparse.place, runtime.gate.dense_last_rows, sparse.weights is not None
         for one in step.rounds:
             kv = self._paged(call, one.block_table)
@@ -134,6 +135,9 @@ class VSPrefillFlashImpl(SparseLayerMixin[CudaRuntime], FlashAttentionImpl):
             prefill.choose(sparse, query, kv, one.batches, scale=scale)
             if probe is not None:
                 probe.after_choosing(place, prefill.buffers, step, tail, scores=scores)
+            if looks:
+                runtime.look_at_recall(sparse, query, kv, one.batches, scale=scale)
+                looks = False  # one round is enough
             for run in one.fallbacks:
                 run_dense(run)
             if probe is not None:

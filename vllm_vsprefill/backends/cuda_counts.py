@@ -14,6 +14,7 @@ import torch
 from vllm_vsprefill.backends.cuda_probe import Probe
 from vllm_vsprefill.kernels.guard.paged import DENSE_CHUNKS, DENSE_PAIRS
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS
+from vllm_vsprefill.recall_check import RecallCheck
 from vllm_vsprefill.stats import LayerCounts, Recorder
 
 PUBLISH_INTERVAL = 0.1
@@ -26,6 +27,7 @@ class _Item(NamedTuple):
     host: dict[int, LayerCounts]
     prompt: int
     seen: torch.Tensor | None
+    covered: torch.Tensor | None
 
 
 class CountsReader:
@@ -38,26 +40,42 @@ class CountsReader:
         recorder: of this worker.
         layer_indices: index in the model of each line of the counters.
         probe: what looks closer at some steps, or None.
+        check: what looks at the recall of the first steps, or None.
     """
 
-    def __init__(self, recorder: Recorder, layer_indices: list[int], probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        layer_indices: list[int],
+        probe: Probe | None = None,
+        check: RecallCheck | None = None,
+    ) -> None:
         self._recorder = recorder
+        self._check = check
         self._probe = probe
         self._indices = layer_indices
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def enqueue(self, counts: torch.Tensor) -> None:
-        """Queue a copy of the counters as they are after the work queued so far."""
+    def enqueue(self, counts: torch.Tensor, recall: torch.Tensor | None = None) -> None:
+        """Queue a copy of the counters as they are after the work queued so far.
+
+        Args:
+            counts: ``RoundBuffers.counts``.
+            recall: ``DeviceBuffers.recall``, if there is any.
+        """
         on_device = counts.device.type == "cuda"
         event = None
         copy = _queue_copy(counts)
         numbers = None if self._probe is None else self._probe.take()
         seen = None if numbers is None else _queue_copy(numbers)
+        covered = None
+        if recall is not None and self._check is not None and self._check.take():
+            covered = _queue_copy(recall)
         if on_device:
             event = torch.cuda.Event(blocking=True)
             event.record()
-        self._queue.put(_Item(event, copy, self._recorder.snapshot(), self._recorder.prompt, seen))
+        self._queue.put(_Item(event, copy, self._recorder.snapshot(), self._recorder.prompt, seen, covered))
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, args=(counts.device,), name="vsprefill-counts", daemon=True
@@ -78,6 +96,9 @@ class CountsReader:
             if self._probe is not None and item.seen is not None:
                 for place, look in self._probe.read(item.seen).items():
                     self._recorder.look(self._indices[place], look)
+            if self._check is not None and item.covered is not None:
+                lines = zip(self._indices, item.covered.tolist(), strict=True)
+                self._check.read({layer: (total, number) for layer, (total, number, *_) in lines})
         self._recorder.write()
         return True
 

@@ -12,10 +12,13 @@ from vllm.logger import init_logger
 
 from vllm_vsprefill.backends.cuda_counts import CountsReader
 from vllm_vsprefill.backends.cuda_probe import Probe
+from vllm_vsprefill.kernels.paged import PagedKV
 from vllm_vsprefill.prefill.buffers import DeviceBuffers, RoundBuffers, Shape
-from vllm_vsprefill.prefill.cuda import CudaPrefill
+from vllm_vsprefill.prefill.cuda import CudaPrefill, Round
 from vllm_vsprefill.prefill.cuda_tiles import CudaTilePrefill
+from vllm_vsprefill.prefill.layer import SparseLayer
 from vllm_vsprefill.prefill.tiles import TileBuffers, TileShape, Tiling
+from vllm_vsprefill.recall_check import ROWS
 from vllm_vsprefill.runtime import Runtime, cache_kinds
 
 logger = init_logger("vllm.vsprefill")
@@ -43,11 +46,21 @@ class CudaRuntime(Runtime):
             else:
                 prefill = CudaPrefill(self.budgets, self._allocate(device), max_density=limit)
             self.probe = Probe(len(layers), layers[0].heads.num_kv_heads, device)
-            reader = CountsReader(self.recorder, [layer.index for layer in layers], self.probe)
+            reader = CountsReader(self.recorder, [layer.index for layer in layers], self.probe, self.recall_check)
             self._on_device = prefill, reader
             if self._announced:  # without a profiling run, they come after the start-up message
                 logger.info_once("VSPREFILL: %s.", self._workspaces(prefill.buffers))
         return self._on_device[0]
+
+    def look_at_recall(
+        self, layer: SparseLayer, query: torch.Tensor, kv: PagedKV, requests: Round, *, scale: float
+    ) -> None:
+        """Add up the recall of what a layer has chosen, on the device."""
+        prefill = self.prefill_on(query.device)
+        assert self.recall_check is not None
+        assert isinstance(prefill, CudaPrefill)
+        self.recall_check.mark()
+        prefill.recall(layer, query, kv, requests, scale=scale)
 
     @property
     def is_warm(self) -> bool:
@@ -68,7 +81,8 @@ class CudaRuntime(Runtime):
             super().publish()
         else:
             prefill, reader = self._on_device
-            reader.enqueue(prefill.buffers.counts)
+            recall = prefill.buffers.recall if isinstance(prefill, CudaPrefill) else None
+            reader.enqueue(prefill.buffers.counts, recall)
 
     def drain(self) -> None:
         """Wait for the device and publish all counts so far."""
@@ -103,6 +117,7 @@ class CudaRuntime(Runtime):
                 self._config.model_config.max_model_len,
                 len(layers),
                 self.options.sampled_rows if any(layer.weights is None for layer in layers) else None,
+                None if self.recall_check is None else ROWS,
             ),
             self.pattern,
             max_num_seqs=scheduler.max_num_seqs,

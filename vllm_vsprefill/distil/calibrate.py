@@ -24,6 +24,7 @@ from vllm_vsprefill.distil.scoring import score
 from vllm_vsprefill.distil.state import writing
 from vllm_vsprefill.distil.student import features
 from vllm_vsprefill.distil.targets import Range, spread_ranges
+from vllm_vsprefill.thresholds import RECALL_GOALS
 from vllm_vsprefill.tuning import CPU, PlatformTuning, cuda_tuning
 
 Weights = Mapping[int, Sequence[Tensor]]  # layer -> w1, b1, w2, b2
@@ -52,7 +53,7 @@ class Goal:
             raise ValueError("give either a recall or a density")
 
 
-DEFAULT_GOALS = {"accurate": Goal(recall=0.98), "balanced": Goal(recall=0.95), "fast": Goal(recall=0.9)}
+DEFAULT_GOALS = {preset: Goal(recall=recall) for preset, recall in RECALL_GOALS.items()}
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,11 @@ def choose(table: Tensor, goal: Goal, per_head: bool) -> Calibration:
         return tuple(tuple(row) if per_head else row[0] for row in values.tolist())
 
     return Calibration(
-        Thresholds(tau_columns=listed(columns), tau_diagonals=listed(diagonals)),
+        Thresholds(
+            tau_columns=listed(columns),
+            tau_diagonals=listed(diagonals),
+            recall=tuple(round(share, 4) for share in reached[..., 1].mean(1).clamp(0, 1).tolist()),
+        ),
         reached[..., kind],
         reached[..., 0],
         float(got[:, kind].min() if goal.recall is not None else got[:, 0].mean()),

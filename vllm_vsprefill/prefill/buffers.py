@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_vsprefill.kernels.gathered import GatheredLogits, allocate_gathered
 from vllm_vsprefill.kernels.index import Index, allocate_index
+from vllm_vsprefill.kernels.recall.paged import RecallWorkspace, allocate_recall
 from vllm_vsprefill.kernels.sampled.paged import SampledWorkspace, allocate_sampled
 from vllm_vsprefill.kernels.score.paged import MissingSlots, allocate_missing
 from vllm_vsprefill.kernels.select.paged import SelectWorkspace, allocate_select
@@ -34,6 +35,7 @@ class Shape(NamedTuple):
         max_seq_len: tokens of the longest sequence.
         num_layers: layers that run sparse.
         sampled_rows: rows that the training-free estimator looks at; None: it is not used.
+        recall_rows: rows whose true attention is compared with what is chosen; None: none.
     """
 
     num_heads: int
@@ -41,17 +43,20 @@ class Shape(NamedTuple):
     max_seq_len: int
     num_layers: int
     sampled_rows: int | None
+    recall_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Workspaces:
-    """Scratch of the kernels for the requests of a round; ``sampled`` only for the training-free estimator."""
+    """Scratch of the kernels for the requests of a round; ``sampled`` only for the training-free estimator, ``recall``
+    only where it is looked at."""
 
     gathered: GatheredLogits
     select: SelectWorkspace
     index: Index
     missing: MissingSlots
     sampled: SampledWorkspace | None
+    recall: RecallWorkspace | None
 
     @classmethod
     def allocate(cls, requests: int, shape: Shape, pattern: SparsePattern, device: torch.device) -> Workspaces:
@@ -60,17 +65,21 @@ class Workspaces:
         sampled = None
         if shape.sampled_rows is not None:
             sampled = allocate_sampled(requests, shape.num_heads, heads, longest, shape.sampled_rows, device)
+        recall = None
+        if shape.recall_rows is not None:
+            recall = allocate_recall(requests, shape.num_heads, heads, shape.recall_rows, device)
         return cls(
             allocate_gathered(requests, heads, longest, device),
             allocate_select(requests, heads, longest, device),
             allocate_index(requests, heads, longest, pattern, device),
             allocate_missing(requests, longest, device),
             sampled,
+            recall,
         )
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        parts = (self.gathered, self.select, self.index, self.missing, self.sampled or ())
+        parts = (self.gathered, self.select, self.index, self.missing, self.sampled or (), self.recall or ())
         return [item for part in parts for item in part if isinstance(item, Tensor)]
 
 
@@ -158,10 +167,14 @@ class DeviceBuffers(RoundBuffers):
     Attributes:
         work: workspaces of the kernels.
         logits: float32 ``[slots, 2 * num_kv_heads]``, those of one layer where they cannot be kept beside the KV cache.
+        recall: float32 ``[layers, 4]``: recall of what was chosen, summed, and the number of what was summed; none of
+            either where it is not looked at. Padded, for Triton compiles a kernel anew for a pointer that is not
+            aligned.
     """
 
     work: Workspaces
     logits: Tensor
+    recall: Tensor
 
     @classmethod
     def allocate(
@@ -180,12 +193,17 @@ class DeviceBuffers(RoundBuffers):
             requests,
             work=Workspaces.allocate(requests, shape, pattern, device),
             logits=torch.empty(slots, 2 * shape.num_kv_heads, dtype=torch.float32, device=device),
+            recall=torch.zeros(0 if shape.recall_rows is None else shape.num_layers, 4, device=device),
             **round_buffers(shape.num_layers, device),
         )
 
     def workspaces(self) -> list[Tensor]:
         """Scratch of the kernels."""
         return self.work.tensors()
+
+    def covered(self, place: int) -> Tensor:
+        """What ``recall`` adds to, of the layer with this ``SparseLayer.place``: sum and number."""
+        return self.recall[place, :2]
 
     def missing_logits(self, slots: int) -> Tensor:
         """Logits for so many slots of the cache, all missing; valid until the next call."""

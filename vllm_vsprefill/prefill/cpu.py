@@ -13,6 +13,8 @@ from torch import Tensor
 from vllm_vsprefill.kernels.attend import cpu as attend_cpu
 from vllm_vsprefill.kernels.attend import naive as attend_naive
 from vllm_vsprefill.kernels.guard import expected_density
+from vllm_vsprefill.kernels.recall import cpu as recall_cpu
+from vllm_vsprefill.kernels.recall import naive as recall_naive
 from vllm_vsprefill.kernels.sampled import cpu as sampled_cpu
 from vllm_vsprefill.kernels.sampled import naive as sampled_naive
 from vllm_vsprefill.kernels.score import cpu as score_cpu
@@ -31,13 +33,24 @@ class Operations(NamedTuple):
     distributions: Callable[[Tensor], tuple[Tensor, Tensor]]
     select: Callable[..., Selection]
     attend: Callable[..., tuple[Tensor, int]]
+    recall: Callable[..., Tensor]
 
 
 CPU = Operations(
-    score_cpu.score, sampled_cpu.sampled, select_cpu.distributions, select_cpu.select, attend_cpu.attend
-)  # fmt: skip
+    score_cpu.score,
+    sampled_cpu.sampled,
+    select_cpu.distributions,
+    select_cpu.select,
+    attend_cpu.attend,
+    recall_cpu.recall,
+)
 REFERENCE = Operations(
-    score_naive.score, sampled_naive.sampled, select_naive.distributions, select_naive.select, attend_naive.attend
+    score_naive.score,
+    sampled_naive.sampled,
+    select_naive.distributions,
+    select_naive.select,
+    attend_naive.attend,
+    recall_naive.recall,
 )
 """Plain PyTorch, for tensors of any device; slow."""
 
@@ -157,6 +170,18 @@ class CPUPrefill:
         return self.operations.attend(
             query[:rows], key[:seq_len], value[:seq_len], selection, self.pattern, scale=scale, out=out
         )
+
+    def recall(
+        self, query: Tensor, key: Tensor, selection: Selection, rows: int, *, scale: float, num_rows: int
+    ) -> Tensor:
+        """Share of the true attention of ``num_rows`` of the rows that ``attend`` covers: float32 ``[num_kv_heads]``.
+
+        The other arguments are those of ``attend``.
+        """
+        seq_len = key.shape[0] - query.shape[0] + rows
+        return self.operations.recall(
+            query[:rows], key[:seq_len], selection, self.pattern, scale=scale, num_rows=num_rows
+        )  # fmt: skip
 
     def _kept_logits(self, layer: SparseLayer, cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> Tensor:
         """Logits ``[n, num_kv_heads, 2]``: the kept ones, and the missing ones computed now and kept."""

@@ -19,6 +19,8 @@ from vllm_vsprefill.kernels.guard.paged import check_guard
 from vllm_vsprefill.kernels.merge import triton as merge_triton
 from vllm_vsprefill.kernels.merge.paged import check_build_index
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
+from vllm_vsprefill.kernels.recall import triton as recall_triton
+from vllm_vsprefill.kernels.recall.paged import check_recall
 from vllm_vsprefill.kernels.sampled import triton as sampled_triton
 from vllm_vsprefill.kernels.sampled.paged import check_sampled
 from vllm_vsprefill.kernels.score import triton as score_triton
@@ -42,6 +44,7 @@ class PagedOperations(NamedTuple):
     build_index: Callable[..., object]
     guard: Callable[..., None]
     attend: Callable[..., object]
+    recall: Callable[..., None]
 
 
 TRITON = PagedOperations(
@@ -52,6 +55,7 @@ TRITON = PagedOperations(
     merge_triton.build_index,
     guard_triton.guard,
     attend_triton.attend,
+    recall_triton.recall,
 )
 
 
@@ -159,6 +163,22 @@ class CudaPrefill:
             check_attend(query, kv, index, rows, scale, out, None, visited)
         self.operations.attend(query, kv, index, rows, scale=scale, dense_last=0, out=out, visited=visited)
 
+    def recall(self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, *, scale: float) -> None:
+        """Look how much of the true attention of a few rows ``attend`` covers, after ``choose`` and before anything
+        else uses the buffers. Adds to ``buffers.covered(layer.place)``, without requests that ``guard`` sent away.
+
+        Raises:
+            ValueError: as for ``choose``; or the buffers were allocated without room for it.
+        """
+        work = self.buffers.work
+        if work.recall is None:
+            raise ValueError("the buffers were allocated without recall_rows")
+        totals = self.buffers.covered(layer.place)
+        rows = requests.rows if requests.guarded is None else requests.guarded
+        if layer.place == 0:
+            check_recall(query, kv, rows, work.index, work.recall, totals, scale)
+        self.operations.recall(query, kv, rows, work.index, work.recall, totals, scale=scale)
+
     def _check(
         self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, scale: float, logits: Tensor | None
     ) -> None:
@@ -213,5 +233,8 @@ class CudaPrefill:
         requests = Round(batch, batch, batch._replace(row_end=self.buffers.sparse_end[:1]))
         kv = kv._replace(block_table=table)
         self.choose(layer, query, kv, requests, scale=scale)
+        if self.buffers.work.recall is not None:
+            self.recall(layer, query, kv, requests, scale=scale)
+            self.buffers.recall.zero_()
         self.attend(layer, query, kv, requests, scale=scale, out=torch.empty_like(query))
         self.buffers.counts.zero_()

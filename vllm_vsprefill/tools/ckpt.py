@@ -137,7 +137,8 @@ def _compared(config: CheckpointConfig, model: str) -> str:
 
 
 def _thresholds(found: Thresholds) -> str:
-    return f"columns {_range(found.tau_columns)}; diagonals {_range(found.tau_diagonals)}"
+    recall = "" if found.recall is None else f"; recall {sum(found.recall) / len(found.recall):.1%}"
+    return f"columns {_range(found.tau_columns)}; diagonals {_range(found.tau_diagonals)}{recall}"
 
 
 def _fail(where: object, problems: list[str]) -> None:
