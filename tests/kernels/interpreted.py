@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -46,6 +47,31 @@ finally:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+def patch_language_once() -> None:
+    """Spare the interpreter half of its time: before every call of a device function it looks for all operations of
+    ``triton.language`` to put its own in their place, though the launch has done so. Once a launch and function do."""
+    from triton.runtime import interpreter
+
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[Any] = set()
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()  # a launch takes its patches back
+        return launch(self, *args, **kwargs)
+
+    def patch_once(fn: Any) -> Any:
+        if fn in patched:
+            return None  # which the launch does not get, only what it calls
+        patched.add(fn)
+        return patch(fn)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
+
+
+if DEVICE == "cpu" and not late:
+    patch_language_once()
 
 USABLE = not late
 REASON = "Triton was imported without its interpreter; test_triton_process.py runs these tests"
