@@ -49,6 +49,8 @@ from vllm_vsprefill.kernels.price import triton as price_module
 from vllm_vsprefill.kernels.price.paged import allocate_price
 from vllm_vsprefill.kernels.rank import triton as rank_module
 from vllm_vsprefill.kernels.rank.paged import allocate_rank
+from vllm_vsprefill.kernels.recall import triton as recall_module
+from vllm_vsprefill.kernels.recall.paged import allocate_recall
 from vllm_vsprefill.kernels.sampled import triton as sampled_module
 from vllm_vsprefill.kernels.sampled.paged import allocate_sampled
 from vllm_vsprefill.kernels.score import triton as score_module
@@ -185,6 +187,12 @@ def sampled(size: int, dtype: str, group: int) -> None:
     sampled_module.sampled(q, kv, batch, workspace, into, scale=0.1)
 
 
+def recall(size: int, dtype: str, group: int) -> None:
+    kv, q = _paged(size, dtype, group)
+    workspace, batch = allocate_recall(1, group * HEADS, HEADS, 16, "cpu"), Batch.from_lists([ROWS], [SEQ_LEN])
+    recall_module.recall(q, kv, batch, _index(), workspace, torch.zeros(2), scale=0.1)
+
+
 def price(size: int, dtype: str, group: int) -> None:
     kv, q = _paged(size, dtype, group)
     index = _tile_index(16)
@@ -230,8 +238,8 @@ def others(block_q: int, block_k: int, logits: str) -> None:
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "price": price, "rank": rank,
-    "mass": mass, "peak": peak, "others": others,
+    "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "recall": recall,
+    "price": price, "rank": rank, "mass": mass, "peak": peak, "others": others,
 }  # fmt: skip
 
 
@@ -245,6 +253,8 @@ def cases(everything: bool) -> Iterator[Case]:
             for size, dtype in ((128, "bf16"), (256, "fp32")):
                 yield capability, "attend_tiles", {"size": size, "dtype": dtype, "group": 6, "block_q": 60}
             yield capability, "sampled", {"size": 128, "dtype": "bf16", "group": 1}
+            for size, dtype in ((128, "bf16"), (256, "fp32")):
+                yield capability, "recall", {"size": size, "dtype": dtype, "group": 4}
             for size in (128, 256):
                 yield capability, "price", {"size": size, "dtype": "bf16", "group": 4}
                 yield capability, "rank", {"size": size, "dtype": "bf16", "group": 16, "block_q": 20}
@@ -265,6 +275,7 @@ def cases(everything: bool) -> Iterator[Case]:
         yield capability, "attend_tiles", {**shape, "group": 6, "block_q": 60}
         for group in GROUPS:
             yield capability, "sampled", {**shape, "group": group}
+            yield capability, "recall", {**shape, "group": group}
             yield capability, "price", {**shape, "group": group}
             yield capability, "rank", {**shape, "group": group, "block_q": 20}
             if not fp8:  # these read the keys of a calibration run, not a cache

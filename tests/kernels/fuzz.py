@@ -69,6 +69,10 @@ from vllm_vsprefill.kernels.price.paged import allocate_price, check_price
 from vllm_vsprefill.kernels.price.triton import price
 from vllm_vsprefill.kernels.rank.paged import allocate_rank, check_rank
 from vllm_vsprefill.kernels.rank.triton import rank
+from vllm_vsprefill.kernels.recall import naive as naive_recall
+from vllm_vsprefill.kernels.recall.paged import SPLITS, allocate_recall, check_recall
+from vllm_vsprefill.kernels.recall.triton import recall
+from vllm_vsprefill.kernels.rows import spread_rows
 from vllm_vsprefill.kernels.sampled import naive as naive_sampled
 from vllm_vsprefill.kernels.sampled.paged import allocate_sampled, check_sampled
 from vllm_vsprefill.kernels.sampled.triton import sampled
@@ -1105,6 +1109,58 @@ def run_sampled(config: Params, rng: random.Random, gen: torch.Generator, check:
             check_choice(check, into.logits[i, :, :, :n], index.flags[i, :, :, :n], tau, budgets)
 
 
+def draw_recall(rng: random.Random, tiny: bool) -> Params:
+    config = draw_sampled(rng, tiny) | draw_pattern_shape(rng, tiny)
+    config["num_rows"] = rng.choice((1, 5, 16))
+    config["splits"] = rng.choice((1, 4)) if tiny else SPLITS  # an empty program takes the interpreter long
+    return config
+
+
+def run_recall(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
+    """What selections cover of the attention of a few rows."""
+    heads, group, reach, dtype = config["heads"], config["group"], config["reach"], DTYPES[config["dtype"]]
+    rows, seq_lens = draw_lengths(rng, config)
+    pattern, scale = draw_pattern(rng, config), config["size"] ** -0.5 * rng.choice((1, 3))
+    batch, total = make_batch(rng, rows, seq_lens, reach)
+    kv = make_cache(rng, gen, config, seq_lens)
+    q, _ = make_queries(gen, config, batch, total)
+    chosen = [choose(rng, gen, heads, n) for n in seq_lens]
+    told |= {"rows": rows, "seq_lens": seq_lens, "scale": scale, "pattern": str(pattern)}
+    told["kinds"] = [one.kinds for one in chosen]
+    index = make_index(rng, config, kv, batch, chosen, pattern)
+    workspace = allocate_recall(len(rows), q.shape[1], heads, config["num_rows"], DEVICE)
+    workspace = workspace._replace(partial=workspace.partial[..., : config["splits"], :].contiguous())
+    workspace.partial.fill_(float("nan"))
+    totals = torch.zeros(2, device=DEVICE)
+    tiles = None if config["tiles"] == "table" else Settings(32, 32, 4, 1)
+    check_recall(q, kv, batch, index, workspace, totals, scale)
+    recall(q, kv, batch, index, workspace, totals, scale=scale, config=tiles)
+    k_scale, expected = factor(kv.k_scale), 0.0
+    for i, (count, n, start) in enumerate(zip(rows, seq_lens, batch.row_start.tolist(), strict=True)):
+        if not count:
+            continue
+        k, _ = contiguous(kv, i, n, dtype)
+        row = torch.tensor(spread_rows(count, config["num_rows"]), device=DEVICE)
+        mask = visible(chosen[i].columns, chosen[i].diagonals, pattern, count)[:, row]
+        hidden = torch.arange(n, device=DEVICE) > (row + n - count).unsqueeze(1)
+        wanted = torch.empty(heads, dtype=torch.float64, device=DEVICE)
+        for head in range(heads):
+            queries = q[start + row, head * group : (head + 1) * group].double()
+            logits = torch.einsum("tgd,nd->gtn", queries, k[:, head].double()) * (scale * k_scale)
+            probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+            wanted[head] = (probs * mask[head]).sum(-1).mean()
+        expected += float(wanted.sum())
+        if n * count * q.shape[1] <= 300_000:
+            by_naive = naive_recall.recall(
+                q[start : start + count].float(), k.float(), chosen[i].selection.below(n), pattern,
+                scale=scale * k_scale, num_rows=config["num_rows"],
+            )  # fmt: skip
+            check.measure("between the references", float((by_naive - wanted).abs().max()), 1e-4)
+            check.by_naive += 1
+    check.equal("number", float(totals[1]), float(heads * sum(count > 0 for count in rows)))
+    check.measure("recall", abs(float(totals[0]) - expected) / max(float(totals[1]), 1.0), 1e-3)
+
+
 # Small kernels
 
 
@@ -1248,6 +1304,7 @@ OPERATIONS = {
     "tiles": Operation(draw_chain, run_chain, 4),
     "score": Operation(draw_score, run_score, 2),
     "sampled": Operation(draw_sampled, run_sampled, 2),
+    "recall": Operation(draw_recall, run_recall, 1),
     "select": Operation(draw_select, run_select, 2),
     "merge": Operation(draw_merge, run_merge, 2),
     "forget": Operation(draw_forget, run_forget, 1),
