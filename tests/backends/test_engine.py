@@ -20,9 +20,10 @@ from vllm import LLM, SamplingParams
 from benchmarks.environment import NEEDLE_MODEL
 from examples.needle import tasks
 from tests import models
+from tests.backends import oracle
 from vllm_vsprefill.checkpoint import CheckpointError
 from vllm_vsprefill.startup import StartupError
-from vllm_vsprefill.stats import LayerCounts, read_counts
+from vllm_vsprefill.stats import LayerCounts, read_counts, read_recall
 from vllm_vsprefill.worth import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # several vLLMs a test
@@ -206,6 +207,25 @@ def test_auto_takes_priced_where_no_indexer_fits(engine: Any, plugin_log: list[s
     for counts in ours.counts.values():
         assert counts.sparse_chunks
         assert counts.density < 0.9
+
+
+def test_another_models_indexer_is_told_to_cover_too_little(
+    engine: Any, random_indexer: Path, tmp_path: Path, plugin_log: list[str]
+) -> None:
+    relative = oracle.relative_of(
+        random_indexer, tmp_path / "relative", tau_columns=[0.3] * 2, tau_diagonals=[0.01] * 2, recall=[0.97] * 2
+    )
+    options = {name: SPARSE[name] for name in ("min_columns", "min_seq_len", "block_k", "max_density")}
+    ours = engine("VSPREFILL", {**options, "checkpoint": str(relative)}, max_num_batched_tokens=512)
+    ours.tokens([prompt(3072)], 2)  # six chunks
+    assert [line for line in plugin_log if "covered" in line] == []
+    ours.tokens([prompt(2048, 1)], 2)
+    (text,) = [line for line in plugin_log if "covered" in line]
+    assert "in the first 8 sparse steps, where 97.0% are expected: it does not fit this model" in text
+    assert "leave checkpoint out" in text
+    ((found, expected),) = read_recall(next(ours.folder.glob("vsprefill-*")))
+    assert 0.2 < found < 0.9
+    assert expected == 0.97
 
 
 def test_short_prompts_run_stock(engine: Any, random_indexer: Path, plugin_log: list[str]) -> None:
