@@ -18,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+# Threads that wait for each other do not spin: more processes than cores would spend most of their time that way, a
+# product of some microseconds thousands of them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Where Python is told to leave no bytecode, as images of containers do, each of the processes that tests start would
 # compile thousands of modules of the libraries, most of its time. They keep it in one folder that git ignores.
 if sys.dont_write_bytecode:

@@ -71,8 +71,10 @@ class Container:
     def __init__(self, user: str, environment: Mapping[str, str], kept: Sequence[Path]) -> None:
         self.user = user
         self.environment = {"HOME": HOME, "LANG": "C.UTF-8", **environment}
-        if "PYTHONPYCACHEPREFIX" in os.environ:  # an image has its bytecode, too
-            self.environment["PYTHONPYCACHEPREFIX"] = os.environ["PYTHONPYCACHEPREFIX"]
+        # What all tests run with: an image has its bytecode, too, and a machine of its own.
+        for name in ("PYTHONPYCACHEPREFIX", "OMP_WAIT_POLICY"):
+            if name in os.environ:
+                self.environment[name] = os.environ[name]
         kept = [*kept, *PREFIXES]
         self.kept = list(dict.fromkeys(folder for folder in kept if folder.is_relative_to("/tmp")))
 
