@@ -43,6 +43,8 @@ def calibrate(options: CalibrateCommand) -> None:
 
             runs.calibrate(options, typer.echo)
     except KeyboardInterrupt:
-        kept = "what was measured is above" if options.checkpoint is None else "the checkpoint is as it was"
+        kept = (
+            "what was measured, if anything, is above" if options.checkpoint is None else "the checkpoint is as it was"
+        )
         typer.echo(f"vsprefill: stopped; {kept}", err=True)
         raise typer.Exit(130) from None

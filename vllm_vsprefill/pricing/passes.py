@@ -27,7 +27,7 @@ IMPLEMENTATION = "vsprefill_passes"
 GRANULE = 16
 """Tokens to which the room for keys and values is rounded: a block of a paged cache has a multiple of it."""
 
-DENSE_ROWS = 2048
+DENSE_ROWS = 512
 """Rows of dense attention at a time on a CPU, which makes a mask for them."""
 
 

@@ -74,7 +74,7 @@ class Report:
     def lines(self) -> list[str]:
         """The table, the price and the option to serve with."""
         if self.floor is None:
-            return ["nothing was measured yet"]
+            return []
         floor = self.floor
         lines = table([HEAD, *(line_of(one, floor) for one in (floor, *sorted(self.found, key=lambda one: one.price)))])
         if self.chosen is None:

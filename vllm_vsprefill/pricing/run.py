@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,8 +91,8 @@ def calibrate(command: CalibrateCommand, say: Callable[[str], None]) -> None:
     fingerprint, layers = check(config)
     options = options_of(command.price.options, tuning, layers)
     heads = heads_of(fingerprint, options, place)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise DistilError(f"--out {out}: expected a file in a folder that is there")
+    if out is not None:
+        check_out(out)
     rehearse(config, fingerprint, layers, command.model.trust_remote_code, "no price can be found")
     fits(config, "--length", command.goal.length)
     sequences, described = _sequences(command, text_config(config).vocab_size, say)
@@ -153,10 +155,22 @@ def calibrate(command: CalibrateCommand, say: Callable[[str], None]) -> None:
             report.complete = True
         finally:
             bar.close()
-            if out is not None and report.floor is not None:
-                report.write(out)
-            for line in report.lines():
-                say(line)
+            if report.floor is not None:
+                if out is not None:
+                    report.write(out)
+                for line in report.lines():
+                    say(line)
+
+
+def check_out(out: Path) -> None:
+    """DistilError if a file cannot be written: found out before anything heavy."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise DistilError(f"--out {out}: expected a file in a folder that is there")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise DistilError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def heads_of(fingerprint: ModelFingerprint, options: VSPrefillConfig, place: torch.device) -> Heads:
