@@ -114,3 +114,16 @@ def test_what_a_server_leaves_to_the_stock_kernel_is_dense(kind: str) -> None:
 def test_rows_that_pay_depend_on_the_platform() -> None:
     assert served(CPU, min_rows=None).gate().min_rows == 0
     assert served(CUDA, min_rows=None).gate().min_rows == 960
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("price", [0.0, 1.0, 100.0])
+def test_kernels_compute_what_the_references_do(price: float) -> None:
+    rows, expected = layer_rows(), Priced(made("cuda", dense_last_rows=40), price, 1.0)
+    want = expected(rows)
+    device = torch.device("cuda", torch.cuda.current_device())
+    tiles = PagedTiles(served(CUDA, dense_last_rows=40), N, torch.float32, device)
+    found = Priced(tiles, price, 1.0)
+    out = found(rows._replace(q=rows.q.to(device), room=rows.room.to(device)))
+    torch.testing.assert_close(out.cpu(), want, atol=2e-3, rtol=1e-2)
+    assert found.density == pytest.approx(expected.density, rel=1e-3)
