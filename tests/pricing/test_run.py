@@ -124,8 +124,13 @@ def test_ctrl_c_keeps_what_was_measured(model_folder: Path, tmp_path: Path, monk
     assert record["complete"] is False
     assert [one["price"] for one in record["measured"]] == scripted.prices[1:]
     assert served(output)["price"] == GRID[15]
-    assert "not complete: a price between those above may do better than 0.032" in output
+    assert "not complete: a price that was not tried may do better than 0.032" in output
     assert "stopped; what was measured, if anything, is above" in output
+    scripted.prices = []
+    code, output = run("--model", model_folder, "--density", 0.1, *SMALL)
+    assert code == 130
+    assert "not complete" in output
+    assert "out of reach" not in output  # nobody knows yet
     scripted.prices, scripted.stop_after = [], 0
     out.unlink()
     code, output = run("--model", model_folder, "--top1", 2, "--out", out, *SMALL)

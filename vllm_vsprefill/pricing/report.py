@@ -23,7 +23,7 @@ def line_of(found: Measured, floor: Measured) -> tuple[str, ...]:
         f"{found.top1:.2%}",
         "" if found is floor else f"{found.below(floor):.2f}",
         f"{found.nll:+.4f}",
-        f"{found.kl:.4f}",
+        f"{max(found.kl, 0.0):.4f}",
     )
 
 
@@ -80,10 +80,10 @@ class Report:
         if self.chosen is None:
             return lines
         found, reached = self.chosen
-        if not reached:
+        if not self.complete:
+            lines.append(f"not complete: a price that was not tried may do better than {found.price:g}")
+        elif not reached:
             lines.append(f"out of reach: {self.goal.describe()}; {found.price:g} is the nearest price. {self._why()}")
-        elif not self.complete:
-            lines.append(f"not complete: a price between those above may do better than {found.price:g}")
         value = self.goal.value(found, floor)
         shown = {
             "top1": f"{value:.2f} points below the floor (one standard error: {self.error_of_top1(found):.2f})",
