@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What a tile's mean query says of every key, in plain PyTorch: what ``rank`` and ``price`` order keys by.
+"""What a tile's mean queries say of every key, in plain PyTorch: what ``rank`` and ``price`` order keys by.
 
-Let ``m`` be the mean query of a tile, one for each query head. The score of key ``j`` is::
+Let ``m`` be the mean query of a part of a tile, one for each query head. The score of key ``j`` is::
 
-    score[j] = max over the heads of the group of (scale * m . k[j] - near)
+    score[j] = max over the tile's parts and the heads of the group of (scale * m . k[j] - near)
     near     = log(sum of exp(scale * m . k[i]) over sinks and the tile's window, its own rows included)
 
-the logarithm of the attention that the mean query pays to ``j``, in units of what it pays to the keys that are kept in
+the logarithm of the attention that a mean query pays to ``j``, in units of what it pays to the keys that are kept in
 any case. These hold most of the attention nearly everywhere, so that the unit is close to the sum over all keys, and
 costs next to nothing.
 """
@@ -49,12 +49,17 @@ def tile_scores(q: Tensor, k: Tensor, tiles: list[int], *, scale: float, pattern
     found = torch.empty(num_kv_heads, len(tiles), n, device=q.device)
     position = torch.arange(n, device=q.device)
     for i, tile in enumerate(tiles):
-        start, end = max(tile * pattern.block_q, first), min((tile + 1) * pattern.block_q, n)
-        # [Hkv, group, D], in the model's type like the queries
-        mean = queries[start - first : end - first].float().mean(0).to(q.dtype).float()
-        logits = torch.matmul(mean, keys.transpose(1, 2)) * scale
+        end = min((tile + 1) * pattern.block_q, n)
         near = (position < pattern.sink_keys) | (position >= pattern.window_start(tile * pattern.block_q))
         near &= position < end
-        unit = logits.masked_fill(~near, float("-inf")).logsumexp(-1, keepdim=True)
-        found[:, i] = (logits - unit).amax(1)
+        found[:, i] = float("-inf")
+        for part in range(pattern.parts):
+            low, high = pattern.part(tile, part, first, n)
+            if low >= high:
+                continue
+            # [Hkv, group, D], in the model's type like the queries
+            mean = queries[low - first : high - first].float().mean(0).to(q.dtype).float()
+            logits = torch.matmul(mean, keys.transpose(1, 2)) * scale
+            unit = logits.masked_fill(~near, float("-inf")).logsumexp(-1, keepdim=True)
+            found[:, i] = torch.maximum(found[:, i], (logits - unit).amax(1))
     return found

@@ -77,7 +77,7 @@ class TileScores:
         return self.pattern.window_start(tiles[-1] * self.pattern.block_q)
 
     def scores(self, head: int, tiles: range | list[int], bar: float = 0.0) -> Iterator[tuple[int, Tensor]]:
-        """Scores less ``bar`` for one KV head, of each query head of its group, some keys at a time.
+        """Scores less ``bar`` for one KV head, of each part of a tile and query head, some keys at a time.
 
         Args:
             head: KV head.
@@ -85,12 +85,12 @@ class TileScores:
             bar: finite.
 
         Yields:
-            The first key and ``[tiles, group, keys]``, up to ``width(tiles)``; keys that a tile may not list mean
-            nothing. The next block overwrites the memory.
+            The first key and ``[tiles, parts * group, keys]``, up to ``width(tiles)``; keys that a tile may not list
+            mean nothing. The next block overwrites the memory.
         """
-        found = [self._mean(head, tile) for tile in tiles]
+        found = [self._means(head, tile) for tile in tiles]
         queries = torch.cat([mean for mean, _ in found])
-        shift = torch.cat([near for _, near in found]).add_(bar).neg_().unsqueeze(1)  # [tiles * group, 1]
+        shift = torch.cat([near for _, near in found]).add_(bar).neg_().unsqueeze(1)  # [tiles * parts * group, 1]
         coarse = shift.to(queries.dtype)
         # What the shift lost by its own rounding
         rest = (shift - coarse).to(queries.dtype)
@@ -102,12 +102,16 @@ class TileScores:
             scores += rest
             yield first, scores.view(len(tiles), -1, len(keys))
 
-    def _mean(self, head: int, tile: int) -> tuple[Tensor, Tensor]:
-        """Mean query ``[group, D]`` of a tile in the dtype of products, and its ``near``, float32 ``[group]``."""
+    def _means(self, head: int, tile: int) -> tuple[Tensor, Tensor]:
+        """Mean queries ``[parts * group, D]`` of a tile in the dtype of products, and ``near`` of each, in float32."""
         block_q = self.pattern.block_q
-        start, end = max(tile * block_q, self.first), min((tile + 1) * block_q, self.seq_len)
-        rows = self._queries[start - self.first : end - self.first, head]
-        mean = rows.float().mean(0).to(rows.dtype)
+        end = min((tile + 1) * block_q, self.seq_len)
+        bounds = [self.pattern.part(tile, part, self.first, self.seq_len) for part in range(self.pattern.parts)]
+        some = next(bound for bound in bounds if bound[0] < bound[1])
+        # A part without rows says what another one says already.
+        bounds = [bound if bound[0] < bound[1] else some for bound in bounds]
+        rows = [self._queries[low - self.first : high - self.first, head] for low, high in bounds]
+        mean = torch.cat([part.float().mean(0) for part in rows]).to(self._queries.dtype)
         window_start = self.pattern.window_start(tile * block_q)
         window = self._window[head, window_start - self._near_start : end - self._near_start]
         sinks = self._sinks[head, : min(self.pattern.sink_keys, window_start)]

@@ -25,6 +25,7 @@ class SparsePattern:
             even with 0.
         sinks: the first positions of the sequence that are always kept.
         dense_last: last rows of the call that attend to every key up to their own position.
+        parts: of a tile, each of which ranks the keys by a mean query of its own.
 
     Raises:
         ValueError: a field is not an integer or is out of range; the message names the field.
@@ -35,9 +36,17 @@ class SparsePattern:
     window: int = 1024
     sinks: int = 64
     dense_last: int = 64
+    parts: int = 1
 
     def __post_init__(self) -> None:
-        for name, minimum in (("block_q", 1), ("block_k", 1), ("window", 0), ("sinks", 0), ("dense_last", 0)):
+        for name, minimum in (
+            ("block_q", 1),
+            ("block_k", 1),
+            ("window", 0),
+            ("sinks", 0),
+            ("dense_last", 0),
+            ("parts", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name} must be an int, got {value!r}")
@@ -76,6 +85,20 @@ class SparsePattern:
     def near_keys(self) -> int:
         """Keys that every row is taken to compute beside its columns and diagonals: window, own tile, rounding."""
         return self.window + self.block_q + self.block_k
+
+    @property
+    def part_positions(self) -> int:
+        """Positions of a part of a tile; the last parts may have fewer, or none."""
+        return -(-self.block_q // self.parts)
+
+    def part(self, tile: int, part: int, first: int, seq_len: int) -> tuple[int, int]:
+        """First position of a part of a tile, and the one behind its last, of those from ``first`` to ``seq_len``.
+
+        The part is empty where the second is not above the first.
+        """
+        start, size = tile * self.block_q, self.part_positions
+        end = min(start + (part + 1) * size, start + self.block_q, seq_len)
+        return max(start + part * size, first), end
 
     def window_start(self, tile_start: int) -> int:
         """The first key of the window of the tile that starts there: what its first row sees, rounded to granules."""

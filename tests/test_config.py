@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def test_a_typo_that_looks_a_little_like_a_service_stays_an_error(name: str, tex
         ("window", -1, "an integer from 0 to 2147483647"),
         ("sinks", 65537, "an integer from 0 to 65536"),
         ("dense_last_rows", "x", "an integer from 0 to 65536"),
+        ("tile_parts", 3, "1, 2, or null for what suits the platform"),
         ("block_q", 17, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
         ("block_q", 0, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
         ("block_k", 2048, "an integer from 1 to 1024, or null for what suits the platform"),
@@ -267,6 +269,13 @@ def test_pattern_carries_the_geometry() -> None:
     config = VSPrefillConfig.from_sources({"block_q": 32, "block_k": 16, "window": 5, "sinks": 6, "dense_last_rows": 7})
     pattern = config.pattern()
     assert (pattern.block_q, pattern.block_k, pattern.window, pattern.sinks, pattern.dense_last) == (32, 16, 5, 6, 7)
+
+
+def test_parts_of_tiles_are_the_platforms_where_they_are_not_given() -> None:
+    tuning = dataclasses.replace(CPU, tile_parts=2)
+    assert VSPrefillConfig.from_sources({}).resolved(tuning).tile_pattern(tuning).parts == 2
+    assert VSPrefillConfig.from_sources({"tile_parts": 1}).resolved(tuning).tile_pattern(tuning).parts == 1
+    assert VSPrefillConfig.from_sources({"tile_parts": 2}).resolved(CPU).pattern().parts == 1  # columns have no tiles
 
 
 def test_dense_layers_are_checked_against_the_model() -> None:

@@ -10,6 +10,7 @@ Importable without vLLM and without torch.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping
@@ -173,6 +174,11 @@ _Granule = Annotated[
     BeforeValidator(_optional),
     _Allowed("an integer from 1 to 1024, or null for what suits the platform"),
 ]
+_Parts = Annotated[
+    Annotated[int, Field(ge=1, le=2)] | None,
+    BeforeValidator(_optional),
+    _Allowed("1, 2, or null for what suits the platform"),
+]
 _Flag = Annotated[bool, BeforeValidator(_lower), _Allowed("true or false")]
 _Layers = Annotated[
     tuple[int, ...],
@@ -299,6 +305,11 @@ class _Options(BaseModel):
         None,
         description="Key granule of diagonals, window and sinks, in positions. null: 64 on CPU, 4 on CUDA; 16 with the "
         "'priced' estimator.",
+    )
+    tile_parts: _Parts = Field(
+        None,
+        description="Parts of a query tile, each of which ranks the keys by a mean query of its own, with the 'priced' "
+        "estimator: 2 finds more of what a few rows look for, at twice the cost of ranking. null: 1.",
     )
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
@@ -478,7 +489,8 @@ class VSPrefillConfig(_Options):
         """``pattern`` where every tile has a list of its own: the platform's, but for what was given explicitly."""
         wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
         update = {name: size for name, size in wanted.items() if size and name not in self.model_fields_set}
-        return self.model_copy(update=update).pattern()
+        pattern = self.model_copy(update=update).pattern()
+        return dataclasses.replace(pattern, parts=self.tile_parts or tuning.tile_parts)
 
     def check_layers(self, num_layers: int) -> None:
         """ConfigError if ``dense_layers`` names a layer that a model of ``num_layers`` layers does not have."""

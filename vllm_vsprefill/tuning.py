@@ -24,6 +24,7 @@ class PlatformTuning:
         tile_window: window, in positions, where every tile has a list of its own.
         tile_q: positions of such a tile; 0: what fills a program.
         tile_k: granule of its window and sinks.
+        tile_parts: parts of a tile, with a mean query each.
         priced_rows: rows of a chunk whose true attention is computed there.
         tile_max_density: share of the causal pairs there above which the stock kernel is faster; None: the option's
             default.
@@ -38,6 +39,7 @@ class PlatformTuning:
     tile_window: int = 256
     tile_q: int = 0
     tile_k: int = 16
+    tile_parts: int = 1
     priced_rows: int = 64
     tile_max_density: float | None = None
     tile_min_seq_len: int | None = None

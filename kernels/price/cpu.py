@@ -180,7 +180,7 @@ def price(
     call = TileScores(q, k, scale=scale, pattern=pattern)
     positions = [row + call.first for row in spread_rows(q.shape[0], rows_of(num_rows, n))]
     tiles = _tiles(positions, pattern)
-    step = max(min(len(tiles) // 4, TILES), 1)
+    step = max(min(len(tiles) // 4, TILES // pattern.parts), 1)
     ranges = [(i, min(i + step, len(tiles))) for i in range(0, len(tiles), step)]
     binned = run_pieces([partial(_bins, call, head, tiles[i:j]) for head in heads for i, j in ranges])
     bins: list[list[Bins]] = [[] for _ in heads]

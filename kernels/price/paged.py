@@ -30,8 +30,9 @@ class PriceWorkspace(NamedTuple):
     """Scratch of ``price``, allocated once. ``M``: sampled rows times heads of the group, the latter padded.
 
     Attributes:
-        means: the queries' dtype, ``[requests, Hkv, M, D]``, mean queries of the tiles of the sampled rows.
-        near: float32 ``[requests, Hkv, M]``, log-sum-exp over what each of them keeps in any case.
+        means: the queries' dtype, ``[requests, Hkv, M * parts, D]``, mean queries of the tiles of the sampled rows;
+            those of all parts of a row's tile lie together.
+        near: float32 ``[requests, Hkv, M * parts]``, log-sum-exp over what each of them keeps in any case.
         counts: int32 ``[requests, Hkv, BINS]``, keys of all sampled rows by score.
         bars: int32 ``[requests, Hkv, STEPS]``, the ladder as bins.
         density: float32 ``[requests, Hkv, STEPS]``, share of the sampled rows' pairs that each step keeps.
@@ -40,6 +41,7 @@ class PriceWorkspace(NamedTuple):
         errors: float32 ``[requests, Hkv, M / CHUNK_ROWS, STEPS]``, squared errors; in place of the last, which is 0,
             the square of the output.
         num_rows: rows to look at.
+        parts: of a tile.
     """
 
     means: Tensor
@@ -51,11 +53,12 @@ class PriceWorkspace(NamedTuple):
     sums: Tensor
     errors: Tensor
     num_rows: int
+    parts: int = 1
 
 
 def allocate_price(
     num_requests: int, num_query_heads: int, num_kv_heads: int, head_size: int, max_seq_len: int, num_rows: int,
-    dtype: torch.dtype, device: torch.device | str,
+    dtype: torch.dtype, device: torch.device | str, parts: int = 1,
 ) -> PriceWorkspace:  # fmt: skip
     """Room for the prices of ``num_rows`` rows a request.
 
@@ -68,6 +71,7 @@ def allocate_price(
         num_rows: rows to look at.
         dtype: of the queries.
         device: device.
+        parts: of a tile.
 
     Raises:
         ValueError: ``num_rows`` is not a positive int, or more rows than a counter of pairs can take.
@@ -86,8 +90,8 @@ def allocate_price(
 
     each = num_requests, num_kv_heads
     return PriceWorkspace(
-        room(*each, rows, head_size, dtype=dtype),
-        room(*each, rows),
+        room(*each, rows * parts, head_size, dtype=dtype),
+        room(*each, rows * parts),
         room(*each, naive.BINS, dtype=torch.int32),
         room(*each, STEPS, dtype=torch.int32),
         room(*each, STEPS),
@@ -95,6 +99,7 @@ def allocate_price(
         room(turn, num_kv_heads, splits, rows, STEPS, SKETCH),
         room(*each, rows // CHUNK_ROWS, STEPS),
         num_rows,
+        parts,
     )
 
 
@@ -118,7 +123,9 @@ def check_price(
     if means.shape[0] < batch.num_requests or means.shape[1] != heads or means.shape[3] != kv.head_size:
         requests, has, _, size = means.shape
         raise ValueError(f"workspace is for {requests} requests and {has} heads of size {size}")
-    if means.shape[2] < workspace.num_rows * next_power_of_2(q.shape[1] // heads):
+    if workspace.parts != index.pattern.parts:
+        raise ValueError(f"workspace is for {workspace.parts} parts of a tile, index for {index.pattern.parts}")
+    if means.shape[2] < workspace.num_rows * next_power_of_2(q.shape[1] // heads) * workspace.parts:
         raise ValueError(f"workspace has no room for groups of {q.shape[1] // heads} heads")
     check_device("q", q)
 

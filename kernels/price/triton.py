@@ -70,7 +70,10 @@ def _mean_queries(
     LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of mean queries, and what to subtract from their logits, in bins."""
+    """A tile of mean queries, and what to subtract from their logits, in bins.
+
+    ``PACK``, ``BM`` and ``rows`` count mean queries, here and in ``_bins``: those of all parts.
+    """
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < count * PACK
     # [BM, BD]
@@ -103,20 +106,21 @@ def _mean_kernel(
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, FP8: tl.constexpr, UPCAST: tl.constexpr,
     FULL_KEYS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Mean queries of the tile of one sampled row, and the log-sum-exp over its sinks and window.
+    """Mean queries of a part of the tile of one sampled row, and the log-sum-exp over the tile's sinks and window.
 
     ``BM``: heads of the group, padded to what a product takes.
     """
-    i_i, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_i, i_p = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    i_h, i_r = tl.program_id(1), tl.program_id(2)
     row_start, row_end = tl.load(p_row_start + i_r), tl.load(p_row_end + i_r)
     n = tl.load(p_seq_len + i_r)
     if row_end <= row_start:
         return
     num_rows = _rows(num_rows, n, FULL_KEYS, DOUBLINGS)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
-    if i_i == 0:
+    if tl.program_id(0) == 0:
         o_b = tl.arange(0, BINS)
         tl.store(p_counts + i_head * BINS + o_b, tl.zeros([BINS], tl.int32))
     position = spread_position(i_i, row_start, row_end, n, num_rows)
@@ -125,17 +129,18 @@ def _mean_kernel(
     o_d, o_n, o_r, o_m = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, BR), tl.arange(0, BM)
     first = n - (row_end - row_start)
     start = position // BLOCK_Q * BLOCK_Q
-    low, high = tl.maximum(start, first), tl.minimum(start + BLOCK_Q, n)
-    m_m = o_m < GROUP
+    high = tl.minimum(start + BLOCK_Q, n)
+    part, end = tl.maximum(start + i_p * PART, first), tl.minimum(start + (i_p + 1) * PART, high)
+    m_m = o_m < tl.where(part < end, GROUP, 0)
     p_head = p_q + (i_h * GROUP + o_m).to(tl.int64)[None, :, None] * stride_q_head + o_d[None, None, :]
     b_sum = tl.zeros([BM, BD], tl.float32)
-    for i_q in range(low, high, BR):
+    for i_q in range(part, end, BR):
         b_row = (row_start + i_q - first + o_r).to(tl.int64)[:, None, None] * stride_q_row
-        m_q = (i_q + o_r < high)[:, None, None] & m_m[None, :, None] & (o_d < D)[None, None, :]
+        m_q = (i_q + o_r < end)[:, None, None] & m_m[None, :, None] & (o_d < D)[None, None, :]
         # [BR, BM, BD]
         b_sum += tl.sum(tl.load(p_head + b_row, mask=m_q, other=0.0).to(tl.float32), 0)
-    b_c = (b_sum / (high - low).to(tl.float32)).to(p_q.dtype.element_ty)
-    b_place = i_head * rows + i_i * PACK + o_m
+    b_c = (b_sum / tl.maximum(end - part, 1).to(tl.float32)).to(p_q.dtype.element_ty)
+    b_place = (i_head * rows + i_i * PACK) * PARTS + i_p * PACK + o_m
     tl.store(p_means + b_place[:, None] * D + o_d[None, :], b_c, mask=(o_m < PACK)[:, None] & (o_d < D)[None, :])
     if UPCAST:
         b_c = b_c.to(tl.float32)
@@ -158,7 +163,7 @@ def _mean_kernel(
         b_next = tl.maximum(b_max, tl.max(b_s, 1))
         b_total = b_total * tl.math.exp2(b_max - b_next) + tl.sum(tl.math.exp2(b_s - b_next[:, None]), 1)
         b_max = b_next
-    # A head that only pads the group has no score.
+    # A head that only pads the group has no score, and neither has a part without rows.
     b_near = tl.where(m_m, (b_max + tl.math.log2(b_total)) * 0.6931471805599453, 1e30)
     tl.store(p_near + b_place, b_near, mask=o_m < PACK)
 
@@ -172,7 +177,7 @@ def _count_kernel(
     BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
     CHUNK_ROWS: tl.constexpr, COUNT_KEYS: tl.constexpr,
     FP8: tl.constexpr, UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """How many of a split's keys lie in each bin, for one tile of rows.
 
@@ -200,7 +205,19 @@ def _count_kernel(
         return
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     b_c, b_unit = _mean_queries(
-        p_means, p_near, i_head, i_m, count, rows, o_d, LOWEST, BINS_PER_UNIT, PACK, BM, D, UPCAST
+        p_means,
+        p_near,
+        i_head,
+        i_m,
+        count,
+        rows * PARTS,
+        o_d,
+        LOWEST,
+        BINS_PER_UNIT,
+        PACK * PARTS,
+        BM * PARTS,
+        D,
+        UPCAST,
     )
     p_k = p_cache + i_h.to(tl.int64) * stride_head
     p_table += i_r.to(tl.int64) * stride_table
@@ -214,7 +231,9 @@ def _count_kernel(
             p_k, p_table, b_j, b_j < high, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST,
             p_q.dtype.element_ty,
         )  # fmt: skip
-        b_t, m_t = _bins(b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK, BM, BN, BINS, BINS_PER_UNIT)
+        b_t, m_t = _bins(
+            b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS, BINS_PER_UNIT
+        )
         m_t = m_t & (b_j < high)[None, :] & (b_t >= 0.0)
         # What is not counted goes to the first bin and is taken off it again.
         b_bin = tl.reshape(tl.where(m_t, b_t, 0.0).to(tl.int32), [RT * BN])
@@ -286,7 +305,7 @@ def _output_kernel(
     SINKS: tl.constexpr, BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr,
     SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK_ROWS: tl.constexpr, FP8: tl.constexpr,
     UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
+    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sketched outputs of one tile of rows over one split of the sequence, for every step of the ladder."""
     i_h, i_turn = tl.program_id(1), tl.program_id(2)
@@ -317,7 +336,19 @@ def _output_kernel(
         b_q = b_q.to(tl.float32)
     i_head = (i_r * HEADS + i_h).to(tl.int64)
     b_c, b_unit = _mean_queries(
-        p_means, p_near, i_head, i_m, count, rows, o_d, LOWEST, BINS_PER_UNIT, PACK, BM, D, UPCAST
+        p_means,
+        p_near,
+        i_head,
+        i_m,
+        count,
+        rows * PARTS,
+        o_d,
+        LOWEST,
+        BINS_PER_UNIT,
+        PACK * PARTS,
+        BM * PARTS,
+        D,
+        UPCAST,
     )
     p_bars += i_head * STEPS
     bar1, bar2, bar3 = tl.load(p_bars + 1), tl.load(p_bars + 2), tl.load(p_bars + 3)
@@ -347,7 +378,9 @@ def _output_kernel(
         b_v = paged_rows(
             p_k + D, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
-        b_t, m_t = _bins(b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK, BM, BN, BINS, BINS_PER_UNIT)
+        b_t, m_t = _bins(
+            b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS, BINS_PER_UNIT
+        )
         # All that every step keeps lies above all bins, what has no score below them.
         b_t = tl.where(m_t, tl.where(b_t >= 0.0, b_t, -1.0), 2.0 * BINS)
         b_t = tl.reshape(tl.broadcast_to(b_t[:, None, :], [RT, PACK, BN]), [BM, BN])
@@ -508,7 +541,7 @@ def price(
     group = q.shape[1] // heads
     pack, depth = next_power_of_2(group), padded(size)
     config = config or settings("price", size, q.device, q.element_size())
-    num_rows, rows = workspace.num_rows, workspace.means.shape[2]
+    num_rows, parts, rows = workspace.num_rows, workspace.parts, workspace.maxima.shape[3]
     # Tiles as large as the rows of the longest sequence fill
     filled = next_power_of_2(rows_of(num_rows, batch.max_seq_len) * pack)
     block_m = max(min(config.block_m, max(filled, 64)), pack)
@@ -537,17 +570,17 @@ def price(
     # A few programs with long chains of loads: large blocks where they are small enough
     mean_n = 128 if depth * q.element_size() <= 256 else config.block_n
     launch(
-        _mean_kernel, (num_rows, heads, batch.num_requests),
+        _mean_kernel, (num_rows * parts, heads, batch.num_requests),
         (*places, workspace.counts, k_scale, scale / math.log(2), num_rows, q.stride(0), q.stride(1), *strides),
-        num_stages=config.num_stages, GROUP=group, BM=padded_heads,
+        num_stages=config.num_stages, GROUP=group, BM=padded_heads, PARTS=parts, PART=pattern.part_positions,
         BR=max(1, min(MEAN_ELEMENTS // (padded_heads * depth), next_power_of_2(pattern.block_q))), **{**shape,
         "BN": mean_n},
     )  # fmt: skip
     launch(
         _count_kernel, (tiles * splits, heads, batch.num_requests),
         (*places, workspace.counts, k_scale, scale, num_rows, *strides),
-        **run, BM=block_m, COUNT_KEYS=COUNT_KEYS, SPLITS=splits, PROGRAMS=tiles * splits, CHUNK_ROWS=CHUNK_ROWS,
-        **bins, **shape,
+        **run, BM=block_m, PARTS=parts, COUNT_KEYS=COUNT_KEYS, SPLITS=splits, PROGRAMS=tiles * splits,
+        CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
     )  # fmt: skip
     launch(
         _ladder_kernel, (heads, batch.num_requests),
@@ -562,8 +595,8 @@ def price(
             (
                 *places, workspace.bars, *partial, k_scale, scale, num_rows, q.stride(0), q.stride(1), *strides, first,
             ),
-            **run, GROUP=group, BM=block_m, STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits, PROGRAMS=tiles * splits,
-            CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
+            **run, GROUP=group, BM=block_m, PARTS=parts, STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits,
+            PROGRAMS=tiles * splits, CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
         )  # fmt: skip
         launch(
             _error_kernel, (cdiv(num_rows * pack, CHUNK_ROWS), heads, count),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Keys that a tile of queries lists, by the attention of its mean query: the fast path for CPUs."""
+"""Keys that a tile of queries lists, by the attention of its mean queries: the fast path for CPUs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rank(q: Tensor, k: Tensor, bars: Tensor, *, scale: float, pattern: SparsePat
         for mark, tile in zip(marks, some, strict=True):
             mark[pattern.window_start(tile * pattern.block_q) :] = False
 
-    step = max(min(len(tiles) // 4, TILES), 1)
+    step = max(min(len(tiles) // 4, TILES // pattern.parts), 1)
     run_pieces(
         [partial(piece, head, i, min(i + step, len(tiles))) for i in range(0, len(tiles), step) for head in listing]
     )

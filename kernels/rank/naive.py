@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""Keys that a tile of queries lists, by the attention of its mean query: the plain reference.
+"""Keys that a tile of queries lists, by the attention of its mean queries: the plain reference.
 
 The scores are those of ``tile_scores.py``; a tile lists what reaches the bar of its KV head.
 """

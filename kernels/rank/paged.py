@@ -21,8 +21,8 @@ class RankWorkspace(NamedTuple):
     """Scratch of ``rank``, allocated once. ``T`` is the room for tiles, whose places are those of ``TileIndex``.
 
     Attributes:
-        means: ``[Hq, T, D]``, mean queries in the model's type.
-        near: float32 ``[Hq, T]``, natural logarithm of what a mean query pays to sinks and window.
+        means: ``[Hq * parts, T, D]``, mean queries in the model's type; those of a head's parts lie together.
+        near: float32 ``[Hq * parts, T]``, natural logarithm of what a mean query pays to sinks and window.
     """
 
     means: Tensor
@@ -31,7 +31,7 @@ class RankWorkspace(NamedTuple):
 
 def allocate_rank(
     max_rows: int, num_requests: int, num_query_heads: int, head_size: int, block_q_min: int, dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str, parts: int = 1,
 ) -> RankWorkspace:  # fmt: skip
     """Room for the tiles of a round.
 
@@ -43,11 +43,12 @@ def allocate_rank(
         block_q_min: the smallest tiles that will be used.
         dtype: of the queries.
         device: device.
+        parts: of a tile, at most.
     """
     tiles = TileIndex.tiles_of(block_q_min, max_rows, num_requests)
     return RankWorkspace(
-        torch.empty(num_query_heads, tiles, head_size, dtype=dtype, device=device),
-        torch.empty(num_query_heads, tiles, dtype=torch.float32, device=device),
+        torch.empty(num_query_heads * parts, tiles, head_size, dtype=dtype, device=device),
+        torch.empty(num_query_heads * parts, tiles, dtype=torch.float32, device=device),
     )
 
 
@@ -63,8 +64,11 @@ def check_rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace
     heads, tiles, size = workspace.means.shape
     if workspace.means.dtype != q.dtype or workspace.means.device != q.device:
         raise ValueError(f"workspace is of {workspace.means.dtype} on {workspace.means.device}, q is not")
-    if (heads, size) != tuple(q.shape[1:]):
-        raise ValueError(f"workspace is for {heads} query heads of size {size}, q has {q.shape[1]} of {q.shape[2]}")
+    wanted = q.shape[1] * index.pattern.parts
+    if (heads, size) != (wanted, q.shape[2]):
+        raise ValueError(
+            f"workspace is for {heads} mean queries of size {size} a tile, expected {wanted} of {q.shape[2]}"
+        )
     if tiles < index.bits.shape[1]:
         raise ValueError(f"workspace has room for {tiles} tiles, index for {index.bits.shape[1]}")
     check_device("q", q)

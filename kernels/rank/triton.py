@@ -4,9 +4,9 @@
 """Keys that the tiles of a round list, over a paged cache, for CUDA devices.
 
 Three kernels: mean queries; what they pay to sinks and window; and one pass over the keys. In that pass a program holds
-a block of keys and goes through the tiles that may list them, one query head of the group after the other: the largest
-score over the group is then a maximum of registers, groups need no padding, and the scattered cache is read once. 32
-marks become a word within four lanes.
+a block of keys and goes through the tiles that may list them, one mean query of each after the other, of all parts and
+query heads of the group: the largest score of these is then a maximum of registers, groups need no padding, and the
+scattered cache is read once. 32 marks become a word within four lanes.
 """
 
 from __future__ import annotations
@@ -51,18 +51,20 @@ def _no_bits(p_bars, i_r, i_h, HEADS: tl.constexpr):
 @triton.jit(do_not_specialize=["room"])
 def _means_kernel(
     p_q, p_means, p_bars, p_row_start, p_row_end, p_seq_len, stride_row, stride_head, room,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The mean query of one tile and query head."""
-    i_t, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The mean query of one part of a tile and query head; zeros where the part has no rows."""
+    i_t, i_q, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_h, i_p = i_q // PARTS, i_q % PARTS
     row_start, rows, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
     if i_t >= count:
         return
     if _no_bits(p_bars, i_r, i_h // GROUP, HEADS):
         return
-    start = tl.maximum((tile + i_t) * BLOCK_Q - (n - rows), 0)
-    end = tl.minimum((tile + i_t + 1) * BLOCK_Q - (n - rows), rows)
+    low = (tile + i_t) * BLOCK_Q - (n - rows)
+    start = tl.maximum(low + i_p * PART, 0)
+    end = tl.minimum(low + tl.minimum((i_p + 1) * PART, BLOCK_Q), rows)
     o_d = tl.arange(0, BD)
     b_sum = tl.zeros([ROWS, BD], tl.float32)
     for i in range(start, end, ROWS):
@@ -71,8 +73,8 @@ def _means_kernel(
         # [ROWS, BD]
         b_q = tl.load(p_row + o_d[None, :], mask=(o_m < end)[:, None] & (o_d < D)[None, :], other=0.0)
         b_sum += b_q.to(tl.float32)
-    b_mean = tl.sum(b_sum, 0) / (end - start).to(tl.float32)
-    p_mean = p_means + (i_h.to(tl.int64) * room + place + i_t) * D
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(end - start, 1).to(tl.float32)
+    p_mean = p_means + (i_q.to(tl.int64) * room + place + i_t) * D
     tl.store(p_mean + o_d, b_mean.to(p_means.dtype.element_ty), mask=o_d < D)
 
 
@@ -80,13 +82,16 @@ def _means_kernel(
 def _near_kernel(
     p_means, p_near, p_bars, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_k_scale, log2_scale,
     stride_block, stride_head, stride_token, stride_table, room, reach, sinks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
-    UPCAST: tl.constexpr, LOG2E: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, PACK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp over sinks and window of ``BM // PACK`` neighbouring tiles."""
+    """Log-sum-exp over sinks and window of ``BM // PACK`` neighbouring tiles; huge for a part without rows.
+
+    ``GROUP``: mean queries of a tile and KV head, which are the parts of every query head of its group.
+    """
     i_t, i_h, i_r = tl.program_id(0) * (BM // PACK), tl.program_id(1), tl.program_id(2)
-    _, _, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
+    _, rows, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
     if i_t >= count:
         return
     if _no_bits(p_bars, i_r, i_h, HEADS):
@@ -125,6 +130,10 @@ def _near_kernel(
         b_sum = b_sum * tl.math.exp2(b_max - b_next) + tl.sum(tl.math.exp2(b_s - b_next[:, None]), 1)
         b_max = b_next
     b_near = (b_max + tl.math.log2(tl.where(m_m, b_sum, 1.0))) / LOG2E
+    if PARTS > 1:
+        b_low = (tile + b_t) * BLOCK_Q + o_m % PACK % PARTS * PART
+        b_high = tl.minimum(tl.minimum(b_low + PART, (tile + b_t + 1) * BLOCK_Q), n)
+        b_near = tl.where(tl.maximum(b_low, n - rows) < b_high, b_near, 1e30)
     tl.store(p_near + b_place, b_near, mask=m_m)
 
 
@@ -135,7 +144,7 @@ def _marks_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Words of one block of keys for all tiles that may list one of them."""
+    """Words of one block of keys for all tiles that may list one of them. ``GROUP``: as for ``_near_kernel``."""
     i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, _, n, tile, count, place = _tiles_of(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q)
     # No window of an earlier tile begins behind the first key of the block.
@@ -181,13 +190,15 @@ def means_and_near(
 ) -> None:
     """Mean queries, and what they pay to sinks and window. Arguments are as for ``rank``."""
     heads, size, pattern = kv.num_kv_heads, kv.head_size, index.pattern
-    group, room, block_q = q.shape[1] // heads, workspace.near.shape[1], pattern.block_q
+    room, block_q, parts = workspace.near.shape[1], pattern.block_q, pattern.parts
+    group = q.shape[1] // heads * parts  # mean queries of a tile
     tiles = cdiv(batch.max_rows - 1, block_q) + 1  # of a request, at most
     rounds = batch.row_start, batch.row_end, batch.seq_len
     launch(
-        _means_kernel, (tiles, q.shape[1], batch.num_requests),
+        _means_kernel, (tiles, q.shape[1] * parts, batch.num_requests),
         (q, workspace.means, index.bars, *rounds, q.stride(0), q.stride(1), room),
-        HEADS=heads, GROUP=group, BLOCK_Q=block_q, ROWS=ROWS, D=size, BD=padded(size),
+        HEADS=heads, GROUP=q.shape[1] // heads, PARTS=parts, PART=pattern.part_positions, BLOCK_Q=block_q, ROWS=ROWS,
+        D=size, BD=padded(size),
     )  # fmt: skip
     pack = next_power_of_2(group)
     wide = q.element_size() > 2
@@ -199,7 +210,8 @@ def means_and_near(
             scale * LOG2E, *kv.cache.stride()[:3], kv.block_table.stride(0), room, pattern.reach, pattern.sink_keys,
         ),
         num_stages=1 if wide else 2,
-        HEADS=heads, GROUP=group, PACK=pack, BM=block_m, BN=NEAR_KEYS // 2 if wide else NEAR_KEYS, D=size,
+        HEADS=heads, GROUP=group, PARTS=parts, PART=pattern.part_positions, PACK=pack, BM=block_m,
+        BN=NEAR_KEYS // 2 if wide else NEAR_KEYS, D=size,
         BD=padded(size), BLOCK_Q=block_q, BLOCK_K=pattern.block_k, BLOCK_SIZE=kv.block_size,
         SCALED=kv.k_scale is not None, UPCAST=is_interpreted() and q.dtype == torch.bfloat16, LOG2E=LOG2E,
     )  # fmt: skip
@@ -232,8 +244,8 @@ def marks(
             workspace.near.shape[1], bits.shape[1], bits.shape[2], index.pattern.reach,
         ),
         num_warps=config.num_warps, num_stages=config.num_stages,
-        HEADS=heads, GROUP=q.shape[1] // heads, BM=config.block_m, BN=config.block_n, D=size, BD=padded(size),
-        BLOCK_Q=index.pattern.block_q, BLOCK_SIZE=kv.block_size, SCALED=kv.k_scale is not None,
+        HEADS=heads, GROUP=q.shape[1] // heads * index.pattern.parts, BM=config.block_m, BN=config.block_n, D=size,
+        BD=padded(size), BLOCK_Q=index.pattern.block_q, BLOCK_SIZE=kv.block_size, SCALED=kv.k_scale is not None,
         UPCAST=is_interpreted() and q.dtype == torch.bfloat16,
     )  # fmt: skip
 

@@ -59,6 +59,7 @@ from vllm_vsprefill.kernels.select import triton as select_module
 from vllm_vsprefill.kernels.select.paged import allocate_select
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
+from vllm_vsprefill.prefill.tiles import MOST_CHANNELS
 
 # Bytes of shared memory that a program can have, by compute capability.
 LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -148,8 +149,8 @@ def _index(block_q: int = 16, block_k: int = 4) -> Index:
     return allocate_index(1, HEADS, SEQ_LEN, pattern, "cpu")
 
 
-def _tile_index(block_q: int = 16) -> TileIndex:
-    pattern = SparsePattern(block_q=block_q, block_k=16)
+def _tile_index(block_q: int = 16, parts: int = 1) -> TileIndex:
+    pattern = SparsePattern(block_q=block_q, block_k=16, parts=parts)
     return allocate_tiles(1, HEADS, ROWS, [(pattern, SEQ_LEN)], "cpu").view(pattern, ROWS, 1, SEQ_LEN)
 
 
@@ -193,18 +194,18 @@ def recall(size: int, dtype: str, group: int) -> None:
     recall_module.recall(q, kv, batch, _index(), workspace, torch.zeros(2), scale=0.1)
 
 
-def price(size: int, dtype: str, group: int) -> None:
+def price(size: int, dtype: str, group: int, parts: int = 1) -> None:
     kv, q = _paged(size, dtype, group)
-    index = _tile_index(16)
-    workspace = allocate_price(1, group * HEADS, HEADS, size, SEQ_LEN, 64, q.dtype, "cpu")
+    index = _tile_index(16, parts)
+    workspace = allocate_price(1, group * HEADS, HEADS, size, SEQ_LEN, 64, q.dtype, "cpu", parts)
     price_module.price(q, kv, Batch.from_lists([ROWS], [SEQ_LEN]), index, workspace, scale=0.1, price=0.02)
 
 
-def rank(size: int, dtype: str, group: int, block_q: int) -> None:
+def rank(size: int, dtype: str, group: int, block_q: int, parts: int = 1) -> None:
     kv, q = _paged(size, dtype, group)
-    workspace = allocate_rank(ROWS, 1, group * HEADS, size, block_q, q.dtype, "cpu")
+    workspace = allocate_rank(ROWS, 1, group * HEADS, size, block_q, q.dtype, "cpu", parts)
     batch = Batch.from_lists([ROWS], [SEQ_LEN])
-    rank_module.rank(q, kv, batch, _tile_index(block_q), workspace, scale=0.1)
+    rank_module.rank(q, kv, batch, _tile_index(block_q, parts), workspace, scale=0.1)
 
 
 def mass(size: int, dtype: str, group: int) -> None:
@@ -258,6 +259,7 @@ def cases(everything: bool) -> Iterator[Case]:
             for size in (128, 256):
                 yield capability, "price", {"size": size, "dtype": "bf16", "group": 4}
                 yield capability, "rank", {"size": size, "dtype": "bf16", "group": 16, "block_q": 20}
+            yield capability, "price", {"size": 128, "dtype": "bf16", "group": 16, "parts": 2}
             yield capability, "mass", {"size": 256, "dtype": "fp32", "group": 16}
         for capability in (86, 120):
             yield capability, "attend", {"size": 128, "dtype": "bf16", "group": 4, "block_q": 16}
@@ -277,6 +279,8 @@ def cases(everything: bool) -> Iterator[Case]:
             yield capability, "sampled", {**shape, "group": group}
             yield capability, "recall", {**shape, "group": group}
             yield capability, "price", {**shape, "group": group}
+            if size <= MOST_CHANNELS:
+                yield capability, "price", {**shape, "group": group, "parts": 2}
             yield capability, "rank", {**shape, "group": group, "block_q": 20}
             if not fp8:  # these read the keys of a calibration run, not a cache
                 yield capability, "mass", {**shape, "group": group}

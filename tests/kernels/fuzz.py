@@ -197,6 +197,7 @@ def draw_pattern(rng: random.Random, config: Params, dense_last: tuple[int, ...]
         window=rng.choice([0, 1, 2, block_q, block_k, rng.randint(0, 100), min(700, reach), reach + 1]),
         sinks=rng.choice([0, 1, block_k, 5, 64, rng.randint(0, min(reach, 400))]),
         dense_last=rng.choice(dense_last),
+        parts=config.get("parts", 1),
     )
 
 
@@ -658,6 +659,7 @@ SCORE_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 def draw_chain(rng: random.Random, tiny: bool) -> Params:
     config = draw_tiles(rng, tiny)
     config["priced_rows"] = rng.choice((1, 7, 16) if tiny else (1, 13, 16, 32, 64))
+    config["parts"] = rng.choice((1, 2))
     return config
 
 
@@ -701,8 +703,8 @@ def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: C
     requests, longest, num_rows = batch.num_requests, batch.max_seq_len, max(total, batch.max_rows)
     storage = allocate_tiles(requests, heads, num_rows, [(pattern, longest)], DEVICE)
     query_heads, count = heads * config["group"], config["priced_rows"]
-    prices = allocate_price(requests, query_heads, heads, size, longest, count, dtype, DEVICE)
-    ranks = allocate_rank(num_rows, requests, query_heads, size, pattern.block_q, dtype, DEVICE)
+    prices = allocate_price(requests, query_heads, heads, size, longest, count, dtype, DEVICE, pattern.parts)
+    ranks = allocate_rank(num_rows, requests, query_heads, size, pattern.block_q, dtype, DEVICE, pattern.parts)
     for part in (*storage, *prices, *ranks):
         if isinstance(part, Tensor):
             part.fill_(float("nan") if part.is_floating_point() else 2**31 - 1)

@@ -37,10 +37,16 @@ class Priced:
             scores, probs = [], []
             for head in range(self.heads):
                 heads = slice(head * group, (head + 1) * group)
-                mean = q[max(start - first, 0) : end - first, heads].mean(0).to(rounding).double()
-                logits = mean @ k[:end, head].T * scale
-                near = torch.cat((logits[:, : min(pattern.sink_keys, window)], logits[:, window:]), 1)
-                scores.append((logits - near.logsumexp(1, keepdim=True)).amax(0)[self.places[-1]])
+                best = torch.full((end,), -math.inf, dtype=torch.float64)
+                for part in range(start, end, -(-pattern.block_q // pattern.parts)):
+                    low, high = max(part, first), min(part - (-pattern.block_q // pattern.parts), end)
+                    if low >= high:
+                        continue
+                    mean = q[low - first : high - first, heads].mean(0).to(rounding).double()
+                    logits = mean @ k[:end, head].T * scale
+                    near = torch.cat((logits[:, : min(pattern.sink_keys, window)], logits[:, window:]), 1)
+                    best = torch.maximum(best, (logits - near.logsumexp(1, keepdim=True)).amax(0))
+                scores.append(best[self.places[-1]])
                 probs.append((q[row, heads] @ k[: position + 1, head].T * scale).softmax(1))
             self.scores.append(scores)
             self.probs.append(probs)

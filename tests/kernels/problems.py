@@ -153,6 +153,7 @@ def patterns(draw: st.DrawFn) -> SparsePattern:
         window=draw(st.sampled_from([0, 1, 2, 9, 16, 50])),
         sinks=draw(st.sampled_from([0, 1, 3, 16, 100])),
         dense_last=draw(st.sampled_from([0, 1, 5, 64])),
+        parts=draw(st.sampled_from([1, 2, 3])),
     )
 
 

@@ -25,10 +25,13 @@ def score_of(q: Tensor, k: Tensor, head: int, tile: int, key: int, scale: float,
     sinks = -(-pattern.sinks // pattern.block_k) * pattern.block_k
     near = [p for p in range(first + rows[-1] + 1) if p < sinks or p >= start]
     best = -math.inf
-    for one in range(head * group, (head + 1) * group):
-        mean = torch.stack([q[row, one] for row in rows]).mean(0)
-        unit = math.log(sum(math.exp(scale * float(mean @ k[p, head])) for p in near))
-        best = max(best, scale * float(mean @ k[key, head]) - unit)
+    size = -(-pattern.block_q // pattern.parts)
+    for part in range(pattern.parts):
+        some = [row for row in rows if (first + row) % pattern.block_q // size == part]
+        for one in range(head * group, (head + 1) * group) if some else ():
+            mean = torch.stack([q[row, one] for row in some]).mean(0)
+            unit = math.log(sum(math.exp(scale * float(mean @ k[p, head])) for p in near))
+            best = max(best, scale * float(mean @ k[key, head]) - unit)
     return best
 
 
@@ -38,7 +41,7 @@ def test_equals_the_definition(seed: int) -> None:
     torch.manual_seed(seed)
     pattern = SparsePattern(
         block_q=rng.choice([1, 5, 8, 16]), block_k=rng.choice([1, 4]), window=rng.choice([0, 1, 7, 16]),
-        sinks=rng.choice([0, 3, 8]), dense_last=0,
+        sinks=rng.choice([0, 3, 8]), dense_last=0, parts=1 + seed % 3,
     )  # fmt: skip
     n, heads, group, scale = rng.randint(20, 60), 2, rng.choice([1, 3]), rng.choice([0.2, 0.7])
     q = torch.randn(rng.randint(1, n), heads * group, 8, dtype=torch.float64)
@@ -66,7 +69,7 @@ def test_cpu_equals_the_reference(seed: int) -> None:
     torch.manual_seed(seed)
     pattern = SparsePattern(
         block_q=rng.choice([1, 7, 16, 20, 128]), block_k=rng.choice([1, 4, 16]), window=rng.choice([0, 1, 33, 100]),
-        sinks=rng.choice([0, 3, 40, 200]), dense_last=0,
+        sinks=rng.choice([0, 3, 40, 200]), dense_last=0, parts=1 + seed % 3,
     )  # fmt: skip
     n, heads, group, size = rng.randint(1, 400), rng.randint(1, 3), rng.choice([1, 3, 6, 40]), rng.choice([8, 64])
     dtype, margin = rng.choice([(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 5e-3)])

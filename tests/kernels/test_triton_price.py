@@ -49,8 +49,10 @@ def room(problem: PagedProblem, num_rows: int) -> tuple[TileIndex, PriceWorkspac
     index.bars.fill_(UNTOUCHED)
     index.density.fill_(UNTOUCHED)
     _, query_heads, size = problem.q.shape
-    workspace = allocate_price(requests, query_heads, heads, size, longest, num_rows, problem.q.dtype, DEVICE)
-    for tensor in workspace[:-1]:
+    workspace = allocate_price(
+        requests, query_heads, heads, size, longest, num_rows, problem.q.dtype, DEVICE, pattern.parts
+    )
+    for tensor in workspace[:-2]:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 123456)
     return index, workspace
 
@@ -90,7 +92,7 @@ def test_choices_cost_little_more_than_the_best(seed: int) -> None:
     rows = [rng.choice([1, rng.randint(1, n), n]) for n in seq_lens]
     pattern = SparsePattern(
         block_q=rng.choice([1, 16, 20, 50]), block_k=rng.choice([1, 4, 16]), window=rng.choice([0, 30]),
-        sinks=rng.choice([0, 8]), dense_last=0,
+        sinks=rng.choice([0, 8]), dense_last=0, parts=1 + seed % 2,
     )  # fmt: skip
     problem = make_paged(
         seq_lens=seq_lens, rows=rows, pattern=pattern, heads=rng.randint(1, 3), group=rng.choice([1, 2, 3, 7]),
@@ -273,6 +275,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^num_rows"):
         allocate_price(1, 8, 2, 64, 2**20, 2048, q.dtype, DEVICE)
     for wrong in (
+        allocate_price(1, 8, 2, 64, 60, 8, q.dtype, DEVICE, 2),
         allocate_price(1, 8, 2, 32, 60, 8, q.dtype, DEVICE), allocate_price(1, 8, 1, 64, 60, 8, q.dtype, DEVICE),
         allocate_price(1, 8, 2, 64, 60, 8, torch.float16, DEVICE), allocate_price(1, 2, 2, 64, 60, 64, q.dtype, DEVICE),
     ):  # fmt: skip

@@ -39,7 +39,14 @@ def tiles_for(problem: PagedProblem, bars: list[float]) -> tuple[TileIndex, Rank
     for i in range(requests * heads):
         index.bars[i // heads, i % heads] = bars[i % len(bars)]
     workspace = allocate_rank(
-        total, requests, problem.q.shape[1], problem.q.shape[2], problem.pattern.block_q, problem.q.dtype, DEVICE
+        total,
+        requests,
+        problem.q.shape[1],
+        problem.q.shape[2],
+        problem.pattern.block_q,
+        problem.q.dtype,
+        DEVICE,
+        problem.pattern.parts,
     )
     for tensor in workspace:
         tensor.fill_(float("nan"))
@@ -61,7 +68,7 @@ def random_problem(seed: int, **fixed: object) -> PagedProblem:
     block_q = rng.choice([1, 7, 16, 20, 64])
     pattern = SparsePattern(
         block_q=block_q, block_k=rng.choice([1, 4, 16]), window=rng.choice([0, 1, 5, 40]),
-        sinks=rng.choice([0, 1, 16, 40]), dense_last=0,
+        sinks=rng.choice([0, 1, 16, 40]), dense_last=0, parts=1 + seed // 2 % 3,
     )  # fmt: skip
     seq_lens = [rng.choice([rng.randint(1, 250), 128, 129]) for _ in range(rng.randint(1, 3))]
     most = 30 if block_q == 1 else 250
@@ -179,7 +186,7 @@ def test_bad_arguments_are_named() -> None:
         check_rank(q, kv, batch, index._replace(bits=index.bits[:1]), workspace, 1.0)
     with pytest.raises(ValueError, match=r"^workspace has room for 1 tiles"):
         check_rank(q, kv, batch, index, workspace._replace(means=workspace.means[:, :1]), 1.0)
-    with pytest.raises(ValueError, match=r"^workspace is for 1 query heads"):
+    with pytest.raises(ValueError, match=r"^workspace is for 1 mean queries"):
         check_rank(q, kv, batch, index, workspace._replace(means=workspace.means[:1]), 1.0)
     with pytest.raises(ValueError, match=r"^workspace is of"):
         check_rank(q, kv, batch, index, workspace._replace(means=workspace.means.half()), 1.0)

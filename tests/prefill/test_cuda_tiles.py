@@ -7,6 +7,7 @@ The kernels take the place of the references in ``tests/backends/test_cuda_layer
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -106,6 +107,12 @@ def test_tiles_fill_a_program_and_grow_with_the_sequence(group: int, positions: 
     assert [limit for _, limit in tiling.patterns] == [LONGER[0], 131072]
     assert tiling.of(LONGER[0]).block_q == positions
     assert tiling.of(131072).block_q == 2 * positions
+
+
+def test_large_heads_and_groups_have_tiles_of_one_part() -> None:
+    pattern = dataclasses.replace(PATTERN, parts=2)
+    for heads, parts in (((12, 2, 128), 2), ((32, 2, 128), 2), ((34, 2, 128), 1), ((12, 2, 192), 1)):
+        assert {p.parts for p, _ in Tiling(pattern, Heads(*heads), 131072).patterns} == {parts}
 
 
 def test_requests_with_other_tiles_are_another_round() -> None:

@@ -24,6 +24,10 @@ from vllm_vsprefill.tuning import PlatformTuning
 PIECE_ROWS = 128
 """Rows, positions times heads of a group, that a program of ``attend_tiles`` multiplies at a time."""
 
+MOST_MEANS, MOST_CHANNELS = 32, 128
+"""Mean queries of a tile and KV head, and their channels, where tiles have parts: a program of ``price`` multiplies all
+of them at a time. Of larger heads and groups tiles have one part."""
+
 LONGER = (65536, 262144)
 """Tokens of the sequence beyond which a tile has twice the positions: ranking costs rows times keys by positions of a
 tile, and lists are read by more than one program then."""
@@ -47,6 +51,8 @@ class Tiling:
 
     def __init__(self, pattern: SparsePattern, heads: Heads, max_seq_len: int, *, fixed: bool = False) -> None:
         group = heads.num_heads // heads.num_kv_heads
+        most = MOST_MEANS // group if heads.head_size <= MOST_CHANNELS else 1
+        pattern = dataclasses.replace(pattern, parts=max(1, min(pattern.parts, most)))
         limits = [*(limit for limit in LONGER if limit < max_seq_len), max_seq_len]
         if fixed:
             self._patterns = [(pattern, max_seq_len)]
@@ -120,16 +126,17 @@ class TileBuffers(RoundBuffers):
         requests = max(1, min(MAX_REQUESTS, max_num_seqs, max_tokens // MIN_ROWS))
         heads = shape.heads
         smallest = min(pattern.block_q for pattern, _ in tiling.patterns)
+        parts = tiling.patterns[0][0].parts
         return cls(
             requests,
             tiling=tiling,
             storage=allocate_tiles(requests, heads.num_kv_heads, max_tokens, tiling.patterns, device),
             price=allocate_price(
                 requests, heads.num_heads, heads.num_kv_heads, heads.head_size, shape.max_seq_len, shape.priced_rows,
-                shape.dtype, device,
+                shape.dtype, device, parts,
             ),
             rank=allocate_rank(
-                max_tokens, requests, heads.num_heads, heads.head_size, smallest, shape.dtype, device
+                max_tokens, requests, heads.num_heads, heads.head_size, smallest, shape.dtype, device, parts
             ),
             **round_buffers(shape.num_layers, device),
         )  # fmt: skip
