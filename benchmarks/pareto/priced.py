@@ -27,6 +27,7 @@ class Priced:
         price: squared relative output error of a layer that all pairs of one KV head are worth.
         window, sinks: kept in any case.
         tile: rows of a tile.
+        parts: of a tile, with a mean query each.
         rows: rows whose true attention is looked at.
         unit: what a key's score is relative to: attention to sinks and window (``near``), to all keys (``all``), or to
             the near keys and to every eighth of the others, taken eight times (``some``).
@@ -39,6 +40,7 @@ class Priced:
     window: int = 256
     sinks: int = 64
     tile: int = 16
+    parts: int = 1
     rows: int = 64
     unit: Literal["near", "all", "some"] = "near"
     group: Literal["mean", "max"] = "max"
@@ -67,9 +69,7 @@ class Priced:
         """float32 ``[Hkv, tiles, n]``."""
         heads, group = chunk.k.shape[0], chunk.group
         scores = torch.empty(heads, chunk.blocks, chunk.seq_len, device=chunk.device)
-        size = (chunk.ends - chunk.starts).clamp(min=1)[:, None]
-        padded = torch.nn.functional.pad(chunk.q.float(), (0, 0, 0, chunk.blocks * self.tile - chunk.rows))
-        mean = (padded.unflatten(1, (-1, self.tile)).sum(2) / size).to(chunk.q.dtype)
+        means = self._means(chunk)
         counted = ~hidden if self.unit == "all" else near
         if self.unit == "some":
             far = ~near & ~hidden & (chunk.positions % 8 == 3)
@@ -78,18 +78,30 @@ class Priced:
         for h in range(heads):
             found = torch.zeros(()) if self.group == "mean" else torch.full((), -torch.inf)
             found = found.to(chunk.device)
-            for g in range(group):
-                logits = products(mean[h * group + g], chunk.k[h]) * chunk.scale
+            for mean, there in ((mean[h * group + g], there) for mean, there in means for g in range(group)):
+                logits = products(mean, chunk.k[h]) * chunk.scale
                 units = logits + weight if self.unit == "some" else logits
                 unit = units.masked_fill(~counted, float("-inf")).logsumexp(-1, keepdim=True)
-                one = logits - unit
+                one = torch.where(there, logits - unit, float("-inf"))
                 if self.group == "mean":
-                    one = one.exp() / group
+                    one = one.exp() / (group * self.parts)
                     found = found + one
                 else:
                     found = torch.maximum(found, one)
             scores[h] = found.log() if self.group == "mean" else found
         return scores
+
+    def _means(self, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
+        """For each part of a tile: its mean queries ``[Hq, tiles, D]``, and ``[tiles, 1]`` whether it has rows."""
+        part = -(-self.tile // self.parts)
+        padded = torch.nn.functional.pad(chunk.q.float(), (0, 0, 0, chunk.blocks * self.tile - chunk.rows))
+        rows = padded.unflatten(1, (-1, self.tile))
+        found = []
+        for first in range(0, self.tile, part):
+            size = ((chunk.ends - chunk.starts).clamp(max=first + part) - first)[:, None]
+            mean = (rows[:, :, first : first + part].sum(2) / size.clamp(min=1)).to(chunk.q.dtype)
+            found.append((mean, size > 0))
+        return found
 
     def _sets(self, chunk: Chunk, scores: Tensor, wanted: Tensor) -> Sets:
         """What each step of the ladder lists."""

@@ -89,7 +89,8 @@ def test_metrics_of_a_layer(make_layer: Any) -> None:
 
 
 def test_metrics_of_a_layer_with_lists_of_tiles(make_layer: Any) -> None:
-    layer = make_layer("priced")
+    layer = make_layer("priced", {"tile_parts": 2})
+    assert layer.impl._runtime.pattern.parts == 2
     request = layer.request(900, 2)
     expected = 0.0
     for rows in (600, 300, 1):

@@ -340,8 +340,8 @@ def test_warming_up_comes_by_all_kinds_of_tiles(make_layer: Any, monkeypatch: py
 
 @pytest.mark.parametrize("group", [3, 7])
 def test_tiles_of_no_power_of_two(make_layer: Any, group: int) -> None:
-    """What the platform takes for groups that do not divide a program's rows: 42 and 18 positions."""
-    layer = make_layer("priced", {"block_q": None}, num_heads=2 * group)
+    """What the platform takes for groups that do not divide a program's rows: 42 positions, and 18 in two parts."""
+    layer = make_layer("priced", {"block_q": None, "tile_parts": 1 + group // 4}, num_heads=2 * group)
     tiling = layer.impl._runtime.prefill_on(layer.device).buffers.tiling
     assert tiling.of(300).block_q == {3: 42, 7: 18}[group]
     request = layer.request(330)

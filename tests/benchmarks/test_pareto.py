@@ -308,7 +308,8 @@ def test_a_row_keeps_its_own_keys(lists: Any) -> None:
     assert float(found.pairs) == pytest.approx(float(mask.sum()) / 4)
 
 
-def test_priced_is_what_the_operations_compute() -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_priced_is_what_the_operations_compute(parts: int) -> None:
     """The line of the plot that stands for the backend, against the operations themselves."""
     from benchmarks.pareto.priced import Priced
     from vllm_vsprefill.kernels.price.naive import price
@@ -319,9 +320,9 @@ def test_priced_is_what_the_operations_compute() -> None:
     q, k, v = (torch.randn(shape, generator=rng) for shape in ((4, 96, 16), (2, 384, 16), (2, 384, 16)))
     q *= 2.0
     chunk = Chunk(0, q, k, v, 0.25, 16)
-    pattern = SparsePattern(block_q=16, block_k=1, window=32, sinks=8, dense_last=0)
+    pattern = SparsePattern(block_q=16, block_k=1, window=32, sinks=8, dense_last=0, parts=parts)
     for cost in (0.5, 1.0, 3.0):
-        kept = Priced(price=cost, window=32, sinks=8).keep(chunk).keys
+        kept = Priced(price=cost, window=32, sinks=8, parts=parts).keep(chunk).keys
         rows = (x.transpose(0, 1) for x in (q, k, v))
         query, key, value = rows
         bars = price(query, key, value, scale=0.25, pattern=pattern, price=cost)
