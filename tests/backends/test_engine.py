@@ -422,6 +422,8 @@ def ranks(
         options = {**SPARSE, "checkpoint": str(random_indexer)} if price is None else {**SPARSE, "price": price}
         environ = {
             **os.environ,
+            # The engine in the process that asks, with one rank the worker, too: each process starts for seconds.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(size))),
         }
