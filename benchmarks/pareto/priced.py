@@ -33,6 +33,8 @@ class Priced:
             the near keys and to every eighth of the others, taken eight times (``some``).
         group: mean or max over the query heads of a KV head.
         bars: False keeps the same number of keys in every tile instead of all above one bar.
+        prior: ``ideal`` adds to a key's scores, whatever the tile, the logarithm of how much more true attention the
+            chunk's rows pay to it than its scores say: what an indexer that rates keys could add at best.
         sketch: dimensions of the random projection in which errors are measured; 0: none, exact.
     """
 
@@ -45,6 +47,7 @@ class Priced:
     unit: Literal["near", "all", "some"] = "near"
     group: Literal["mean", "max"] = "max"
     bars: bool = True
+    prior: Literal["none", "ideal"] = "none"
     sketch: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class Priced:
         hidden = chunk.positions >= chunk.ends[:, None]
         wanted = ~near & ~hidden
         scores = self._scores(chunk, near, hidden)
+        if self.prior == "ideal":
+            scores += self._prior(chunk, scores, wanted, hidden)[:, None]
         keys = near.expand(len(scores), -1, -1).clone()
         sets = self._sets(chunk, scores, wanted)
         best = self._best(chunk, near, wanted, sets)
@@ -90,6 +95,13 @@ class Priced:
                     found = torch.maximum(found, one)
             scores[h] = found.log() if self.group == "mean" else found
         return scores
+
+    def _prior(self, chunk: Chunk, scores: Tensor, wanted: Tensor, hidden: Tensor) -> Tensor:
+        """float32 ``[Hkv, n]``, at most 4 either way; keys that hardly anybody looks at are left alone."""
+        size = (chunk.ends - chunk.starts)[:, None]
+        true = (chunk.true_mass() / size).masked_fill_(~wanted, 0.0).sum(1)
+        said = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill_(~wanted, 0.0).sum(1)
+        return ((true + 1e-5) / (said + 1e-5)).log().clamp(-4.0, 4.0)
 
     def _means(self, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
         """For each part of a tile: its mean queries ``[Hq, tiles, D]``, and ``[tiles, 1]`` whether it has rows."""

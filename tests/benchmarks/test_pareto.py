@@ -308,6 +308,25 @@ def test_a_row_keeps_its_own_keys(lists: Any) -> None:
     assert float(found.pairs) == pytest.approx(float(mask.sum()) / 4)
 
 
+def test_an_ideal_prior_finds_what_means_hide() -> None:
+    """Keys that the two halves of each tile want and dislike by turns: their mean query says nothing of them."""
+    from benchmarks.pareto.priced import Priced
+
+    c = chunk(rows=96, n=384, block=16, seed=3)
+    c.q[..., 0], c.k[..., 0] = 0.0, 0.0
+    c.q[:, :, 0] = torch.where(torch.arange(96) % 16 < 8, 8.0, -8.0)
+    hidden_keys = torch.arange(40, 300, 20)
+    c.k[:, hidden_keys, 0] = 6.0
+    method = Priced(window=32, sinks=8)
+    near, hidden = c.nearby(32, 8), c.positions >= c.ends[:, None]
+    prior = method._prior(c, method._scores(c, near, hidden), ~near & ~hidden, hidden)
+    others = torch.ones(384, dtype=torch.bool)
+    others[hidden_keys] = False
+    assert prior[:, hidden_keys].min() > prior[:, others].max()
+    kept = Priced(price=1e9, window=32, sinks=8, prior="ideal").keep(c).keys
+    assert torch.equal(kept, near.expand_as(kept))  # where every key is too dear, a prior brings none
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_priced_is_what_the_operations_compute(parts: int) -> None:
     """The line of the plot that stands for the backend, against the operations themselves."""
