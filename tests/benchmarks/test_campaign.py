@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.campaign import read_steps
+from vllm_vsprefill.eval.settings import chosen
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -97,5 +98,9 @@ def test_plans_of_the_repository_can_be_read() -> None:
             if step.command[1] == "-m":
                 module = HERE / step.command[2].replace(".", "/")
                 assert step.command[2] == "pytest" or module.is_dir() or module.with_suffix(".py").is_file()
+            if "--compare" in step.command:
+                names = tuple(step.command[step.command.index("--compare") + 1].split(","))
+                file = step.command[step.command.index("--settings") + 1] if "--settings" in step.command else None
+                chosen(names, None if file is None else HERE / file)
             for word in step.command:
                 assert not word.startswith("tests/") or (HERE / word).is_file(), word
