@@ -211,13 +211,18 @@ def main(
     turns: Annotated[bool, typer.Option(help="engines take turns, prompt by prompt")] = False,
     profile: Annotated[bool, typer.Option(help="time by kernel of the longest prompt, too")] = False,
 ) -> None:
-    """Measure every setting, one engine after the other or, with --turns, all in turns."""
+    """Measure every setting, one engine after the other or, with --turns, all in turns. Exit status 1 if one failed."""
     known = {**KNOWN, **json.loads(options)}
     results = Results(out)
     wanted = {name: known[name] for name in settings.split(",")}
     facts = {"model": model.name, "texts": [text.name for text in texts], "chunk": chunk, "eager": eager}
     facts |= {"turns": True} if turns else {}
-    results.update(lambda record: record.update({**environment.describe(), **facts, "settings": wanted}))
+
+    def describe(record: dict[str, Any]) -> None:
+        # The file may hold rows of other settings already.
+        record.update({**environment.describe(), **facts, "settings": {**record.get("settings", {}), **wanted}})
+
+    results.update(describe)
     tasks = [
         {
             "model": str(model),
@@ -237,12 +242,15 @@ def main(
     if turns:
         take_turns(tasks, results)
         return
+    failed = False
     for task in tasks:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump(task, file)
         status = subprocess.run([sys.executable, "-m", "benchmarks.real_ttft", "--worker", file.name]).returncode
         if status:
             results.add("failed", {"setting": task["setting"], "status": status})
+            failed = True
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

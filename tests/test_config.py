@@ -306,6 +306,9 @@ def test_lists_of_tiles_have_a_window_and_tiles_of_their_own() -> None:
         assert part in line
     assert "tau" not in line
     assert "columns" not in line
+    assert "tile_parts" not in line
+    halves = VSPrefillConfig.from_sources({"tile_parts": 2})
+    assert ["tile_parts=2" in halves.describe(by_tile) for by_tile in (None, True, False)] == [True, True, False]
     on_gpu = VSPrefillConfig.from_sources({"window": 77}).resolved(CUDA[9, 0]).for_tiles(CUDA[9, 0])
     assert (on_gpu.window, on_gpu.block_q, on_gpu.block_k) == (77, None, CUDA[9, 0].tile_k)
 

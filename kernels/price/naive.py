@@ -41,7 +41,7 @@ def sizes_of(seq_len: int) -> list[int]:
     """Keys a tile lists on average on each step but the last: the longer the sequence, the more.
 
     The step before the last is a quarter of the keys at 16,384, 32,768 and 65,536. With 4,096 whatever the length,
-    heads that wanted a few more keys than that eighth of 32,768 took all (docs/selection.md).
+    a head that wants a few more keys than that eighth of 32,768 would have to take all.
     """
     return [size << doublings(seq_len) for size in SIZES]
 

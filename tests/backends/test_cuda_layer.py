@@ -8,6 +8,7 @@ import random
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.backends.oracle import check, dense
 from tests.backends.simulator import LayerUnderTest
 from tests.kernels.interpreted import DEVICE
 from vllm_vsprefill import recall_check
-from vllm_vsprefill.backends import cuda_probe
+from vllm_vsprefill.backends import cuda_probe, cuda_runtime
 from vllm_vsprefill.kernels.price import paged as price_paged
 from vllm_vsprefill.kernels.recall import paged as recall_paged
 from vllm_vsprefill.kernels.tile_index import TileIndex
@@ -346,6 +347,17 @@ def test_tiles_of_no_power_of_two(make_layer: Any, group: int) -> None:
     assert tiling.of(300).block_q == {3: 42, 7: 18}[group]
     request = layer.request(330)
     assert [check(layer, [(request, rows)]) for rows in (181, 149)] == [(1, 0), (1, 0)]
+
+
+def test_tiles_of_large_groups_have_one_part_and_that_is_said(make_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    logger = Mock(warning_once=lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(cuda_runtime, "logger", logger)
+    for group, parts in ((16, 2), (17, 1)):
+        layer = make_layer("priced", {"block_q": None, "tile_parts": 2}, num_heads=2 * group)
+        assert layer.impl._runtime.prefill_on(layer.device).buffers.tiling.of(300).parts == parts
+        assert len(said) == 2 - parts
+    assert "not the 2 of tile_parts" in said[0]
 
 
 def test_without_dense_last_rows(make_layer: Any) -> None:

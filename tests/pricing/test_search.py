@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -68,6 +69,15 @@ def test_prices_that_change_nothing_any_more_are_not_tried() -> None:
     assert len(found) == 3
     assert found[-1].density == found[-2].density
     assert len(searched(Goal("density", 0.01), flat)) == 3
+
+
+def test_prices_that_max_density_makes_nothing_of_do_not_end_a_search() -> None:
+    dense = Measured(0.0, 1.0, 1.0, 0.0, 0.0)
+    guarded = {price: smooth(price) if price > 2 else dataclasses.replace(dense, price=price) for price in GRID}
+    for goal, price in ((Goal("top1", 50.0), GRID[-1]), (Goal("density", 0.5), min(x for x in GRID if x > 2))):
+        best = goal.best(searched(goal, guarded), FLOOR)
+        assert best is not None
+        assert best.price == price
 
 
 def test_noise_does_not_bring_a_price_that_misses_the_goal() -> None:

@@ -94,9 +94,15 @@ class CudaRuntime(Runtime):
         scheduler, model = self._config.scheduler_config, self._config.model_config
         heads = next(iter(self.layers.values())).heads
         fixed = "block_q" in self.options.model_fields_set
+        tiling = Tiling(self.pattern, heads, model.max_model_len, fixed=fixed)
+        if tiling.patterns[0][0].parts < self.pattern.parts:
+            logger.warning_once(
+                "VSPREFILL: tiles have one part, not the %d of tile_parts: too many heads a KV head, or channels.",
+                self.pattern.parts,
+            )  # fmt: skip
         return TileBuffers.allocate(
             TileShape(heads, model.dtype, model.max_model_len, len(self.layers), self.options.sampled_rows),
-            Tiling(self.pattern, heads, model.max_model_len, fixed=fixed),
+            tiling,
             max_num_seqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
             device=device,

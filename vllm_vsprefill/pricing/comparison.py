@@ -70,7 +70,7 @@ class Comparison:
     def _pass(self, attend: Attend, like: Sequence[Readings] | None) -> Iterator[tuple[int, Readings]]:
         """Readings of every sequence."""
         for number, tokens in enumerate(self.sequences):
-            with _memory(tokens):
+            with enough_memory(tokens.device, len(tokens)):
                 found = self._sequence(number, tokens, attend, None if like is None else like[number])
             yield number, found
 
@@ -91,12 +91,12 @@ class Comparison:
 
 
 @contextmanager
-def _memory(tokens: Tensor) -> Iterator[None]:
-    """Turns too little memory into a message."""
+def enough_memory(place: torch.device, length: int) -> Iterator[None]:
+    """Turns too little memory for sequences of so many tokens into a message."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise DistilError(
-            f"out of memory on {tokens.device} with a sequence of {len(tokens)} tokens; take shorter ones (--length), "
+            f"out of memory on {place} with a sequence of {length} tokens; take shorter ones (--length), "
             "shorter chunks (--chunk-lengths), or a larger device"
         ) from None

@@ -26,7 +26,7 @@ from vllm_vsprefill.fingerprint import ModelFingerprint
 from vllm_vsprefill.identity import model_name, read_identity
 from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.prefill.layer import Heads
-from vllm_vsprefill.pricing.comparison import Comparison
+from vllm_vsprefill.pricing.comparison import Comparison, enough_memory
 from vllm_vsprefill.pricing.passes import Passes
 from vllm_vsprefill.pricing.report import HEAD, Report, line_of
 from vllm_vsprefill.pricing.search import STEPS, Goal, Measured, search
@@ -109,7 +109,9 @@ def calibrate(command: CalibrateCommand, say: Callable[[str], None]) -> None:
     passes = Passes(model, longest, layers.covered)
     tiles: Tiles = ContiguousTiles(served)
     if place.type == "cuda":
-        tiles = PagedTiles(served, max(chunk or longest for chunk in chunks), next(model.parameters()).dtype, place)
+        most, dtype = max(chunk or longest for chunk in chunks), next(model.parameters()).dtype
+        with enough_memory(place, longest):
+            tiles = PagedTiles(served, most, dtype, place)
     from tqdm import tqdm
 
     with tqdm(unit="token", unit_scale=True, disable=None) as bar:

@@ -100,7 +100,7 @@ def search(goal: Goal, floor: Measured, measure: Callable[[float], Measured]) ->
         found = measure(GRID[middle])
         if goal.is_met(found, floor) == (goal.kind == "density"):
             high = middle
-        elif found.density == least:
-            break  # as at a lower price: nothing but what is kept in any case
+        elif found.density == least < 1.0:
+            break  # as at a lower price: nothing but what is kept in any case. Where it is 1, max_density may be why.
         else:
             low, least = middle, found.density

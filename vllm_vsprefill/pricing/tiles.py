@@ -49,6 +49,7 @@ class Served(NamedTuple):
             "sinks": pattern.sinks,
             "block_q": pattern.block_q,
             "block_k": pattern.block_k,
+            "tile_parts": pattern.parts,
             "dense_last_rows": options.dense_last_rows,
             "sampled_rows": options.sampled_rows,
             "max_density": options.max_density,
