@@ -76,7 +76,7 @@ def _words(command: str, values: dict[str, str], name: str) -> list[str]:
         several = word[1:-2] if word.startswith("{") and word.endswith("*}") else None
         try:
             words += values[several].split(",") if several else [word.format(**values)]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(f"step {name} needs --set {str(error).strip(chr(39))}=...") from None
     return [sys.executable, *words[1:]] if words[:1] == ["python"] else words
 
@@ -137,7 +137,10 @@ def main(
     except ValueError as error:
         sys.exit(f"campaign: {error}")
     report = out / "campaign.json"
-    state: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {"steps": {}}
+    try:
+        state: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {"steps": {}}
+    except ValueError as error:
+        sys.exit(f"campaign: {report} is damaged ({error}); without it all steps are run again")
     failed = False
     for step in steps:
         if step.name not in wanted or state["steps"].get(step.name, {}).get("rc") == 0:

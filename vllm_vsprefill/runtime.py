@@ -52,10 +52,10 @@ class Runtime:
         self.layers: dict[str, SparseLayer] = {}
         self.known_layers: dict[str, None] = {}  # all of this model with this backend, sparse or not, in order
         self.options = startup.read_options(vllm_config)
-        # The plan gives a chunk's dense last rows to the stock kernel.
         self.is_doubtful = False
         self.indexer = self._load_indexer(vllm_config)
         self.options = self.options.for_estimator(self.indexer is not None, platform_tuning())
+        # The plan gives a chunk's dense last rows to the stock kernel.
         self.pattern = dataclasses.replace(self.options.pattern(), dense_last=0)
         self.price = self.options.price
         if self.lists_by_tile:

@@ -89,7 +89,7 @@ class Priced:
                 unit = units.masked_fill(~counted, float("-inf")).logsumexp(-1, keepdim=True)
                 one = torch.where(there, logits - unit, float("-inf"))
                 if self.group == "mean":
-                    one = one.exp() / (group * self.parts)
+                    one = one.exp() / (group * sum(part.int() for _, part in means))
                     found = found + one
                 else:
                     found = torch.maximum(found, one)

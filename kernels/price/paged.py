@@ -74,9 +74,12 @@ def allocate_price(
         parts: of a tile.
 
     Raises:
-        ValueError: ``num_rows`` is not a positive int, or more rows than a counter of pairs can take.
+        ValueError: ``num_rows`` is not a positive int, or more rows than a counter of pairs can take; ``parts`` is no
+            power of two.
     """
     check_num_rows(num_rows)
+    if parts != next_power_of_2(parts):
+        raise ValueError(f"parts must be a power of two, got {parts}")
     if num_rows * max_seq_len >= 2**31:
         raise ValueError(f"num_rows must be below {2**31 // max_seq_len} for {max_seq_len} keys, got {num_rows}")
     pack = next_power_of_2(num_query_heads // num_kv_heads)

@@ -64,6 +64,13 @@ def test_every_step_gets_its_turn_and_what_is_done_is_not_repeated(tmp_path: Pat
     while is_alive(child) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(child)
+    whole = (tmp_path / "out" / "campaign.json").read_text()
+    (tmp_path / "out" / "campaign.json").write_text(whole[:-9])
+    damaged = campaign(tmp_path)
+    assert damaged.returncode == 1
+    assert "is damaged" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+    (tmp_path / "out" / "campaign.json").write_text(whole)
     again = campaign(tmp_path, "--only", "works,fails")
     assert again.returncode == 1
     assert "works" not in again.stdout
@@ -74,6 +81,7 @@ def test_every_step_gets_its_turn_and_what_is_done_is_not_repeated(tmp_path: Pat
     ("plan", "message"),
     [
         ("a 5 x {nothing}", "needs --set nothing"),
+        ("a 5 x {out.parts}", "needs --set"),
         ("a 5 x\na 6 y", "one name"),
         ("a five x", "expected name, seconds"),
         ("a 5", "expected name, seconds"),

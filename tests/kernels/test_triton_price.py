@@ -274,6 +274,8 @@ def test_bad_arguments_are_named() -> None:
         allocate_price(1, 8, 2, 64, 60, 0, q.dtype, DEVICE)
     with pytest.raises(ValueError, match=r"^num_rows"):
         allocate_price(1, 8, 2, 64, 2**20, 2048, q.dtype, DEVICE)
+    with pytest.raises(ValueError, match=r"^parts must be a power of two, got 3"):
+        allocate_price(1, 8, 2, 64, 60, 8, q.dtype, DEVICE, 3)
     for wrong in (
         allocate_price(1, 8, 2, 64, 60, 8, q.dtype, DEVICE, 2),
         allocate_price(1, 8, 2, 32, 60, 8, q.dtype, DEVICE), allocate_price(1, 8, 1, 64, 60, 8, q.dtype, DEVICE),

@@ -96,7 +96,10 @@ class Report:
 
     def _why(self) -> str:
         if self.goal.kind == "density":
-            return "Window, sinks and the dense last rows of chunks take that much at this length; use longer sequences"
+            return (
+                "Window, sinks, the dense last rows of chunks and layers above max_density take that much at this "
+                "length; use longer sequences"
+            )
         return "More of the text would have to be computed than at any price but 0, which computes everything"
 
     def figures(self) -> dict[str, Any]:
