@@ -32,6 +32,25 @@ def test_options_that_differ_from_the_preset() -> None:
     assert start_log.given_options(same) == "preset fast"
 
 
+@pytest.mark.parametrize(
+    ("given", "trained", "names"),
+    [
+        ({"max_columns": 5000, "price": 0.02, "tau_columns": 0.5}, False, "max_columns, tau_columns"),
+        (
+            {"max_columns": 5000, "price": 0.02, "tile_parts": 2, "sampled_rows": 5},
+            True,
+            "price, sampled_rows, tile_parts",
+        ),
+        ({"estimator": "sampled", "price": 0.02, "sampled_rows": 5}, False, "price"),
+        ({"estimator": "priced", "price": 0.02, "sampled_rows": 5}, False, ""),
+        ({"preset": "fast"}, True, ""),
+    ],
+)
+def test_options_for_nothing_are_named(given: dict[str, object], trained: bool, names: str) -> None:
+    text = start_log.without_effect(VSPrefillConfig.from_sources(given), trained)
+    assert text == (f"{names}: this estimator does not look at that" if names else "")
+
+
 def test_gates_name_every_limit() -> None:
     text = start_log.gates(Gate(min_seq_len=4096, dense_last_rows=32, min_pairs=2**24))
     assert text == (

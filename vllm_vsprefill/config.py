@@ -349,6 +349,13 @@ _RELATIONS = (
 )
 
 
+_OF_COLUMNS = frozenset(
+    ("tau_columns", "tau_diagonals", "min_columns", "max_columns", "min_diagonals", "max_diagonals")
+)
+_OF_TILES = frozenset(("price", "tile_parts"))
+"""Options that say nothing where every tile has a list of its own, and where a chunk has columns and diagonals."""
+
+
 class VSPrefillConfig(_Options):
     """Options of one server. Immutable; built by :meth:`from_sources`.
 
@@ -447,6 +454,17 @@ class VSPrefillConfig(_Options):
     def lists_by_tile(self, trained: bool) -> bool:
         """Whether every tile of queries gets a list of its own; ``trained``: whether an indexer was found."""
         return not trained and self.estimator in ("auto", "priced")
+
+    def without_effect(self, trained: bool) -> list[str]:
+        """Options that were given and that the estimator which runs does not look at, in alphabetical order.
+
+        ``trained``: whether an indexer was found.
+        """
+        by_tile = self.lists_by_tile(trained)
+        idle = _OF_COLUMNS if by_tile else _OF_TILES
+        if not by_tile and self.estimator != "sampled":
+            idle = idle | {"sampled_rows"}
+        return sorted(idle & self.given().keys())
 
     def for_estimator(self, trained: bool, tuning: PlatformTuning) -> VSPrefillConfig:
         """These options with what a platform wants of the estimator, where nothing was given explicitly.

@@ -226,6 +226,7 @@ class Runtime:
             ("model", f"{model.model}: {self.recorder.num_layers} layers{heads}" + (" a rank" if ranks > 1 else "")),
             ("estimator", self._estimator()),
             ("options", start_log.given_options(options)),
+            ("no effect", start_log.without_effect(options, self.indexer is not None)),
             ("selection", describe(options, self.lists_by_tile, platform_tuning())),
             ("gates", start_log.gates(self.gate)),
             ("stock layers", start_log.dense_layers(self._stock_layers)),

@@ -41,6 +41,12 @@ def given_options(options: VSPrefillConfig) -> str:
     return f"preset {options.preset}" + ("; given: " + ", ".join(shown) if shown else "")
 
 
+def without_effect(options: VSPrefillConfig, trained: bool) -> str:
+    """Options that were given for nothing: the estimator that runs does not look at them."""
+    names = options.without_effect(trained)
+    return f"{', '.join(names)}: this estimator does not look at that" if names else ""
+
+
 def gates(gate: Gate) -> str:
     """Which chunks the gate lets through."""
     rows = max(gate.min_rows, gate.dense_last_rows + MIN_ROWS)
