@@ -26,6 +26,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks import environment
+
 GRACE = 10.0
 """Seconds that a step has to end by itself once it was asked to."""
 
@@ -153,9 +155,7 @@ def main(
         print(f"{step.name}: {shlex.join(step.command)}", flush=True)
         ended = run(step, out / f"{step.name}.log", min(step.seconds or left, left))
         state["steps"][step.name] = {**ended, "command": shlex.join(step.command)}
-        part = report.with_suffix(".part")
-        part.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        part.replace(report)
+        environment.write(report, state)
         failed |= ended["rc"] != 0
         print(f"{step.name}: exit status {ended['rc']}, {ended['seconds']} s {ended.get('error', '')}", flush=True)
     sys.exit(failed)

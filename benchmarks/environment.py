@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What a figure was measured on: hardware, versions, commit, command. Goes into every result file."""
+"""What a figure was measured on: hardware, versions, commit, command. Goes into every result file; and writes these."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -42,6 +43,13 @@ def describe() -> dict[str, Any]:
     except ImportError:
         facts["vllm"] = None
     return facts
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Replaces a result file in one step, so that an interrupted run loses nothing."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _module() -> str:

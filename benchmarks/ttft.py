@@ -114,9 +114,7 @@ class Results:
         """Read, change, replace."""
         record = json.loads(self.path.read_text()) if self.path.exists() else {}
         change(record)
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self.path)
+        environment.write(self.path, record)
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Append a row and show it."""

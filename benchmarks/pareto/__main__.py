@@ -65,13 +65,6 @@ def read_plan(name: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Replaces the file in one step, so that an interrupted run loses nothing."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 @contextlib.contextmanager
 def turn(lock: Path | None) -> Iterator[None]:
     """Holds a lock file, if one is given."""
@@ -168,7 +161,7 @@ def main() -> None:
                 traceback.print_exc()
                 run["error"] = f"{type(error).__name__}: {error}"
             data["runs"].append(run)
-            write(options.out, data)
+            environment.write(options.out, data)
 
 
 if __name__ == "__main__":
