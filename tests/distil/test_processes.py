@@ -37,6 +37,7 @@ options = train_options(
 Trainer(options, wrap(tiny.model("qwen3"), "tiny"), data, data, Path(sys.argv[1]), accelerator).run()
 if accelerator.is_main_process:
     print(f"processes {accelerator.num_processes}", flush=True)
+accelerator.end_training()
 """
 
 

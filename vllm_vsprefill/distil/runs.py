@@ -78,9 +78,15 @@ def train(options: TrainCommand, say: Callable[[str], None]) -> None:
         log=log,
     )
     teacher = load(options.model, accelerator.device)
-    Trainer(
+    trainer = Trainer(
         run.shortened(longest), teacher, source, held_out, options.out, accelerator, resume=options.resume, log=say
-    ).run()
+    )
+    try:
+        trainer.run()
+    finally:
+        # A process that ends while its group lives may be aborted by the group's threads, and its launcher then calls
+        # the whole run failed.
+        accelerator.end_training()
 
 
 def _goals(options: ThresholdOptions, density: float | None) -> dict[str, calibration.Goal]:
