@@ -42,6 +42,17 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale must be a positive finite number, got {scale!r}")
 
 
+def check_prior(prior: Tensor | None, k: Tensor) -> None:
+    """Checks what is added to the scores of keys, float32 ``[Hkv, n]`` or None, against k ``[n, Hkv, D]``."""
+    if prior is None:
+        return
+    check_tensor("prior", prior, 2, (torch.float32,))
+    if prior.shape != (k.shape[1], k.shape[0]):
+        raise ValueError(f"prior has shape {tuple(prior.shape)}, expected {(k.shape[1], k.shape[0])}")
+    if prior.device != k.device:
+        raise ValueError(f"prior is on {prior.device} but k is on {k.device}")
+
+
 def check_query_key(q: Tensor, k: Tensor) -> None:
     """Checks q ``[T, Hq, D]`` against k ``[n, Hkv, D]``, T <= n, Hq a multiple of Hkv."""
     check_tensor("q", q, 3)

@@ -10,6 +10,9 @@ Let ``m`` be the mean query of a part of a tile, one for each query head. The sc
 the logarithm of the attention that a mean query pays to ``j``, in units of what it pays to the keys that are kept in
 any case. These hold most of the attention nearly everywhere, so that the unit is close to the sum over all keys, and
 costs next to nothing.
+
+A *prior* is a number for each key, the same for all tiles, that is added to its scores: what is known of the key that
+mean queries do not tell.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ def listable(pattern: SparsePattern, tiles: Sequence[int], seq_len: int, device:
     return (position >= pattern.sink_keys) & (position < starts.unsqueeze(1))
 
 
-def tile_scores(q: Tensor, k: Tensor, tiles: list[int], *, scale: float, pattern: SparsePattern) -> Tensor:
+def tile_scores(
+    q: Tensor, k: Tensor, tiles: list[int], *, scale: float, pattern: SparsePattern, prior: Tensor | None = None
+) -> Tensor:
     """Scores of all keys for some tiles of a chunk; those of keys behind a tile's last row mean nothing.
 
     Args:
@@ -38,6 +43,7 @@ def tile_scores(q: Tensor, k: Tensor, tiles: list[int], *, scale: float, pattern
         tiles: indices on the absolute grid; each holds a row of the chunk. Rows of other chunks are left out of means.
         scale: factor on ``q . k`` before the softmax.
         pattern: tiles, window and sinks.
+        prior: float32 ``[Hkv, n]``, added to the scores of each key; None: nothing.
 
     Returns:
         float32 ``[Hkv, tiles, n]``.
@@ -62,4 +68,4 @@ def tile_scores(q: Tensor, k: Tensor, tiles: list[int], *, scale: float, pattern
             logits = torch.matmul(mean, keys.transpose(1, 2)) * scale
             unit = logits.masked_fill(~near, float("-inf")).logsumexp(-1, keepdim=True)
             found[:, i] = torch.maximum(found[:, i], (logits - unit).amax(1))
-    return found
+    return found if prior is None else found + prior.unsqueeze(1)

@@ -14,6 +14,8 @@ from torch import Tensor
 from benchmarks.pareto.chunk import Chunk, Kept, products
 from vllm_vsprefill.kernels.price.naive import BINS, SIZES, bin_of, ladder, sizes_of
 from vllm_vsprefill.kernels.rows import spread_rows
+from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.kernels.variance.naive import variance
 
 Sets = Callable[[int, int, "Tensor | slice"], Tensor]
 """KV head, step of the ladder, tiles -> keys they list, bool ``[tiles, n]``."""
@@ -47,7 +49,7 @@ class Priced:
     unit: Literal["near", "all", "some"] = "near"
     group: Literal["mean", "max"] = "max"
     bars: bool = True
-    prior: Literal["none", "ideal"] = "none"
+    prior: Literal["none", "ideal", "variance", "heads"] = "none"
     sketch: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,10 @@ class Priced:
         scores = self._scores(chunk, near, hidden)
         if self.prior == "ideal":
             scores += self._prior(chunk, scores, wanted, hidden)[:, None]
+        elif self.prior == "variance":
+            pattern = SparsePattern(block_q=self.tile, parts=self.parts)
+            q, k = chunk.q.transpose(0, 1), chunk.k.transpose(0, 1)
+            scores += variance(q, k, scale=chunk.scale, pattern=pattern)[:, None]
         keys = near.expand(len(scores), -1, -1).clone()
         sets = self._sets(chunk, scores, wanted)
         best = self._best(chunk, near, wanted, sets)
@@ -75,6 +81,7 @@ class Priced:
         heads, group = chunk.k.shape[0], chunk.group
         scores = torch.empty(heads, chunk.blocks, chunk.seq_len, device=chunk.device)
         means = self._means(chunk)
+        spread = self._spread(chunk, means) if self.prior == "heads" else None
         counted = ~hidden if self.unit == "all" else near
         if self.unit == "some":
             far = ~near & ~hidden & (chunk.positions % 8 == 3)
@@ -83,8 +90,10 @@ class Priced:
         for h in range(heads):
             found = torch.zeros(()) if self.group == "mean" else torch.full((), -torch.inf)
             found = found.to(chunk.device)
-            for mean, there in ((mean[h * group + g], there) for mean, there in means for g in range(group)):
+            for mean, there, g in ((mean[h * group + g], there, g) for mean, there in means for g in range(group)):
                 logits = products(mean, chunk.k[h]) * chunk.scale
+                if spread is not None:
+                    logits = logits + spread[h * group + g]
                 units = logits + weight if self.unit == "some" else logits
                 unit = units.masked_fill(~counted, float("-inf")).logsumexp(-1, keepdim=True)
                 one = torch.where(there, logits - unit, float("-inf"))
@@ -95,6 +104,24 @@ class Priced:
                     found = torch.maximum(found, one)
             scores[h] = found.log() if self.group == "mean" else found
         return scores
+
+    def _spread(self, chunk: Chunk, means: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """float32 ``[Hq, n]``: half the variance of a key's logits over the queries of a tile, mean over the tiles.
+
+        The mean of exp(x) of normal x is exp(mean + variance / 2).
+        """
+        part = -(-self.tile // self.parts)
+        whole = chunk.rows // self.tile
+        rows = chunk.q[:, : whole * self.tile].float().unflatten(1, (-1, self.tile))
+        groups = rows.shape[0]
+        gram = torch.zeros(groups, rows.shape[-1], rows.shape[-1], device=chunk.device)
+        for (mean, _), first in zip(means, range(0, self.tile, part), strict=True):
+            apart = rows[:, :, first : first + part] - mean[:, :whole, None].float()
+            flat = apart.flatten(1, 2)
+            gram += flat.mT @ flat
+        gram /= whole * self.tile
+        keys = chunk.k.float().repeat_interleave(chunk.group, 0)
+        return 0.5 * chunk.scale**2 * ((keys @ gram) * keys).sum(-1)
 
     def _prior(self, chunk: Chunk, scores: Tensor, wanted: Tensor, hidden: Tensor) -> Tensor:
         """float32 ``[Hkv, n]``, at most 4 either way; keys that hardly anybody looks at are left alone."""

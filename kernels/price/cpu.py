@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..checks import check_prior
 from ..parallel import run_pieces
 from ..rows import spread_rows
 from ..tiles_cpu import TILES, TileScores
@@ -167,17 +168,19 @@ def price(
     pattern: SparsePattern,
     price: float,
     num_rows: int = 64,
+    prior: Tensor | None = None,
 ) -> Bars:
     """Same contract as ``naive.price``, for CPU tensors.
 
     Products are in the dtype of the inputs. Where two steps are about equally good, either may be taken.
     """
     check_price(q, k, v, scale, price, num_rows)
+    check_prior(prior, k)
     if q.device.type != "cpu":
         raise ValueError(f"q is on {q.device}; this version runs on the CPU only")
     n, num_kv_heads = k.shape[0], k.shape[1]
     heads = range(num_kv_heads)
-    call = TileScores(q, k, scale=scale, pattern=pattern)
+    call = TileScores(q, k, scale=scale, pattern=pattern, prior=prior)
     positions = [row + call.first for row in spread_rows(q.shape[0], rows_of(num_rows, n))]
     tiles = _tiles(positions, pattern)
     step = max(min(len(tiles) // 4, TILES // pattern.parts), 1)

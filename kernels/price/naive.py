@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import tile_index
-from ..checks import check_like, check_query_key, check_scale, check_tensor
+from ..checks import check_like, check_prior, check_query_key, check_scale, check_tensor
 from ..rows import check_num_rows, spread_rows
 from ..tile_index import doublings
 from ..tile_scores import listable, tile_scores
@@ -98,6 +98,7 @@ def price(
     pattern: SparsePattern,
     price: float,
     num_rows: int = 64,
+    prior: Tensor | None = None,
 ) -> Bars:
     """Decides for each KV head of a chunk from which score on its tiles list a key.
 
@@ -108,6 +109,7 @@ def price(
         pattern: tiles, window and sinks.
         price: squared relative output error of the layer that all pairs of one head are worth.
         num_rows: rows to look at (``spread_rows``), of a long sequence fewer (``rows_of``).
+        prior: float32 ``[Hkv, n]``, added to the scores of each key; None: nothing.
 
     Returns:
         Bars; 0 lists everything whatever it brings.
@@ -116,10 +118,11 @@ def price(
         ValueError: dtype, shape or device mismatch; the message names the argument.
     """
     check_price(q, k, v, scale, price, num_rows)
+    check_prior(prior, k)
     n, first, num_kv_heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
     rows = torch.tensor(spread_rows(q.shape[0], rows_of(num_rows, n)), device=q.device)
     tiles = ((rows + first) // pattern.block_q).tolist()
-    scores = tile_scores(q, k, tiles, scale=scale, pattern=pattern)
+    scores = tile_scores(q, k, tiles, scale=scale, pattern=pattern, prior=prior)
     position = torch.arange(n, device=q.device)
     seen = position <= (rows + first).unsqueeze(1)
     listed = listable(pattern, tiles, n, q.device)

@@ -10,20 +10,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import check_query_key, check_scale
+from ..checks import check_prior, check_query_key, check_scale
 from ..parallel import run_pieces
 from ..tiles_cpu import TILES, TileScores
 from ..types import SparsePattern
 
 
-def rank(q: Tensor, k: Tensor, bars: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
+def rank(
+    q: Tensor, k: Tensor, bars: Tensor, *, scale: float, pattern: SparsePattern, prior: Tensor | None = None
+) -> Tensor:
     """Same contract as ``naive.rank``, for CPU tensors.
 
     The product of mean queries and keys is in the dtype of the inputs, so that a key whose score differs from the bar
-    by the rounding of float32 may be on the other side of it.
+    by the rounding of float32 may be on the other side of it; with a prior, by the rounding of this dtype.
     """
     check_query_key(q, k)
     check_scale(scale)
+    check_prior(prior, k)
     if q.device.type != "cpu":
         raise ValueError(f"q is on {q.device}; this version runs on the CPU only")
     n, num_kv_heads = k.shape[0], k.shape[1]
@@ -32,7 +35,7 @@ def rank(q: Tensor, k: Tensor, bars: Tensor, *, scale: float, pattern: SparsePat
     listing = [head for head, bar in enumerate(bars.tolist()) if bar != math.inf]
     if not listing:
         return found
-    call = TileScores(q, k, scale=scale, pattern=pattern)
+    call = TileScores(q, k, scale=scale, pattern=pattern, prior=prior)
     sinks = pattern.sink_keys
 
     def piece(head: int, first: int, end: int) -> None:

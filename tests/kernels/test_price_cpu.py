@@ -20,15 +20,16 @@ from vllm_vsprefill.kernels.types import SparsePattern
 
 
 def objectives(
-    q: Tensor, k: Tensor, v: Tensor, bars: Tensor, *, scale: float, pattern: SparsePattern, price: float, num_rows: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bars: Tensor, *, scale: float, pattern: SparsePattern, price: float, num_rows: int,
+    prior: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """float64 ``[Hkv]``: what ``price`` makes smallest, and the density, row by row from the definition."""
     n, first, heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
     error, kept, seen, total = torch.zeros(heads), torch.zeros(heads), 0, 0.0
     for row in spread_rows(q.shape[0], naive.rows_of(num_rows, n)):
         position = row + first
         tile = position // pattern.block_q
-        scores = tile_scores(q, k, [tile], scale=scale, pattern=pattern)[:, 0]
+        scores = tile_scores(q, k, [tile], scale=scale, pattern=pattern, prior=prior)[:, 0]
         seen += position + 1
         for head in range(heads):
             near = torch.arange(n) < pattern.sink_keys
@@ -68,6 +69,7 @@ def structured(n: int, rows: int, heads: int, group: int, dtype: torch.dtype, se
     pattern=patterns(),
     price=st.sampled_from([0.0, 0.01, 0.05, 0.5, 5.0]),
     num_rows=st.sampled_from([1, 5, 30]),
+    with_prior=st.booleans(),
     max_logits=st.sampled_from([1, 5000, 1 << 20]),
     seed=st.integers(1, 10**6),
     data=st.data(),
@@ -80,21 +82,25 @@ def test_the_choice_is_as_good_as_the_reference(
     pattern: SparsePattern,
     price: float,
     num_rows: int,
+    with_prior: bool,
     max_logits: int,
     seed: int,
     data: st.DataObject,
 ) -> None:
     rows = data.draw(st.integers(1, n))
     q, k, v = structured(n, rows, heads, group, dtype, seed)
+    prior = torch.randn(heads, n, generator=torch.Generator().manual_seed(seed)) if with_prior else None
+    call: dict[str, Any] = {
+        "scale": 0.125, "pattern": pattern, "price": price, "num_rows": num_rows, "prior": prior,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "MAX_LOGITS", max_logits)
         # Steps that short sequences can tell apart
         patch.setattr(naive, "SIZES", (0, 8, 16, 32, 64, 128, 256))
-        actual = cpu.price(q, k, v, scale=0.125, pattern=pattern, price=price, num_rows=num_rows)
-        expected = naive.price(q, k, v, scale=0.125, pattern=pattern, price=price, num_rows=num_rows)
+        actual = cpu.price(q, k, v, **call)
+        expected = naive.price(q, k, v, **call)
     assert actual.scores.dtype == actual.density.dtype == torch.float32
     assert actual.scores.shape == actual.density.shape == (heads,)
-    call: dict[str, Any] = {"scale": 0.125, "pattern": pattern, "price": price, "num_rows": num_rows}
     ours, density = objectives(q, k, v, actual.scores, **call)
     best, _ = objectives(q, k, v, expected.scores, **call)
     exact = dtype in (torch.float32, torch.float64)

@@ -48,7 +48,8 @@ def test_equals_the_definition(seed: int) -> None:
     k = torch.randn(n, heads, 8, dtype=torch.float64)
     tiles = pattern.tiles(q.shape[0], n)
     bars = torch.tensor([rng.uniform(-4.0, -1.0), rng.choice([-4.0, math.inf, -math.inf])])
-    found = naive.rank(q, k, bars, scale=scale, pattern=pattern)
+    prior = torch.randn(heads, n) if seed % 2 else None
+    found = naive.rank(q, k, bars, scale=scale, pattern=pattern, prior=prior)
     assert found.dtype == torch.bool
     assert found.shape == (heads, len(tiles), n)
     for i, tile in enumerate(tiles):
@@ -59,6 +60,7 @@ def test_equals_the_definition(seed: int) -> None:
                     assert not found[head, i, key]
                     continue
                 margin = score_of(q, k, head, tile, key, scale, pattern) - float(bars[head])
+                margin += float(prior[head, key]) if prior is not None else 0.0
                 if abs(margin) > 1e-5:
                     assert bool(found[head, i, key]) == (margin > 0)
 
@@ -76,13 +78,14 @@ def test_cpu_equals_the_reference(seed: int) -> None:
     q, k = torch.randn(rng.randint(1, n), heads * group, size), torch.randn(n, heads, size)
     q, k, scale = q.to(dtype), k.to(dtype), size**-0.5
     bars = torch.tensor([rng.choice([-2.0, -3.0, -5.0, math.inf, -math.inf]) for _ in range(heads)])
-    found = cpu.rank(q, k, bars, scale=scale, pattern=pattern)
-    wanted = naive.rank(q, k, bars, scale=scale, pattern=pattern)
+    prior = torch.randn(heads, n) if seed // 3 % 2 else None
+    found = cpu.rank(q, k, bars, scale=scale, pattern=pattern, prior=prior)
+    wanted = naive.rank(q, k, bars, scale=scale, pattern=pattern, prior=prior)
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
     tiles = pattern.tiles(q.shape[0], n)
     assert not (found & ~listable(pattern, tiles, n, q.device)).any()
-    scores = tile_scores(q, k, list(tiles), scale=scale, pattern=pattern)
+    scores = tile_scores(q, k, list(tiles), scale=scale, pattern=pattern, prior=prior)
     clear = (scores - bars.view(-1, 1, 1)).abs() > margin
     assert torch.equal(found[clear], wanted[clear])
 
@@ -94,3 +97,5 @@ def test_bad_arguments_are_named(version: Any) -> None:
         version.rank(q, k, torch.zeros(2), scale=0.0, pattern=SparsePattern())
     with pytest.raises(ValueError, match=r"^k has head size"):
         version.rank(q, k[..., :4], torch.zeros(2), scale=1.0, pattern=SparsePattern())
+    with pytest.raises(ValueError, match=r"^prior has shape \(2, 5\), expected \(2, 4\)"):
+        version.rank(q, k, torch.zeros(2), scale=1.0, pattern=SparsePattern(), prior=torch.zeros(2, 5))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What single queries of a tile may find in a key that their mean does not: the plain reference.
+
+The logits of a key over the queries of a tile have a mean, which is the logit of the mean query, and a variance. Were
+they normal, the mean of their exponentials would be that of the mean query times ``exp(variance / 2)``: the mean of
+``exp(x)`` for normal ``x`` (the log-normal distribution). With ``S`` the covariance of queries around the mean of their
+tile, which is taken to be the same for all tiles of a chunk, and for all query heads of a KV head::
+
+    variance of scale * q . k[j] / 2 = scale^2 / 2 * k[j] . S k[j]
+
+A key that only some rows of a tile look for is rated too low by their mean query; this is what it lacks on average.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_query_key, check_scale
+from ..types import SparsePattern
+
+
+def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
+    """Half the variance of every key's logits over the queries of a tile, for ``price`` and ``rank`` as ``prior``.
+
+    Args:
+        q: ``[T, Hq, D]``, the chunk's queries; the last row is the query at position ``n - 1``.
+        k: ``[n, Hkv, D]``, the whole sequence, ``n >= T``; same dtype and device.
+        scale: factor on ``q . k`` before the softmax.
+        pattern: tiles and their parts. Queries are seen around the mean of their part.
+
+    Returns:
+        float32 ``[Hkv, n]``, none negative.
+
+    Raises:
+        ValueError: dtype, shape or device mismatch; the message names the argument.
+    """
+    check_query_key(q, k)
+    check_scale(scale)
+    n, first, num_kv_heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
+    apart = []
+    for tile in pattern.tiles(q.shape[0], n):
+        for part in range(pattern.parts):
+            low, high = pattern.part(tile, part, first, n)
+            if low < high:
+                rows = q[low - first : high - first].float()
+                apart.append(rows - rows.mean(0))
+    # [Hkv, T * group, D]
+    queries = torch.cat(apart).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    covariance = queries.mT @ queries / queries.shape[1]
+    keys = k.transpose(0, 1).float()
+    return (keys @ covariance * keys).sum(-1).clamp_(min=0.0) * (scale * scale / 2)
