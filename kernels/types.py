@@ -26,9 +26,10 @@ class SparsePattern:
         sinks: the first positions of the sequence that are always kept.
         dense_last: last rows of the call that attend to every key up to their own position.
         parts: of a tile, each of which ranks the keys by a mean query of its own.
+        variance: whether half the variance of a key's logits over the queries of a tile is added to its scores there.
 
     Raises:
-        ValueError: a field is not an integer or is out of range; the message names the field.
+        ValueError: a field is not of its type or is out of range; the message names the field.
     """
 
     block_q: int = 128
@@ -37,6 +38,7 @@ class SparsePattern:
     sinks: int = 64
     dense_last: int = 64
     parts: int = 1
+    variance: bool = False
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -52,6 +54,8 @@ class SparsePattern:
                 raise ValueError(f"{name} must be an int, got {value!r}")
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        if not isinstance(self.variance, bool):
+            raise ValueError(f"variance must be true or false, got {self.variance!r}")
 
     # What follows from the pattern alone. Kernels work these out by themselves, with the same formulas; everything on
     # the host asks here.

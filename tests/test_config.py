@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import subprocess
 import sys
@@ -172,6 +171,7 @@ def test_a_typo_that_looks_a_little_like_a_service_stays_an_error(name: str, tex
         ("sinks", 65537, "an integer from 0 to 65536"),
         ("dense_last_rows", "x", "an integer from 0 to 65536"),
         ("tile_parts", 3, "1, 2, or null for what suits the platform"),
+        ("tile_variance", "perhaps", "true, false, or null for what suits the platform"),
         ("block_q", 17, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
         ("block_q", 0, "a multiple of 16 from 16 to 1024, or null for what suits the platform"),
         ("block_k", 2048, "an integer from 1 to 1024, or null for what suits the platform"),
@@ -272,10 +272,18 @@ def test_pattern_carries_the_geometry() -> None:
 
 
 def test_parts_of_tiles_are_the_platforms_where_they_are_not_given() -> None:
-    tuning = dataclasses.replace(CPU, tile_parts=2)
-    assert VSPrefillConfig.from_sources({}).resolved(tuning).tile_pattern(tuning).parts == 2
-    assert VSPrefillConfig.from_sources({"tile_parts": 1}).resolved(tuning).tile_pattern(tuning).parts == 1
+    assert VSPrefillConfig.from_sources({}).resolved(CPU).tile_pattern(CPU).parts == CPU.tile_parts == 2
+    assert VSPrefillConfig.from_sources({"tile_parts": 1}).resolved(CPU).tile_pattern(CPU).parts == 1
     assert VSPrefillConfig.from_sources({"tile_parts": 2}).resolved(CPU).pattern().parts == 1  # columns have no tiles
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, CPU.tile_variance), ("null", CPU.tile_variance), (False, False), ("TRUE", True)]
+)
+def test_the_variance_is_the_platforms_where_it_is_not_given(given: object, expected: bool) -> None:
+    config = VSPrefillConfig.from_sources({"tile_variance": given}).resolved(CPU)
+    assert config.tile_pattern(CPU).variance is expected
+    assert config.pattern().variance is False  # columns have no tiles
 
 
 def test_dense_layers_are_checked_against_the_model() -> None:
@@ -307,6 +315,8 @@ def test_lists_of_tiles_have_a_window_and_tiles_of_their_own() -> None:
     assert "tau" not in line
     assert "columns" not in line
     assert "tile_parts" not in line
+    assert "tile_variance" not in line
+    assert "tile_variance=false" in VSPrefillConfig.from_sources({"tile_variance": False}).describe(True)
     halves = VSPrefillConfig.from_sources({"tile_parts": 2})
     assert ["tile_parts=2" in halves.describe(by_tile) for by_tile in (None, True, False)] == [True, True, False]
     on_gpu = VSPrefillConfig.from_sources({"window": 77}).resolved(CUDA[9, 0]).for_tiles(CUDA[9, 0])

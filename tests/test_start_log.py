@@ -37,9 +37,9 @@ def test_options_that_differ_from_the_preset() -> None:
     [
         ({"max_columns": 5000, "price": 0.02, "tau_columns": 0.5}, False, "max_columns, tau_columns"),
         (
-            {"max_columns": 5000, "price": 0.02, "tile_parts": 2, "sampled_rows": 5},
+            {"max_columns": 5000, "price": 0.02, "tile_parts": 2, "tile_variance": True, "sampled_rows": 5},
             True,
-            "price, sampled_rows, tile_parts",
+            "price, sampled_rows, tile_parts, tile_variance",
         ),
         ({"estimator": "sampled", "price": 0.02, "sampled_rows": 5}, False, "price"),
         ({"estimator": "priced", "price": 0.02, "sampled_rows": 5}, False, ""),

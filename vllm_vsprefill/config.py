@@ -107,6 +107,11 @@ def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+def _optional_flag(value: Any) -> Any:
+    value = _lower(value)
+    return None if value in ("", "none", "null") else value
+
+
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 MAX_LAYER = 9999
 
@@ -178,6 +183,11 @@ _Parts = Annotated[
     Annotated[int, Field(ge=1, le=2)] | None,
     BeforeValidator(_optional),
     _Allowed("1, 2, or null for what suits the platform"),
+]
+_Optional_Flag = Annotated[
+    bool | None,
+    BeforeValidator(_optional_flag),
+    _Allowed("true, false, or null for what suits the platform"),
 ]
 _Flag = Annotated[bool, BeforeValidator(_lower), _Allowed("true or false")]
 _Layers = Annotated[
@@ -309,8 +319,14 @@ class _Options(BaseModel):
     tile_parts: _Parts = Field(
         None,
         description="Parts of a query tile, each of which ranks the keys by a mean query of its own, with the 'priced' "
-        "estimator: 2 is meant to find more of what a few rows look for, with twice the products of ranking. On CUDA 1 "
-        "for more than 16 query heads a KV head or 128 channels. null: 1.",
+        "estimator: 2 finds more of what a few rows look for, with twice the products of ranking. On CUDA 1 for more "
+        "than 16 query heads a KV head or 128 channels. null: 2 on CPU, 1 on CUDA.",
+    )
+    tile_variance: _Optional_Flag = Field(
+        None,
+        description="Whether the 'priced' estimator adds half the variance of a key's logits over the queries of a "
+        "tile, mean of all tiles, to the key's scores: keys that only some rows of a tile look for are found earlier. "
+        "null: true on CPU, false on CUDA.",
     )
     sampled_rows: Annotated[
         int, BeforeValidator(_no_bool), Field(ge=1, le=4096), _Allowed("an integer from 1 to 4096")
@@ -352,7 +368,7 @@ _RELATIONS = (
 _OF_COLUMNS = frozenset(
     ("tau_columns", "tau_diagonals", "min_columns", "max_columns", "min_diagonals", "max_diagonals")
 )
-_OF_TILES = frozenset(("price", "tile_parts"))
+_OF_TILES = frozenset(("price", "tile_parts", "tile_variance"))
 """Options that say nothing where every tile has a list of its own, and where a chunk has columns and diagonals."""
 
 
@@ -509,7 +525,8 @@ class VSPrefillConfig(_Options):
         wanted = {"window": tuning.tile_window, "block_q": tuning.tile_q, "block_k": tuning.tile_k}
         update = {name: size for name, size in wanted.items() if size and name not in self.model_fields_set}
         pattern = self.model_copy(update=update).pattern()
-        return dataclasses.replace(pattern, parts=self.tile_parts or tuning.tile_parts)
+        variance = tuning.tile_variance if self.tile_variance is None else self.tile_variance
+        return dataclasses.replace(pattern, parts=self.tile_parts or tuning.tile_parts, variance=variance)
 
     def check_layers(self, num_layers: int) -> None:
         """ConfigError if ``dense_layers`` names a layer that a model of ``num_layers`` layers does not have."""
@@ -554,6 +571,8 @@ class VSPrefillConfig(_Options):
             shown.append(f"checkpoint={self.checkpoint}")
         if by_tile is not False and self.tile_parts is not None:
             shown.append(f"tile_parts={self.tile_parts}")
+        if by_tile is not False and self.tile_variance is not None:
+            shown.append(f"tile_variance={str(self.tile_variance).lower()}")
         if self.dense_layers:
             shown.append("dense_layers=" + ",".join(map(str, self.dense_layers)))
         return " ".join(shown)

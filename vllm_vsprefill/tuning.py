@@ -25,6 +25,7 @@ class PlatformTuning:
         tile_q: positions of such a tile; 0: what fills a program.
         tile_k: granule of its window and sinks.
         tile_parts: parts of a tile, with a mean query each.
+        tile_variance: half the variance of a key's logits over a tile's queries is added to its scores.
         priced_rows: rows of a chunk whose true attention is computed there.
         tile_max_density: share of the causal pairs there above which the stock kernel is faster; None: the option's
             default.
@@ -40,6 +41,7 @@ class PlatformTuning:
     tile_q: int = 0
     tile_k: int = 16
     tile_parts: int = 1
+    tile_variance: bool = False
     priced_rows: int = 64
     tile_max_density: float | None = None
     tile_min_seq_len: int | None = None
@@ -47,7 +49,15 @@ class PlatformTuning:
 
 # With lists for every tile, a layer was fastest at 0.5 B parameters (2 KV heads of 64 channels, 2 cores) with tiles of
 # 64 positions and 32 priced rows. Attention over everything by the same code is faster than vLLM's kernel.
-CPU = PlatformTuning(block_q=128, block_k=64, tile_q=64, priced_rows=32, tile_max_density=1.0)
+CPU = PlatformTuning(
+    block_q=128,
+    block_k=64,
+    tile_q=64,
+    tile_parts=2,
+    tile_variance=True,
+    priced_rows=32,
+    tile_max_density=1.0,
+)
 
 # Least compute capability the row is for -> defaults. Small tiles keep the union along scattered diagonals small; the
 # heads of a group fill the rows of a tensor-core tile. The least sizes of (9, 0) are from

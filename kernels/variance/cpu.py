@@ -30,4 +30,5 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     apart = (queries - means.index_select(1, place)).reshape(num_kv_heads, -1, q.shape[2])
     covariance = apart.mT @ apart / apart.shape[1]
     keys = k.transpose(0, 1).float()
-    return (keys @ covariance).mul_(keys).sum(-1).clamp_(min=0.0).mul_(scale * scale / 2)
+    squares: Tensor = (keys @ covariance).mul_(keys).sum(-1)
+    return squares.clamp_(min=0.0).mul_(scale * scale / 2)

@@ -50,4 +50,5 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     queries = torch.cat(apart).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
     covariance = queries.mT @ queries / queries.shape[1]
     keys = k.transpose(0, 1).float()
-    return (keys @ covariance * keys).sum(-1).clamp_(min=0.0) * (scale * scale / 2)
+    squares: Tensor = (keys @ covariance * keys).sum(-1)
+    return squares.clamp_(min=0.0).mul_(scale * scale / 2)

@@ -18,6 +18,7 @@ from vllm_vsprefill.kernels.attend_tiles import naive as attend_tiles
 from vllm_vsprefill.kernels.rank import naive as rank
 from vllm_vsprefill.kernels.score.naive import score
 from vllm_vsprefill.kernels.types import Bars, IndexerLayerWeights, Selection, SparsePattern
+from vllm_vsprefill.kernels.variance import naive as variance
 from vllm_vsprefill.prefill.cpu import REFERENCE, CPUPrefill
 from vllm_vsprefill.prefill.cpu_tiles import CPUTilePrefill
 from vllm_vsprefill.recall_check import ROWS
@@ -183,11 +184,12 @@ def listed(layer: LayerUnderTest, request: Request, rows: int) -> Tensor | None:
     if float(bars.density.mean()) > runtime.options.max_density:
         return None
     query, key = request.query[n - rows : n - tail], request.key[: n - tail]
-    operation = rank.rank
+    operation, term = rank.rank, variance.variance
     if isinstance(runtime, CPURuntime):  # keys on a bar are on the side where the backend put them
         assert isinstance(runtime.prefill, CPUTilePrefill)
-        operation = runtime.prefill.operations.rank
-    return operation(query, key, bars.scores, scale=scale, pattern=pattern)
+        operation, term = runtime.prefill.operations.rank, runtime.prefill.operations.variance
+    prior = term(query, key, scale=scale, pattern=pattern) if pattern.variance else None
+    return operation(query, key, bars.scores, scale=scale, pattern=pattern, prior=prior)
 
 
 def tile_keys(layer: LayerUnderTest, request: Request, rows: int) -> float | None:

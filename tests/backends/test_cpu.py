@@ -88,9 +88,11 @@ def test_metrics_of_a_layer(make_layer: Any) -> None:
         assert samples["sum"] > 0
 
 
-def test_metrics_of_a_layer_with_lists_of_tiles(make_layer: Any) -> None:
-    layer = make_layer("priced", {"tile_parts": 2})
-    assert layer.impl._runtime.pattern.parts == 2
+@pytest.mark.parametrize("given", [{}, {"tile_parts": 1, "tile_variance": False}])
+def test_metrics_of_a_layer_with_lists_of_tiles(make_layer: Any, given: dict[str, Any]) -> None:
+    layer = make_layer("priced", given)
+    pattern = layer.impl._runtime.pattern
+    assert (pattern.parts, pattern.variance) == ((1, False) if given else (2, True))
     request = layer.request(900, 2)
     expected = 0.0
     for rows in (600, 300, 1):

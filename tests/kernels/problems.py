@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +107,7 @@ class Problem:
             for columns, diagonals in zip(self.columns, self.diagonals, strict=True)
         ]
 
-    def with_pattern(self, **changes: int) -> Problem:
+    def with_pattern(self, **changes: Any) -> Problem:
         return replace(self, pattern=replace(self.pattern, **changes))
 
 

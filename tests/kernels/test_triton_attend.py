@@ -207,7 +207,7 @@ def test_bad_arguments_are_named(name: str, change: dict[str, Any]) -> None:
         ("block_k", {"block_k": 32}),
     ],
 )
-def test_patterns_that_do_not_shift_are_refused(name: str, change: dict[str, int]) -> None:
+def test_patterns_that_do_not_shift_are_refused(name: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(name)):
         allocate_index(1, 1, 100, replace(PATTERN, **change), DEVICE)
 

@@ -75,7 +75,7 @@ def test_figures_of_lists_of_tiles_against_whole_matrices(n: int) -> None:
     prefill = CPUTilePrefill(PATTERN, 1.0, priced_rows=16)
     report = inspect_tiles(given, prefill, TAIL)
     q, k, v = given.q[:rows], given.k[:rows], given.v[:rows]
-    lists = prefill.listed(q, k, prefill.bars(q, k, v, scale=given.scale), scale=given.scale)
+    lists = prefill.listed(q, k, prefill.bars(q, k, v, None, scale=given.scale), None, scale=given.scale)
     causal = torch.ones(rows, rows, dtype=torch.bool).tril()
     for number, (head, listed) in enumerate(zip(report.heads, lists, strict=True)):
         row, key = torch.arange(rows)[:, None], torch.arange(rows)

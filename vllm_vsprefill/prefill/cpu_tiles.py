@@ -17,24 +17,27 @@ from vllm_vsprefill.kernels.price import naive as price_naive
 from vllm_vsprefill.kernels.rank import cpu as rank_cpu
 from vllm_vsprefill.kernels.rank import naive as rank_naive
 from vllm_vsprefill.kernels.types import Bars, SparsePattern
+from vllm_vsprefill.kernels.variance import cpu as variance_cpu
+from vllm_vsprefill.kernels.variance import naive as variance_naive
 from vllm_vsprefill.prefill.layer import SparseLayer
 
 
 class TileOperations(NamedTuple):
     """One version of every operation; the contracts are those of the functions in each ``naive.py``."""
 
+    variance: Callable[..., Tensor]
     price: Callable[..., Bars]
     rank: Callable[..., Tensor]
     attend_tiles: Callable[..., tuple[Tensor, int]]
 
 
-CPU = TileOperations(price_cpu.price, rank_cpu.rank, attend_cpu.attend_tiles)
-REFERENCE = TileOperations(price_naive.price, rank_naive.rank, attend_naive.attend_tiles)
+CPU = TileOperations(variance_cpu.variance, price_cpu.price, rank_cpu.rank, attend_cpu.attend_tiles)
+REFERENCE = TileOperations(variance_naive.variance, price_naive.price, rank_naive.rank, attend_naive.attend_tiles)
 """Plain PyTorch, for tensors of any device; slow."""
 
 
 class CPUTilePrefill:
-    """Price, guard, rank, attend: once, for the layers of one model. Merging is a part of ``attend_tiles`` here.
+    """Variance, price, guard, rank, attend: once, for the layers of one model. Merging is a part of ``attend_tiles``.
 
     Called like ``CPUPrefill``.
 
@@ -92,22 +95,31 @@ class CPUTilePrefill:
         """
         seq_len = key.shape[0] - query.shape[0] + rows
         query, key, value = query[:rows], key[:seq_len], value[:seq_len]
-        bars = self.bars(query, key, value, scale=scale)
-        return None if self.exceeds(bars) else self.listed(query, key, bars, scale=scale)
+        prior = self.prior(query, key, scale=scale)
+        bars = self.bars(query, key, value, prior, scale=scale)
+        return None if self.exceeds(bars) else self.listed(query, key, bars, prior, scale=scale)
 
-    def bars(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Bars:
-        """From which score on tiles list a key; the tensors as for ``choose``, without rows that do not run sparse."""
+    def prior(self, query: Tensor, key: Tensor, *, scale: float) -> Tensor | None:
+        """What is added to the scores of each key, float32 ``[num_kv_heads, n]``, or None for nothing; the tensors as
+        for ``choose``, without rows that do not run sparse."""
+        if not self.pattern.variance:
+            return None
+        return self.operations.variance(query, key, scale=scale, pattern=self.pattern)
+
+    def bars(self, query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, *, scale: float) -> Bars:
+        """From which score on tiles list a key; the tensors as for ``prior``."""
         return self.operations.price(
-            query, key, value, scale=scale, pattern=self.pattern, price=self.price, num_rows=self.priced_rows
-        )
+            query, key, value, scale=scale, pattern=self.pattern, price=self.price, num_rows=self.priced_rows,
+            prior=prior,
+        )  # fmt: skip
 
     def exceeds(self, bars: Bars) -> bool:
         """Whether a choice would compute more than ``max_density``."""
         return self.max_density < 1.0 and float(bars.density.mean()) > self.max_density
 
-    def listed(self, query: Tensor, key: Tensor, bars: Bars, *, scale: float) -> Tensor:
-        """Keys that the tiles of a chunk list, bool ``[num_kv_heads, tiles, n]``; the tensors as for ``bars``."""
-        return self.operations.rank(query, key, bars.scores, scale=scale, pattern=self.pattern)
+    def listed(self, query: Tensor, key: Tensor, bars: Bars, prior: Tensor | None, *, scale: float) -> Tensor:
+        """Keys that the tiles of a chunk list, bool ``[num_kv_heads, tiles, n]``; the tensors as for ``prior``."""
+        return self.operations.rank(query, key, bars.scores, scale=scale, pattern=self.pattern, prior=prior)
 
     def attend(
         self,

@@ -50,6 +50,7 @@ class Served(NamedTuple):
             "block_q": pattern.block_q,
             "block_k": pattern.block_k,
             "tile_parts": pattern.parts,
+            "tile_variance": pattern.variance,
             "dense_last_rows": options.dense_last_rows,
             "sampled_rows": options.sampled_rows,
             "max_density": options.max_density,
@@ -98,10 +99,11 @@ class ContiguousTiles(Tiles):
             max_density=max_density,
         )
         q, k, v = (x.transpose(0, 1) for x in (rows.q, rows.k, rows.v))
-        bars = prefill.bars(q, k, v, scale=rows.scale)
+        prior = prefill.prior(q, k, scale=rows.scale)
+        bars = prefill.bars(q, k, v, prior, scale=rows.scale)
         if prefill.exceeds(bars):
             return None
-        listed = prefill.listed(q, k, bars, scale=rows.scale)
+        listed = prefill.listed(q, k, bars, prior, scale=rows.scale)
         out, visited = prefill.attend(q, k, v, listed, len(q), scale=rows.scale)
         return out.transpose(0, 1), visited / k.shape[1]
 

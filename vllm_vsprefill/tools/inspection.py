@@ -116,8 +116,9 @@ def inspect_tiles(call: LayerCall, prefill: CPUTilePrefill, tail: int) -> LayerR
     q, k, v = (x.cpu().contiguous() for x in (call.q, call.k, call.v))
     rows = len(q) - tail
     q, k, v = q[:rows], k[:rows], v[:rows]
-    bars = prefill.bars(q, k, v, scale=call.scale)
-    listed = prefill.listed(q, k, bars, scale=call.scale)
+    prior = prefill.prior(q, k, scale=call.scale)
+    bars = prefill.bars(q, k, v, prior, scale=call.scale)
+    listed = prefill.listed(q, k, bars, prior, scale=call.scale)
     out, _ = prefill.attend(q, k, v, listed, rows, scale=call.scale)
     reports = [_head(head, q, k, v, out, listed[head], prefill.pattern, call.scale) for head in range(k.shape[1])]
     return LayerReport(call.layer, prefill.exceeds(bars), tuple(reports))
