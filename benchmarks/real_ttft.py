@@ -38,6 +38,10 @@ WARM = 100
 """Number of the first prompt that warms up."""
 
 
+KEY = ("setting", "length")
+"""What tells the rows of a result file apart: a row that is measured again replaces the earlier one."""
+
+
 class RealEngine:
     """One engine in this process."""
 
@@ -104,9 +108,9 @@ def measure(task: dict[str, Any]) -> None:
             engine.generate(engine.prompt(length, WARM + warm))
         before = engine.counts() if engine.sparse else None
         times = [engine.generate(engine.prompt(length, number)) for number in range(task["runs"])]
-        results.add("ttft", {**row(name, length, times), **densities(engine, before)})
+        results.add("ttft", {**row(name, length, times), **densities(engine, before)}, KEY)
     if task["profile"]:
-        results.add("profile", {"setting": name, **profile(engine, max(task["lengths"]))})
+        results.add("profile", {"setting": name, **profile(engine, max(task["lengths"]))}, KEY)
 
 
 def row(name: str, length: int, times: list[float]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def take_turns(tasks: list[dict[str, Any]], results: Results) -> None:
                 times[name].append(ask(name, "generate", length, number))
                 print(length, name, f"{times[name][-1]:.2f} s", flush=True)
         for name in engines:
-            results.add("ttft", {**row(name, length, times[name]), **ask(name, "end")})
+            results.add("ttft", {**row(name, length, times[name]), **ask(name, "end")}, KEY)
     for engine in engines.values():
         engine.send(None)
 

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,9 +116,15 @@ class Results:
         change(record)
         environment.write(self.path, record)
 
-    def add(self, kind: str, row: dict[str, Any]) -> None:
-        """Append a row and show it."""
-        self.update(lambda record: record.setdefault(kind, []).append(row))
+    def add(self, kind: str, row: dict[str, Any], key: Collection[str] = ()) -> None:
+        """Append a row and show it; those of an earlier run with the same values of ``key`` make way for it."""
+
+        def change(record: dict[str, Any]) -> None:
+            earlier = record.get(kind, [])
+            kept = [one for one in earlier if not key or any(one.get(name) != row[name] for name in key)]
+            record[kind] = [*kept, row]
+
+        self.update(change)
         print(kind, json.dumps(row), flush=True)
 
 

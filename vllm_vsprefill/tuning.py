@@ -25,6 +25,7 @@ class PlatformTuning:
         tile_q: positions of such a tile; 0: what fills a program.
         tile_k: granule of its window and sinks.
         tile_parts: parts of a tile, with a mean query each.
+        tile_any_parts: tiles of large heads and groups have parts, too.
         tile_variance: half the variance of a key's logits over a tile's queries is added to its scores.
         priced_rows: rows of a chunk whose true attention is computed there.
         tile_max_density: share of the causal pairs there above which the stock kernel is faster; None: the option's
@@ -41,6 +42,7 @@ class PlatformTuning:
     tile_q: int = 0
     tile_k: int = 16
     tile_parts: int = 1
+    tile_any_parts: bool = False
     tile_variance: bool = False
     priced_rows: int = 64
     tile_max_density: float | None = None
@@ -54,6 +56,7 @@ CPU = PlatformTuning(
     block_k=64,
     tile_q=64,
     tile_parts=2,
+    tile_any_parts=True,
     tile_variance=True,
     priced_rows=32,
     tile_max_density=1.0,

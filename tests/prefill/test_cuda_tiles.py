@@ -113,6 +113,7 @@ def test_large_heads_and_groups_have_tiles_of_one_part() -> None:
     pattern = dataclasses.replace(PATTERN, parts=2)
     for heads, parts in (((12, 2, 128), 2), ((32, 2, 128), 2), ((34, 2, 128), 1), ((12, 2, 192), 1)):
         assert {p.parts for p, _ in Tiling(pattern, Heads(*heads), 131072).patterns} == {parts}
+        assert Tiling(pattern, Heads(*heads), 131072, any_parts=True).of(1).parts == 2
 
 
 def test_requests_with_other_tiles_are_another_round() -> None:

@@ -90,6 +90,9 @@ def test_tiles_are_those_of_the_platform() -> None:
         "block_q": 64, "window": 24, "dense_layers": [],
     }  # fmt: skip
     assert [served(CPU, **given).facts()["tile_parts"] for given in ({}, {"tile_parts": 1})] == [2, 1]
+    wide = served(CPU)._replace(heads=Heads(8, 1, 256))
+    assert wide.facts()["tile_parts"] == 2
+    assert wide._replace(tuning=dataclasses.replace(CPU, tile_any_parts=False)).facts()["tile_parts"] == 1
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -47,11 +47,16 @@ class Tiling:
         heads: of a layer.
         max_seq_len: tokens of the longest sequence.
         fixed: the user has said how long tiles are.
+        any_parts: tiles may have any number of parts, as on a CPU; otherwise as many as a program holds.
     """
 
-    def __init__(self, pattern: SparsePattern, heads: Heads, max_seq_len: int, *, fixed: bool = False) -> None:
+    def __init__(
+        self, pattern: SparsePattern, heads: Heads, max_seq_len: int, *, fixed: bool = False, any_parts: bool = False
+    ) -> None:
         group = heads.num_heads // heads.num_kv_heads
         most = MOST_MEANS // group if heads.head_size <= MOST_CHANNELS else 1
+        if any_parts:
+            most = pattern.parts
         pattern = dataclasses.replace(pattern, parts=max(1, min(pattern.parts, most)))
         limits = [*(limit for limit in LONGER if limit < max_seq_len), max_seq_len]
         if fixed:
@@ -82,7 +87,7 @@ def tiling_of(options: VSPrefillConfig, tuning: PlatformTuning, heads: Heads, lo
     """
     pattern = dataclasses.replace(options.tile_pattern(tuning), dense_last=0)
     fixed = bool(tuning.tile_q) or "block_q" in options.model_fields_set
-    return Tiling(pattern, heads, longest, fixed=fixed)
+    return Tiling(pattern, heads, longest, fixed=fixed, any_parts=tuning.tile_any_parts)
 
 
 class TileShape(NamedTuple):
