@@ -149,6 +149,34 @@ def check_queries(q: Tensor, kv: PagedKV, batch: Batch) -> None:
         raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the {kv.num_kv_heads} KV heads of cache")
 
 
+def check_priors(prior: Tensor | None, kv: PagedKV, batch: Batch) -> None:
+    """Checks what is added to the scores of keys, float32 ``[requests, Hkv, positions]`` or None; reads no values.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if prior is None:
+        return
+    check_tensor("prior", prior, 3, (torch.float32,))
+    requests, heads, positions = prior.shape
+    if requests < batch.num_requests or heads != kv.num_kv_heads:
+        raise ValueError(
+            f"prior is for {requests} requests and {heads} KV heads, expected {batch.num_requests} and "
+            f"{kv.num_kv_heads}"
+        )
+    if positions < batch.max_seq_len:
+        raise ValueError(f"prior has room for {positions} tokens but max_seq_len is {batch.max_seq_len}")
+    if prior.stride(2) != 1:
+        raise ValueError(f"prior must have contiguous positions, got strides {prior.stride()}")
+    if prior.device != kv.cache.device:
+        raise ValueError(f"prior is on {prior.device}, expected {kv.cache.device}")
+
+
+def priors(prior: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
+    """A prior and its strides as kernels take them; without one nothing, for which nothing is compiled either."""
+    return (None, None, None) if prior is None else (prior, prior.stride(0), prior.stride(1))
+
+
 @triton.jit
 def key_offsets(p_table, b_pos, stride_block, stride_token, BLOCK_SIZE: tl.constexpr):
     """64-bit offsets into the cache of positions ``b_pos``, all of them inside the sequence."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_scale
 from ..launch import cdiv, next_power_of_2
-from ..paged import Batch, PagedKV, check_device, check_queries
+from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
 from ..reference import keys_values
 from ..rows import check_num_rows
 from ..tile_index import TileIndex, check_tiles
@@ -107,8 +107,9 @@ def allocate_price(
 
 
 def check_price(
-    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: PriceWorkspace, scale: float, price: float
-) -> None:
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: PriceWorkspace, scale: float, price: float,
+    prior: Tensor | None = None,
+) -> None:  # fmt: skip
     """Checks every argument of ``price``.
 
     Raises:
@@ -118,6 +119,7 @@ def check_price(
     check_scale(scale)
     if not math.isfinite(price) or price < 0:
         raise ValueError(f"price must be a finite number of at least 0, got {price!r}")
+    check_priors(prior, kv, batch)
     heads = kv.num_kv_heads
     check_tiles(index, batch, heads, q.device)
     means = workspace.means
@@ -142,6 +144,7 @@ def price(
     *,
     scale: float,
     price: float,
+    prior: Tensor | None = None,
 ) -> None:
     """Decides for each KV head of each request from which score on its tiles list a key: ``naive.price``.
 
@@ -153,6 +156,8 @@ def price(
         workspace: from ``allocate_price``; it says how many rows to look at.
         scale: factor on ``q . k`` before the softmax.
         price: squared relative output error of the layer that all pairs of one head are worth.
+        prior: float32 ``[requests, Hkv, positions]``, contiguous positions, added to the scores of each key; None:
+            nothing.
     """
     bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
     for i, (start, end, n) in enumerate(bounds):
@@ -161,6 +166,6 @@ def price(
         k, v = keys_values(kv, i, n)
         found = naive.price(
             q[start:end].to(k.dtype), k, v, scale=scale, pattern=index.pattern, price=price,
-            num_rows=workspace.num_rows,
+            num_rows=workspace.num_rows, prior=None if prior is None else prior[i, :, :n],
         )  # fmt: skip
         index.bars[i], index.density[i] = found.scores, found.density

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import tile_index
 from ..attention import spread_position, window_start
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows
+from ..paged import FP8_DTYPES, Batch, PagedKV, is_interpreted, paged_rows, priors
 from ..settings import Settings, padded, settings
 from ..tile_index import TileIndex
 from .naive import BINS, HIGHEST, LOWEST, SIZES, rows_of
@@ -88,12 +88,15 @@ def _mean_queries(
 
 @triton.jit
 def _bins(
-    b_c, b_unit, b_k, b_j, b_start, scale, SINKS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BINS: tl.constexpr, BINS_PER_UNIT: tl.constexpr,
+    b_c, b_unit, b_k, b_j, m_j, b_start, p_prior, scale, SINKS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BINS: tl.constexpr, BINS_PER_UNIT: tl.constexpr, PRIOR: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of keys for a tile of rows, ``[BM // PACK, BN]``, in bins, and which may be listed."""
     b_t = tl.dot(b_c, tl.trans(b_k), input_precision="ieee") * (scale * BINS_PER_UNIT) - b_unit[:, None]
     b_t = tl.max(tl.reshape(b_t, [BM // PACK, PACK, BN]), 1)
+    if PRIOR:
+        # [BN]
+        b_t += (tl.load(p_prior + b_j, mask=m_j, other=0.0) * BINS_PER_UNIT)[None, :]
     # In the last bin is all that lies above it.
     return tl.minimum(b_t, BINS - 0.5), (b_j[None, :] >= SINKS) & (b_j[None, :] < b_start[:, None])
 
@@ -168,16 +171,16 @@ def _mean_kernel(
     tl.store(p_near + b_place, b_near, mask=o_m < PACK)
 
 
-@triton.jit(do_not_specialize=["num_rows", "stride_table", "rows"])
+@triton.jit(do_not_specialize=["num_rows", "stride_table", "rows", "stride_prior", "stride_prior_head"])
 def _count_kernel(
     p_q, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_means, p_near, p_counts, p_k_scale, scale, num_rows,
-    stride_block, stride_head, stride_token, stride_table, rows,
+    stride_block, stride_head, stride_token, stride_table, rows, p_prior, stride_prior, stride_prior_head,
     HEADS: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr, SINKS: tl.constexpr,
     BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
     CHUNK_ROWS: tl.constexpr, COUNT_KEYS: tl.constexpr,
     FP8: tl.constexpr, UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr,
+    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr, PRIOR: tl.constexpr,
 ):  # fmt: skip
     """How many of a split's keys lie in each bin, for one tile of rows.
 
@@ -223,6 +226,8 @@ def _count_kernel(
     p_table += i_r.to(tl.int64) * stride_table
     if FP8:
         scale *= tl.load(p_k_scale)
+    if PRIOR:
+        p_prior += i_r.to(tl.int64) * stride_prior + i_h.to(tl.int64) * stride_prior_head
     b_counts = tl.zeros([BINS], tl.int32)
     for i_n in range(low, last, BN):
         # One of every ``stride`` neighbours, not always at the same place among them
@@ -232,8 +237,9 @@ def _count_kernel(
             p_q.dtype.element_ty,
         )  # fmt: skip
         b_t, m_t = _bins(
-            b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS, BINS_PER_UNIT
-        )
+            b_c, b_unit, b_k, b_j, b_j < high, b_start, p_prior, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS,
+            BINS_PER_UNIT, PRIOR,
+        )  # fmt: skip
         m_t = m_t & (b_j < high)[None, :] & (b_t >= 0.0)
         # What is not counted goes to the first bin and is taken off it again.
         b_bin = tl.reshape(tl.where(m_t, b_t, 0.0).to(tl.int32), [RT * BN])
@@ -295,17 +301,19 @@ def _add(b_o, b_p, b_t, bar, b_w):
     return tl.dot(tl.where(b_t >= bar, b_p, 0.0).to(b_w.dtype), b_w, b_o, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_rows", "stride_table", "rows", "first_request"])
+@triton.jit(
+    do_not_specialize=["num_rows", "stride_table", "rows", "first_request", "stride_prior", "stride_prior_head"]
+)
 def _output_kernel(
     p_q, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_means, p_near, p_bars, p_maxima, p_sums, p_k_scale,
     scale, num_rows, stride_q_row, stride_q_head, stride_block, stride_head, stride_token, stride_table, rows,
-    first_request,
+    first_request, p_prior, stride_prior, stride_prior_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, REACH: tl.constexpr,
     SINKS: tl.constexpr, BINS: tl.constexpr, LOWEST: tl.constexpr, BINS_PER_UNIT: tl.constexpr, STEPS: tl.constexpr,
     SKETCH: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK_ROWS: tl.constexpr, FP8: tl.constexpr,
     UPCAST: tl.constexpr, FULL_KEYS: tl.constexpr,
-    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr,
+    DOUBLINGS: tl.constexpr, PARTS: tl.constexpr, PRIOR: tl.constexpr,
 ):  # fmt: skip
     """Sketched outputs of one tile of rows over one split of the sequence, for every step of the ladder."""
     i_h, i_turn = tl.program_id(1), tl.program_id(2)
@@ -358,6 +366,8 @@ def _output_kernel(
     if FP8:
         # The factor on values is the same for all heads: it cancels.
         scale *= tl.load(p_k_scale)
+    if PRIOR:
+        p_prior += i_r.to(tl.int64) * stride_prior + i_h.to(tl.int64) * stride_prior_head
     log2_scale = scale * 1.4426950408889634
     b_r = _signs(i_m, o_d, o_c, D, SKETCH).to(b_q.dtype)
     b_max = tl.full([BM], -1e30, tl.float32)
@@ -379,8 +389,9 @@ def _output_kernel(
             p_k + D, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
         )
         b_t, m_t = _bins(
-            b_c, b_unit, b_k, b_j, b_start, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS, BINS_PER_UNIT
-        )
+            b_c, b_unit, b_k, b_j, m_j, b_start, p_prior, scale, SINKS, PACK * PARTS, BM * PARTS, BN, BINS,
+            BINS_PER_UNIT, PRIOR,
+        )  # fmt: skip
         # All that every step keeps lies above all bins, what has no score below them.
         b_t = tl.where(m_t, tl.where(b_t >= 0.0, b_t, -1.0), 2.0 * BINS)
         b_t = tl.reshape(tl.broadcast_to(b_t[:, None, :], [RT, PACK, BN]), [BM, BN])
@@ -525,6 +536,7 @@ def price(
     *,
     scale: float,
     price: float,
+    prior: Tensor | None = None,
     config: Settings | None = None,
 ) -> None:
     """As ``paged.price``, but that errors are estimates: of equal steps the last, and everything where one is NaN.
@@ -578,9 +590,9 @@ def price(
     )  # fmt: skip
     launch(
         _count_kernel, (tiles * splits, heads, batch.num_requests),
-        (*places, workspace.counts, k_scale, scale, num_rows, *strides),
+        (*places, workspace.counts, k_scale, scale, num_rows, *strides, *priors(prior)),
         **run, BM=block_m, PARTS=parts, COUNT_KEYS=COUNT_KEYS, SPLITS=splits, PROGRAMS=tiles * splits,
-        CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
+        CHUNK_ROWS=CHUNK_ROWS, PRIOR=prior is not None, **bins, **shape,
     )  # fmt: skip
     launch(
         _ladder_kernel, (heads, batch.num_requests),
@@ -594,9 +606,10 @@ def price(
             _output_kernel, (tiles * splits, heads, count),
             (
                 *places, workspace.bars, *partial, k_scale, scale, num_rows, q.stride(0), q.stride(1), *strides, first,
+                *priors(prior),
             ),
             **run, GROUP=group, BM=block_m, PARTS=parts, STEPS=STEPS, SKETCH=SKETCH, SPLITS=splits,
-            PROGRAMS=tiles * splits, CHUNK_ROWS=CHUNK_ROWS, **bins, **shape,
+            PROGRAMS=tiles * splits, CHUNK_ROWS=CHUNK_ROWS, PRIOR=prior is not None, **bins, **shape,
         )  # fmt: skip
         launch(
             _error_kernel, (cdiv(num_rows * pack, CHUNK_ROWS), heads, count),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_scale
-from ..paged import Batch, PagedKV, check_device, check_queries
+from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
 from ..reference import keys_values
 from ..tile_index import WORD_BITS, TileIndex, check_tiles
 from ..tile_scores import tile_scores
@@ -52,7 +52,10 @@ def allocate_rank(
     )
 
 
-def check_rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, scale: float) -> None:
+def check_rank(
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, scale: float,
+    prior: Tensor | None = None,
+) -> None:  # fmt: skip
     """Checks every argument of ``rank``.
 
     Raises:
@@ -60,6 +63,7 @@ def check_rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace
     """
     check_queries(q, kv, batch)
     check_scale(scale)
+    check_priors(prior, kv, batch)
     check_tiles(index, batch, kv.num_kv_heads, q.device)
     heads, tiles, size = workspace.means.shape
     if workspace.means.dtype != q.dtype or workspace.means.device != q.device:
@@ -74,7 +78,10 @@ def check_rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace
     check_device("q", q)
 
 
-def rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float) -> None:
+def rank(
+    q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float,
+    prior: Tensor | None = None,
+) -> None:  # fmt: skip
     """Marks the keys whose score reaches the bar of their request and KV head.
 
     Args:
@@ -85,6 +92,8 @@ def rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: Rank
             nor do keys that a tile must not list.
         workspace: from ``allocate_rank``.
         scale: factor on ``q . k`` before the softmax.
+        prior: float32 ``[requests, Hkv, positions]``, contiguous positions, added to the scores of each key; None:
+            nothing.
     """
     pattern = index.pattern
     weights = (1 << torch.arange(WORD_BITS, dtype=torch.int64, device=q.device)).view(1, 1, 1, -1)
@@ -94,7 +103,8 @@ def rank(q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: Rank
             continue
         k, _ = keys_values(kv, i, n)
         tiles, first = pattern.tiles(end - start, n), n - (end - start)
-        scores = tile_scores(q[start:end].to(k.dtype), k, list(tiles), scale=scale, pattern=pattern)
+        added = None if prior is None else prior[i, :, :n]
+        scores = tile_scores(q[start:end].to(k.dtype), k, list(tiles), scale=scale, pattern=pattern, prior=added)
         marks = scores >= index.bars[i].view(-1, 1, 1)
         words = (F.pad(marks, (0, -n % WORD_BITS)).unflatten(2, (-1, WORD_BITS)) * weights).sum(-1)
         words = torch.where(words >= 2**31, words - 2**32, words).int()

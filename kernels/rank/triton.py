@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch, next_power_of_2
-from ..paged import Batch, PagedKV, is_interpreted, paged_rows
+from ..paged import Batch, PagedKV, is_interpreted, paged_rows, priors
 from ..settings import Settings, padded
 from ..tile_index import TileIndex
 from .paged import RankWorkspace
@@ -137,12 +137,13 @@ def _near_kernel(
     tl.store(p_near + b_place, b_near, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["stride_table", "room", "tiles", "words", "reach"])
+@triton.jit(do_not_specialize=["stride_table", "room", "tiles", "words", "reach", "stride_prior", "stride_prior_head"])
 def _marks_kernel(
     p_means, p_near, p_bars, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_bits, p_k_scale, scale,
-    stride_block, stride_head, stride_token, stride_table, room, tiles, words, reach,
+    stride_block, stride_head, stride_token, stride_table, room, tiles, words, reach, p_prior, stride_prior,
+    stride_prior_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr, PRIOR: tl.constexpr,
 ):  # fmt: skip
     """Words of one block of keys for all tiles that may list one of them. ``GROUP``: as for ``_near_kernel``."""
     i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -160,6 +161,10 @@ def _marks_kernel(
         p_cache + i_h.to(tl.int64) * stride_head, p_table + i_r.to(tl.int64) * stride_table, b_j, b_j < n,
         stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_means.dtype.element_ty,
     )  # fmt: skip
+    if PRIOR:
+        p_prior += i_r.to(tl.int64) * stride_prior + i_h.to(tl.int64) * stride_prior_head
+        # [BN]
+        b_bar = bar - tl.load(p_prior + b_j, mask=b_j < n, other=0.0)
     b_k = tl.trans(b_k)
     if SCALED:
         scale *= tl.load(p_k_scale)
@@ -179,7 +184,10 @@ def _marks_kernel(
         b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale - b_near[:, None]
         b_max = tl.maximum(b_max, b_s)
         if i_g == GROUP - 1:
-            b_mark = tl.where(b_max >= bar, b_one[None, :], 0)
+            if PRIOR:
+                b_mark = tl.where(b_max >= b_bar[None, :], b_one[None, :], 0)
+            else:
+                b_mark = tl.where(b_max >= bar, b_one[None, :], 0)
             b_word = tl.sum(tl.reshape(b_mark, [BM, BN // 32, 32]), 2)
             tl.store(p_out + b_t.to(tl.int64)[:, None] * words, b_word, mask=m_t[:, None])
             b_max = tl.full([BM, BN], float("-inf"), tl.float32)
@@ -231,7 +239,7 @@ def marks_settings(head_size: int, element_size: int, block_q: int) -> Settings:
 
 def marks(
     q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float,
-    config: Settings | None = None,
+    prior: Tensor | None = None, config: Settings | None = None,
 ) -> None:  # fmt: skip
     """Bits, after ``means_and_near``. Arguments are as for ``rank``."""
     heads, size, bits = kv.num_kv_heads, kv.head_size, index.bits
@@ -241,18 +249,18 @@ def marks(
         (
             workspace.means, workspace.near, index.bars, kv.cache, kv.block_table, batch.row_start, batch.row_end,
             batch.seq_len, bits, kv.k_scale, scale, *kv.cache.stride()[:3], kv.block_table.stride(0),
-            workspace.near.shape[1], bits.shape[1], bits.shape[2], index.pattern.reach,
+            workspace.near.shape[1], bits.shape[1], bits.shape[2], index.pattern.reach, *priors(prior),
         ),
         num_warps=config.num_warps, num_stages=config.num_stages,
         HEADS=heads, GROUP=q.shape[1] // heads * index.pattern.parts, BM=config.block_m, BN=config.block_n, D=size,
         BD=padded(size), BLOCK_Q=index.pattern.block_q, BLOCK_SIZE=kv.block_size, SCALED=kv.k_scale is not None,
-        UPCAST=is_interpreted() and q.dtype == torch.bfloat16,
+        UPCAST=is_interpreted() and q.dtype == torch.bfloat16, PRIOR=prior is not None,
     )  # fmt: skip
 
 
 def rank(
     q: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, workspace: RankWorkspace, *, scale: float,
-    config: Settings | None = None,
+    prior: Tensor | None = None, config: Settings | None = None,
 ) -> None:  # fmt: skip
     """As ``paged.rank``, but that means are rounded to the model's type with an fp8 cache, too.
 
@@ -263,4 +271,4 @@ def rank(
     if batch.num_requests == 0 or batch.max_rows == 0:
         return
     means_and_near(q, kv, batch, index, workspace, scale=scale)
-    marks(q, kv, batch, index, workspace, scale=scale, config=config)
+    marks(q, kv, batch, index, workspace, scale=scale, prior=prior, config=config)

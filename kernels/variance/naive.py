@@ -14,11 +14,36 @@ A key that only some rows of a tile look for is rated too low by their mean quer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..checks import check_query_key, check_scale
 from ..types import SparsePattern
+
+
+def covariance(q: Tensor, num_kv_heads: int, tiles: Sequence[int], *, seq_len: int, pattern: SparsePattern) -> Tensor:
+    """Covariance of queries around the mean of their part, float32 ``[Hkv, D, D]``.
+
+    Args:
+        q: ``[T, Hq, D]``, the chunk's queries; the last row is the query at position ``seq_len - 1``.
+        num_kv_heads: KV heads.
+        tiles: which tiles to look at, on the absolute grid; each holds a row of the chunk.
+        seq_len: tokens of the sequence.
+        pattern: tiles and their parts.
+    """
+    first, apart = seq_len - q.shape[0], []
+    for tile in tiles:
+        for part in range(pattern.parts):
+            low, high = pattern.part(tile, part, first, seq_len)
+            if low < high:
+                rows = q[low - first : high - first].float()
+                apart.append(rows - rows.mean(0))
+    # [Hkv, rows * group, D]
+    queries = torch.cat(apart).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    products: Tensor = queries.mT @ queries / queries.shape[1]
+    return products
 
 
 def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
@@ -38,17 +63,8 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     """
     check_query_key(q, k)
     check_scale(scale)
-    n, first, num_kv_heads = k.shape[0], k.shape[0] - q.shape[0], k.shape[1]
-    apart = []
-    for tile in pattern.tiles(q.shape[0], n):
-        for part in range(pattern.parts):
-            low, high = pattern.part(tile, part, first, n)
-            if low < high:
-                rows = q[low - first : high - first].float()
-                apart.append(rows - rows.mean(0))
-    # [Hkv, T * group, D]
-    queries = torch.cat(apart).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-    covariance = queries.mT @ queries / queries.shape[1]
+    n = k.shape[0]
+    spread = covariance(q, k.shape[1], pattern.tiles(q.shape[0], n), seq_len=n, pattern=pattern)
     keys = k.transpose(0, 1).float()
-    squares: Tensor = (keys @ covariance * keys).sum(-1)
+    squares: Tensor = (keys @ spread * keys).sum(-1)
     return squares.clamp_(min=0.0).mul_(scale * scale / 2)

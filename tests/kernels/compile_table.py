@@ -59,6 +59,8 @@ from vllm_vsprefill.kernels.select import triton as select_module
 from vllm_vsprefill.kernels.select.paged import allocate_select
 from vllm_vsprefill.kernels.tile_index import TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.types import IndexerLayerWeights, SparsePattern
+from vllm_vsprefill.kernels.variance import triton as variance_module
+from vllm_vsprefill.kernels.variance.paged import allocate_variance
 from vllm_vsprefill.prefill.tiles import MOST_CHANNELS
 
 # Bytes of shared memory that a program can have, by compute capability.
@@ -194,18 +196,28 @@ def recall(size: int, dtype: str, group: int) -> None:
     recall_module.recall(q, kv, batch, _index(), workspace, torch.zeros(2), scale=0.1)
 
 
-def price(size: int, dtype: str, group: int, parts: int = 1) -> None:
+def price(size: int, dtype: str, group: int, parts: int = 1, prior: bool = False) -> None:
     kv, q = _paged(size, dtype, group)
-    index = _tile_index(16, parts)
+    index, batch = _tile_index(16, parts), Batch.from_lists([ROWS], [SEQ_LEN])
     workspace = allocate_price(1, group * HEADS, HEADS, size, SEQ_LEN, 64, q.dtype, "cpu", parts)
-    price_module.price(q, kv, Batch.from_lists([ROWS], [SEQ_LEN]), index, workspace, scale=0.1, price=0.02)
+    added = torch.zeros(1, HEADS, SEQ_LEN) if prior else None
+    price_module.price(q, kv, batch, index, workspace, scale=0.1, price=0.02, prior=added)
 
 
-def rank(size: int, dtype: str, group: int, block_q: int, parts: int = 1) -> None:
+def rank(size: int, dtype: str, group: int, block_q: int, parts: int = 1, prior: bool = False) -> None:
     kv, q = _paged(size, dtype, group)
     workspace = allocate_rank(ROWS, 1, group * HEADS, size, block_q, q.dtype, "cpu", parts)
     batch = Batch.from_lists([ROWS], [SEQ_LEN])
-    rank_module.rank(q, kv, batch, _tile_index(block_q, parts), workspace, scale=0.1)
+    added = torch.zeros(1, HEADS, SEQ_LEN) if prior else None
+    rank_module.rank(q, kv, batch, _tile_index(block_q, parts), workspace, scale=0.1, prior=added)
+
+
+def variance(size: int, dtype: str, group: int, block_q: int, parts: int = 1) -> None:
+    kv, q = _paged(size, dtype, group)
+    workspace, prior = allocate_variance(1, HEADS, size, q.dtype, "cpu"), torch.zeros(1, HEADS, SEQ_LEN)
+    pattern = SparsePattern(block_q=block_q, block_k=16, parts=parts)
+    batch = Batch.from_lists([ROWS], [SEQ_LEN])
+    variance_module.variance(q, kv, batch, pattern, workspace, prior, scale=0.1)
 
 
 def mass(size: int, dtype: str, group: int) -> None:
@@ -240,7 +252,7 @@ def others(block_q: int, block_k: int, logits: str) -> None:
 
 OPERATIONS: dict[str, Callable[..., None]] = {
     "attend": attend, "attend_tiles": attend_tiles, "score": score, "sampled": sampled, "recall": recall,
-    "price": price, "rank": rank, "mass": mass, "peak": peak, "others": others,
+    "price": price, "rank": rank, "variance": variance, "mass": mass, "peak": peak, "others": others,
 }  # fmt: skip
 
 
@@ -257,9 +269,11 @@ def cases(everything: bool) -> Iterator[Case]:
             for size, dtype in ((128, "bf16"), (256, "fp32")):
                 yield capability, "recall", {"size": size, "dtype": dtype, "group": 4}
             for size in (128, 256):
-                yield capability, "price", {"size": size, "dtype": "bf16", "group": 4}
-                yield capability, "rank", {"size": size, "dtype": "bf16", "group": 16, "block_q": 20}
-            yield capability, "price", {"size": 128, "dtype": "bf16", "group": 16, "parts": 2}
+                yield capability, "price", {"size": size, "dtype": "bf16", "group": 4, "prior": True}
+                yield capability, "rank", {"size": size, "dtype": "bf16", "group": 16, "block_q": 20, "prior": True}
+            for size, dtype in ((128, "bf16"), (256, "fp32")):
+                yield capability, "variance", {"size": size, "dtype": dtype, "group": 4, "block_q": 150}
+            yield capability, "price", {"size": 128, "dtype": "bf16", "group": 16, "parts": 2, "prior": True}
             yield capability, "mass", {"size": 256, "dtype": "fp32", "group": 16}
         for capability in (86, 120):
             yield capability, "attend", {"size": 128, "dtype": "bf16", "group": 4, "block_q": 16}
@@ -275,13 +289,16 @@ def cases(everything: bool) -> Iterator[Case]:
             yield capability, "attend", {**shape, "group": group, "block_q": block_q}
             yield capability, "attend_tiles", {**shape, "group": group, "block_q": block_q}
         yield capability, "attend_tiles", {**shape, "group": 6, "block_q": 60}
+        for block_q in (1, 20, 150):
+            yield capability, "variance", {**shape, "group": 4, "block_q": block_q}
         for group in GROUPS:
             yield capability, "sampled", {**shape, "group": group}
             yield capability, "recall", {**shape, "group": group}
-            yield capability, "price", {**shape, "group": group}
-            if size <= MOST_CHANNELS:
-                yield capability, "price", {**shape, "group": group, "parts": 2}
-            yield capability, "rank", {**shape, "group": group, "block_q": 20}
+            for prior in (False, True):
+                yield capability, "price", {**shape, "group": group, "prior": prior}
+                if size <= MOST_CHANNELS:
+                    yield capability, "price", {**shape, "group": group, "parts": 2, "prior": prior}
+                yield capability, "rank", {**shape, "group": group, "block_q": 20, "prior": prior}
             if not fp8:  # these read the keys of a calibration run, not a cache
                 yield capability, "mass", {**shape, "group": group}
                 yield capability, "peak", {**shape, "group": group}

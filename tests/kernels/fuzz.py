@@ -92,6 +92,8 @@ from vllm_vsprefill.kernels.settings import Settings, settings
 from vllm_vsprefill.kernels.tile_index import EVERYTHING, TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.tile_scores import listable, tile_scores
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, Selection, SparsePattern
+from vllm_vsprefill.kernels.variance.paged import allocate_variance, check_variance, tiles_of_variance
+from vllm_vsprefill.kernels.variance.triton import variance
 
 Params = dict[str, Any]
 
@@ -660,7 +662,29 @@ def draw_chain(rng: random.Random, tiny: bool) -> Params:
     config = draw_tiles(rng, tiny)
     config["priced_rows"] = rng.choice((1, 7, 16) if tiny else (1, 13, 16, 32, 64))
     config["parts"] = rng.choice((1, 2))
+    config["variance"] = rng.random() < 0.5
     return config
+
+
+# Relative error by norm over the keys. Queries without their mean, keys and covariances are rounded to bfloat16 (tf32
+# in float32), each by at most 2**-9 (2**-11), and averaged over.
+VARIANCE_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def half_variance(q: Tensor, k: Tensor, scale: float, pattern: SparsePattern) -> Tensor:
+    """float64 ``[Hkv, n]``: what ``variance.paged`` defines, without its loop over tiles."""
+    rows, n, heads = q.shape[0], k.shape[0], k.shape[1]
+    position = torch.arange(n - rows, n, device=DEVICE)
+    tile, some = position // pattern.block_q, tiles_of_variance(pattern, rows, n)
+    looked_at = (tile - some.start) % some.step == 0
+    part = (tile * pattern.parts + position % pattern.block_q // pattern.part_positions)[looked_at]
+    _, place, count = part.unique(return_inverse=True, return_counts=True)
+    queries = q[looked_at].double()
+    sums = torch.zeros(len(count), *queries.shape[1:], dtype=torch.float64, device=DEVICE).index_add_(0, place, queries)
+    apart = (queries - (sums / count.view(-1, 1, 1))[place]).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+    keys = k.double().transpose(0, 1)
+    products = torch.einsum("hnd,hde,hne->hn", keys, apart.mT @ apart / apart.shape[1], keys)
+    return products * (scale * scale / 2)
 
 
 def listed_keys(index: TileIndex, kv: PagedKV, request: int, batch: Batch, check: Check) -> Tensor:
@@ -690,7 +714,7 @@ def listed_keys(index: TileIndex, kv: PagedKV, request: int, batch: Batch, check
 
 
 def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: Check, told: Params) -> None:
-    """Price, rank, lists, attention on one index: every step from what the one before has decided."""
+    """Variance, price, rank, lists, attention on one index: every step from what the one before has decided."""
     dtype, heads, size = DTYPES[config["dtype"]], config["heads"], config["size"]
     pattern = draw_pattern(rng, config, (0,))
     rows, seq_lens = draw_lengths(rng, config)
@@ -711,17 +735,25 @@ def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: C
     index = storage.view(pattern, num_rows, requests, longest)
     out = torch.full(q.shape, float("nan"), dtype=dtype, device=DEVICE)
     visited = torch.full((requests,), 5, dtype=torch.int64, device=DEVICE)  # they are added
-    check_price(q, kv, batch, index, prices, scale, worth)
-    check_rank(q, kv, batch, index, ranks, scale)
+    prior = None
+    if config["variance"]:
+        prior = torch.full((requests, heads, longest), float("nan"), device=DEVICE)
+        scratch = allocate_variance(requests, heads, size, dtype, DEVICE)
+        for part in scratch:
+            part.fill_(float("nan"))
+        check_variance(q, kv, batch, pattern, scratch, prior, scale)
+        variance(q, kv, batch, pattern, scratch, prior, scale=scale)
+    check_price(q, kv, batch, index, prices, scale, worth, prior)
+    check_rank(q, kv, batch, index, ranks, scale, prior)
     check_build_tiles(index, kv, batch)
     check_attend_tiles(q, kv, index, batch, scale, out, visited)
-    price(q, kv, batch, index, prices, scale=scale, price=worth)
+    price(q, kv, batch, index, prices, scale=scale, price=worth, prior=prior)
     if told["other_bars"]:
         # Short sequences have no step of the ladder between none and all.
         bars = torch.rand(index.bars.shape, generator=gen, device=DEVICE) * 8 - 7
         kinds = torch.rand(index.bars.shape, generator=gen, device=DEVICE)
         index.bars.copy_(torch.where(kinds < 0.1, math.inf, torch.where(kinds > 0.9, -math.inf, bars)))
-    rank(q, kv, batch, index, ranks, scale=scale)
+    rank(q, kv, batch, index, ranks, scale=scale, prior=prior)
     build_tiles(index, kv, batch)
     attend_tiles(q, kv, index, batch, scale=scale, out=out, visited=visited)
 
@@ -738,7 +770,13 @@ def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: C
         check.holds("a bar is none", not bool(bars.isnan().any()))
         k, v = contiguous(kv, i, n, dtype)
         keys, tiles = listed_keys(index, kv, i, batch, check), pattern.tiles(part_rows, n)
-        scores = tile_scores(part, k, list(tiles), scale=scale * k_scale, pattern=pattern)
+        added = None
+        if prior is not None:
+            added = prior[i, :, :n]
+            spread = half_variance(part, k, scale * k_scale, pattern)
+            check.measure("variance", float((added - spread).norm() / (spread.norm() + 1e-30)), VARIANCE_LIMIT[dtype])
+            check.holds("a prior behind a sequence", bool(prior[i, :, n:].isnan().all()))
+        scores = tile_scores(part, k, list(tiles), scale=scale * k_scale, pattern=pattern, prior=added)
         apart = scores - bars.view(-1, 1, 1)
         wrong = (keys != (apart >= 0)) & listable(pattern, tiles, n, scores.device) & bars.isfinite().view(-1, 1, 1)
         limit = SCORE_LIMIT[dtype] * max(1.0, scale * k_scale * size**0.5)

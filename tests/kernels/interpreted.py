@@ -41,6 +41,7 @@ try:
         import vllm_vsprefill.kernels.sampled.triton
         import vllm_vsprefill.kernels.score.triton
         import vllm_vsprefill.kernels.select.triton
+        import vllm_vsprefill.kernels.variance.triton
 finally:
     # Child processes of other tests must not inherit it.
     if DEVICE == "cpu":

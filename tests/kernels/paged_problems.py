@@ -93,3 +93,13 @@ def make_paged(
     q[~used.to(DEVICE)] = float("nan")
     selections = [random_selection(n, heads, columns, diagonals, rng) for n in seq_lens]
     return PagedProblem(q, kv, batch, selections, pattern)
+
+
+def random_priors(problem: PagedProblem, seed: int) -> Tensor:
+    """What is added to the scores of keys, float32 ``[requests, Hkv, positions]``; behind each sequence NaN."""
+    gen = torch.Generator().manual_seed(seed)
+    shape = problem.batch.num_requests + 1, problem.kv.num_kv_heads + 1, problem.batch.max_seq_len + 3
+    prior = torch.randn(shape, generator=gen)[:-1, 1:]
+    for i, n in enumerate(problem.seq_lens()):
+        prior[i, :, n:] = float("nan")
+    return prior.to(DEVICE)

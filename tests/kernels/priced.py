@@ -17,7 +17,10 @@ from vllm_vsprefill.kernels.types import SparsePattern
 class Priced:
     """Exact squared errors and densities of a chunk at its sampled rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: SparsePattern, num_rows: int) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: SparsePattern, num_rows: int,
+        prior: Tensor | None = None,
+    ) -> None:  # fmt: skip
         rounding = q.dtype
         q, k, v = (x.double().cpu() for x in (q, k, v))
         n, self.heads, rows = k.shape[0], k.shape[1], q.shape[0]
@@ -46,7 +49,8 @@ class Priced:
                     logits = mean @ k[:end, head].T * scale
                     near = torch.cat((logits[:, : min(pattern.sink_keys, window)], logits[:, window:]), 1)
                     best = torch.maximum(best, (logits - near.logsumexp(1, keepdim=True)).amax(0))
-                scores.append(best[self.places[-1]])
+                added = 0.0 if prior is None else prior[head, self.places[-1]].double().cpu()
+                scores.append(best[self.places[-1]] + added)
                 probs.append((q[row, heads] @ k[: position + 1, head].T * scale).softmax(1))
             self.scores.append(scores)
             self.probs.append(probs)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
-from tests.kernels.paged_problems import PagedProblem, make_paged
+from tests.kernels.paged_problems import PagedProblem, make_paged, random_priors
 from tests.kernels.priced import Priced, planted
 from vllm_vsprefill.kernels import tile_index
 from vllm_vsprefill.kernels.paged import Batch, PagedKV
@@ -57,20 +58,24 @@ def room(problem: PagedProblem, num_rows: int) -> tuple[TileIndex, PriceWorkspac
     return index, workspace
 
 
-def exact(problem: PagedProblem, request: int, num_rows: int) -> Priced:
+def exact(problem: PagedProblem, request: int, num_rows: int, prior: torch.Tensor | None = None) -> Priced:
     """Exact costs of one request."""
     start, end, n = (int(x[request]) for x in problem.batch[:3])
     k, v = keys_values(problem.kv, request, n)
-    return Priced(problem.q[start:end], k, v, problem.scale, problem.pattern, num_rows)
+    added = None if prior is None else prior[request, :, :n].cpu()
+    return Priced(problem.q[start:end], k, v, problem.scale, problem.pattern, num_rows, added)
 
 
-def check(problem: PagedProblem, num_rows: int, worth: float, index: TileIndex, slack: float) -> None:
+def check(
+    problem: PagedProblem, num_rows: int, worth: float, index: TileIndex, slack: float,
+    prior: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """The choice of every request costs little more than the best one, and its density is right."""
     for i in range(problem.batch.num_requests):
         if problem.batch.row_start[i] == problem.batch.row_end[i]:
             assert index.bars[i].tolist() == index.density[i].tolist() == [UNTOUCHED] * index.bars.shape[1]
             continue
-        true, bars = exact(problem, i, num_rows), index.bars[i].tolist()
+        true, bars = exact(problem, i, num_rows, prior), index.bars[i].tolist()
         for cost, best in zip(true.costs(bars, worth), true.best(worth), strict=True):
             assert cost <= best * (1 + slack) + 1e-4 * worth
         assert index.density[i].tolist() == pytest.approx(true.of(bars)[1], abs=4e-3)
@@ -102,12 +107,14 @@ def test_choices_cost_little_more_than_the_best(seed: int) -> None:
     sharpen(problem)
     count, worth = rng.choice([1, 8, 13]), rng.choice([0.01, 0.1])
     index, workspace = room(problem, count)
-    check_price(problem.q, problem.kv, problem.batch, index, workspace, problem.scale, worth)
+    prior = random_priors(problem, seed) if seed // 2 % 2 else None
+    check_price(problem.q, problem.kv, problem.batch, index, workspace, problem.scale, worth, prior)
+    call: dict[str, Any] = {"scale": problem.scale, "price": worth, "prior": prior}
     config = Settings(rng.choice([16, 64]), 128, 4, 1)
-    price(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=worth, config=config)
-    check(problem, count, worth, index, 0.15)
-    paged.price(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=worth)
-    check(problem, count, worth, index, 0.01 if problem.q.dtype == torch.float32 else 0.05)
+    price(problem.q, problem.kv, problem.batch, index, workspace, **call, config=config)
+    check(problem, count, worth, index, 0.15, prior)
+    paged.price(problem.q, problem.kv, problem.batch, index, workspace, **call)
+    check(problem, count, worth, index, 0.01 if problem.q.dtype == torch.float32 else 0.05, prior)
 
 
 @pytest.mark.parametrize("group", [1, 6])
@@ -116,12 +123,19 @@ def test_counts_and_errors_are_close_to_exact_ones(group: int) -> None:
     sharpen(problem)
     index, workspace = room(problem, 12)
     config = Settings(32, 128, 4, 1)
-    price(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=0.1, config=config)
-    true = exact(problem, 0, 12)
+    prior = random_priors(problem, 3) if group == 6 else None
+    price(
+        problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=0.1, prior=prior,
+        config=config,
+    )  # fmt: skip
+    true = exact(problem, 0, 12, prior)
     k, _ = keys_values(problem.kv, 0, 700)
     start = int(problem.batch.row_start[0])
     tiles = [(400 + row) // 20 for row in true.rows]
-    scores = tile_scores(problem.q[start : start + 300], k, tiles, scale=problem.scale, pattern=PATTERN)
+    scores = tile_scores(
+        problem.q[start : start + 300], k, tiles, scale=problem.scale, pattern=PATTERN,
+        prior=None if prior is None else prior[0, :, :700],
+    )  # fmt: skip
     counts = torch.zeros(2, naive.BINS, dtype=torch.int64)
     for i, places in enumerate(true.places):
         for head in range(2):
@@ -181,7 +195,8 @@ def test_an_fp8_cache(factors: tuple[float | None, float | None]) -> None:
     check(problem, 8, 0.05, index, 0.1)
 
 
-def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch, with_prior: bool) -> None:
     """Fewer rows, longer lists, and bars from a part of the keys, which keep nearly the sizes of the ladder."""
     monkeypatch.setattr(tile_index, "FULL_KEYS", 500)
     monkeypatch.setattr(kernels, "COUNT_KEYS", 256)
@@ -190,9 +205,13 @@ def test_long_sequences_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -
     sharpen(problem)
     index, workspace = room(problem, 32)
     config = Settings(32, 128, 4, 1)
-    price(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=0.1, config=config)
+    prior = random_priors(problem, 4) if with_prior else None
+    price(
+        problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, price=0.1, prior=prior,
+        config=config,
+    )  # fmt: skip
     for i, rows in enumerate((8, 32)):
-        true = exact(problem, i, 32)
+        true = exact(problem, i, 32, prior)
         assert len(true.rows) == rows
         pairs = sum(len(places) for places in true.places)
         for head in range(2):
@@ -270,6 +289,8 @@ def test_bad_arguments_are_named() -> None:
         check_price(q, kv, batch, index, workspace, 0.0, 0.1)
     with pytest.raises(ValueError, match=r"^price"):
         check_price(q, kv, batch, index, workspace, 1.0, math.inf)
+    with pytest.raises(ValueError, match=r"^prior has room for 3 tokens"):
+        check_price(q, kv, batch, index, workspace, 1.0, 0.1, torch.zeros(1, 2, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"^num_rows"):
         allocate_price(1, 8, 2, 64, 60, 0, q.dtype, DEVICE)
     with pytest.raises(ValueError, match=r"^num_rows"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.interpreted import DEVICE, REASON, USABLE
-from tests.kernels.paged_problems import PagedProblem, make_paged
+from tests.kernels.paged_problems import PagedProblem, make_paged, random_priors
 from vllm_vsprefill.kernels.paged import FP8_DTYPES, PagedKV
 from vllm_vsprefill.kernels.rank import naive, paged
 from vllm_vsprefill.kernels.rank.paged import RankWorkspace, allocate_rank, check_rank
@@ -80,7 +80,7 @@ def random_problem(seed: int, **fixed: object) -> PagedProblem:
     return make_paged(seq_lens=seq_lens, rows=rows, pattern=pattern, seed=seed, **options | fixed)  # type: ignore[arg-type]
 
 
-def check_marks(problem: PagedProblem, index: TileIndex, margin: float) -> None:
+def check_marks(problem: PagedProblem, index: TileIndex, margin: float, prior: Tensor | None = None) -> None:
     """Every bit of a listable key is as its score says, but for scores within ``margin`` of the bar."""
     for i, n in enumerate(problem.seq_lens()):
         start, end = int(problem.batch.row_start[i]), int(problem.batch.row_end[i])
@@ -89,7 +89,8 @@ def check_marks(problem: PagedProblem, index: TileIndex, margin: float) -> None:
         k, _ = keys_values(problem.kv, i, n)
         tiles = problem.pattern.tiles(end - start, n)
         q = problem.q[start:end].to(k.dtype)
-        scores = tile_scores(q, k, list(tiles), scale=problem.scale, pattern=problem.pattern)
+        added = None if prior is None else prior[i, :, :n]
+        scores = tile_scores(q, k, list(tiles), scale=problem.scale, pattern=problem.pattern, prior=added)
         bars = index.bars[i].view(-1, 1, 1)
         matter = listable(problem.pattern, tiles, n, q.device) & bars.isfinite() & ((scores - bars).abs() > margin)
         assert torch.equal(marked(index, problem, i)[matter], (scores >= bars)[matter])
@@ -99,23 +100,28 @@ def check_marks(problem: PagedProblem, index: TileIndex, margin: float) -> None:
 def test_equals_the_scores(seed: int) -> None:
     problem = random_problem(seed)
     index, workspace = tiles_for(problem, [-3.0, -4.5, -2.0])
-    check_rank(problem.q, problem.kv, problem.batch, index, workspace, problem.scale)
+    prior = random_priors(problem, seed) if seed // 2 % 2 else None
+    check_rank(problem.q, problem.kv, problem.batch, index, workspace, problem.scale, prior)
     config = None if seed % 2 else Settings(16, [32, 64, 256][seed % 3], 4, 1)
-    rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, config=config)
-    check_marks(problem, index, 1e-4)
+    rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, prior=prior, config=config)
+    check_marks(problem, index, 1e-4, prior)
 
 
 @pytest.mark.parametrize("seed", range(16))
 def test_the_paged_reference_equals_the_plain_one(seed: int) -> None:
     problem = random_problem(seed)
     index, workspace = tiles_for(problem, [-3.0, -4.5, -2.0])
-    paged.rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale)
+    prior = random_priors(problem, seed) if seed // 2 % 2 else None
+    paged.rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, prior=prior)
     for i, n in enumerate(problem.seq_lens()):
         start, end = int(problem.batch.row_start[i]), int(problem.batch.row_end[i])
         if start == end:
             continue
         k, _ = keys_values(problem.kv, i, n)
-        wanted = naive.rank(problem.q[start:end], k, index.bars[i], scale=problem.scale, pattern=problem.pattern)
+        added = None if prior is None else prior[i, :, :n].contiguous()
+        wanted = naive.rank(
+            problem.q[start:end], k, index.bars[i], scale=problem.scale, pattern=problem.pattern, prior=added
+        )
         open_to = listable(problem.pattern, problem.pattern.tiles(end - start, n), n, k.device)
         assert torch.equal(marked(index, problem, i) & open_to, wanted)
 
@@ -164,6 +170,19 @@ def test_many_tiles_and_long_windows() -> None:
     check_marks(problem, index, 1e-4)
 
 
+def test_a_prior_moves_the_bar_of_a_key() -> None:
+    pattern = SparsePattern(block_q=16, block_k=1, window=8, sinks=4, dense_last=0)
+    problem = make_paged(seq_lens=[150], rows=[64], pattern=pattern, heads=2, group=2)
+    index, workspace = tiles_for(problem, [-3.0])
+    prior = torch.zeros(1, 2, 155, device=DEVICE)
+    prior[0, 0, 50], prior[0, 1, 51] = 1e6, -1e6
+    rank(problem.q, problem.kv, problem.batch, index, workspace, scale=problem.scale, prior=prior)
+    check_marks(problem, index, 1e-4, prior)
+    bits = marked(index, problem, 0)
+    assert bits[0, :, 50].all()
+    assert not bits[1, :, 51].any()
+
+
 def test_nothing_to_do() -> None:
     pattern = SparsePattern(block_q=16, block_k=1, window=8, sinks=4, dense_last=0)
     problem = make_paged(seq_lens=[50], rows=[0], pattern=pattern)
@@ -182,6 +201,18 @@ def test_bad_arguments_are_named() -> None:
         check_rank(q[..., :32], kv, batch, index, workspace, 1.0)
     with pytest.raises(ValueError, match=r"^scale"):
         check_rank(q, kv, batch, index, workspace, 0.0)
+    prior = torch.zeros(1, 2, 45, device=DEVICE)
+    check_rank(q, kv, batch, index, workspace, 1.0, prior)
+    with pytest.raises(ValueError, match=r"^prior must have dtype float32"):
+        check_rank(q, kv, batch, index, workspace, 1.0, prior.half())
+    with pytest.raises(ValueError, match=r"^prior is for 1 requests and 1 KV heads, expected 1 and 2"):
+        check_rank(q, kv, batch, index, workspace, 1.0, prior[:, :1])
+    with pytest.raises(ValueError, match=r"^prior has room for 44 tokens but max_seq_len is 45"):
+        check_rank(q, kv, batch, index, workspace, 1.0, prior[..., :44])
+    with pytest.raises(ValueError, match=r"^prior must have contiguous positions"):
+        check_rank(q, kv, batch, index, workspace, 1.0, prior.expand(1, 2, 45).mT.contiguous().mT)
+    with pytest.raises(ValueError, match=r"^prior is on meta"):
+        check_rank(q, kv, batch, index, workspace, 1.0, prior.to("meta"))
     with pytest.raises(ValueError, match=r"^index has room for 1 KV heads"):
         check_rank(q, kv, batch, index._replace(bits=index.bits[:1]), workspace, 1.0)
     with pytest.raises(ValueError, match=r"^workspace has room for 1 tiles"):

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
+"""What single queries of a tile may find in a key that their mean does not, for the requests of a round: the plain
+reference over requests, its workspace and its checks.
+
+Of a long chunk only some tiles are looked at (``tiles_of_variance``): a covariance of a head's channels needs a few
+thousand queries, not all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_scale, check_tensor
+from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
+from ..reference import keys_values
+from ..types import SparsePattern
+from .naive import covariance
+
+ENOUGH_ROWS = 4096  # of a chunk, beyond which tiles are left out
+MAX_SPLITS = 32  # of a request's queries, for each KV head
+PROGRAMS = 256  # that add up products at a time, about: two for each multiprocessor of a large device
+
+
+class VarianceWorkspace(NamedTuple):
+    """Scratch of ``variance``, allocated once.
+
+    Attributes:
+        sums: float32 ``[places, D, D]``, sums of outer products of a split of a request's queries.
+        covariance: ``[requests, Hkv, D, D]``, bfloat16 for queries of two bytes, which takes every size of queries,
+            and else float32.
+    """
+
+    sums: Tensor
+    covariance: Tensor
+
+
+def tiles_of_variance(pattern: SparsePattern, rows: int, seq_len: int) -> range:
+    """The tiles of a chunk that are looked at: all, or of more than ``ENOUGH_ROWS`` rows every so manieth."""
+    return pattern.tiles(rows, seq_len)[:: max(rows // ENOUGH_ROWS, 1)]
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What keys are multiplied in with the covariance of queries of a type."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+def allocate_variance(
+    num_requests: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device | str
+) -> VarianceWorkspace:
+    """Room for the covariances of a round.
+
+    Args:
+        num_requests: requests of a round.
+        num_kv_heads: KV heads.
+        head_size: channels of a head.
+        dtype: of the queries.
+        device: device.
+    """
+    square, each = (head_size, head_size), num_requests * num_kv_heads
+    places = max(each, min(PROGRAMS, MAX_SPLITS * each))
+    return VarianceWorkspace(
+        torch.empty(places, *square, dtype=torch.float32, device=device),
+        torch.empty(num_requests, num_kv_heads, *square, dtype=product_dtype(dtype), device=device),
+    )
+
+
+def check_variance(
+    q: Tensor, kv: PagedKV, batch: Batch, pattern: SparsePattern, workspace: VarianceWorkspace, prior: Tensor,
+    scale: float,
+) -> None:  # fmt: skip
+    """Checks every argument of ``variance``.
+
+    Raises:
+        ValueError: dtype, shape, stride or device mismatch; names the argument.
+    """
+    check_queries(q, kv, batch)
+    check_scale(scale)
+    if not isinstance(pattern, SparsePattern):
+        raise ValueError(f"pattern must be a SparsePattern, got {type(pattern).__name__}")
+    check_tensor("prior", prior, 3, (torch.float32,))
+    check_priors(prior, kv, batch)
+    found, wanted = workspace.covariance, product_dtype(q.dtype)
+    if found.dtype != wanted or found.device != q.device:
+        raise ValueError(f"workspace is of {found.dtype} on {found.device}, expected {wanted} on {q.device}")
+    if found.shape[0] < batch.num_requests or found.shape[1:3] != (kv.num_kv_heads, kv.head_size):
+        requests, heads, size, _ = found.shape
+        raise ValueError(f"workspace is for {requests} requests and {heads} heads of size {size}")
+    if workspace.sums.shape[0] < batch.num_requests * kv.num_kv_heads:
+        raise ValueError(f"workspace has room for {workspace.sums.shape[0]} sums")
+    check_device("q", q)
+
+
+def variance(
+    q: Tensor, kv: PagedKV, batch: Batch, pattern: SparsePattern, workspace: VarianceWorkspace, prior: Tensor, *,
+    scale: float,
+) -> None:  # fmt: skip
+    """Half the variance of every key's logits over the queries of a tile, for ``price`` and ``rank``.
+
+    ``naive.variance``, of the tiles of ``tiles_of_variance``; 0 where it is not a number.
+
+    Args:
+        q: ``[rows, Hq, D]``, contiguous channels.
+        kv: the cache, of the same dtype or fp8.
+        batch: which rows belong to which request. Requests without rows are left out.
+        pattern: tiles and their parts. Queries are seen around the mean of their part.
+        workspace: from ``allocate_variance``.
+        prior: float32 ``[requests, Hkv, positions]``, contiguous positions; the first ``seq_len`` of a request are
+            written.
+        scale: factor on ``q . k`` before the softmax.
+    """
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    for i, (start, end, n) in enumerate(bounds):
+        if start == end:
+            continue
+        k, _ = keys_values(kv, i, n)
+        tiles = tiles_of_variance(pattern, end - start, n)
+        spread = covariance(q[start:end], k.shape[1], tiles, seq_len=n, pattern=pattern)
+        keys = k.transpose(0, 1).float()
+        squares: Tensor = (keys @ spread * keys).sum(-1)
+        # More than nothing: not what is not a number
+        prior[i, :, :n] = torch.where(squares > 0.0, squares, 0.0) * (scale * scale / 2)
