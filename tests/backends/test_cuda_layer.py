@@ -43,6 +43,9 @@ OPTIONS: dict[str, Any] = {
     "max_diagonals": 4,
     "max_density": 1.0,
     "sampled_rows": 16,
+    # As on a GPU; the platform is a CPU where there is none
+    "tile_parts": 1,
+    "tile_variance": False,
     "price": 1.0,  # queries and keys are random: what is left out is missed
 }
 ESTIMATORS = ["vsindexer", "sampled", "priced"]
@@ -133,6 +136,30 @@ def test_more_requests_than_fit_a_round(make_layer: Any, monkeypatch: pytest.Mon
     assert layer.impl._runtime.prefill_on(layer.device).buffers.requests == 2
     assert len(layer.metadata.vsprefill.rounds) == 2
     assert totals(layer).sparse_chunks == 3
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_variance_of_logits_is_added_to_scores(make_layer: Any, parts: int) -> None:
+    """Several requests in a step, chunks of one prompt, and rows that the stock kernel computes."""
+    layer = make_layer("priced", {"tile_variance": True, "tile_parts": parts})
+    buffers = layer.impl._runtime.prefill_on(layer.device).buffers
+    pattern = buffers.tiling.of(900)
+    assert (pattern.variance, pattern.parts) == (True, parts)
+    first = layer.request(900)
+    assert check(layer, [(first, 600), (layer.request(60), 60), (layer.request(150), 150)]) == (2, 1)
+    assert check(layer, [(first, 300)]) == (1, 0)
+    assert bool(buffers.storage.bars[0].isfinite().any())  # shorter sequences list all keys or none
+
+
+def test_variance_of_logits_moves_what_is_listed(make_layer: Any) -> None:
+    """What the test above compares with is not the same without it."""
+    layer, other = make_layer("priced"), make_layer("priced", {"tile_variance": True})
+    assert layer.impl._runtime.prefill_on(layer.device).buffers.prior is None
+    request, like = layer.request(900), other.request(900)
+    for name in ("query", "key", "value"):
+        getattr(like, name).copy_(getattr(request, name))
+    (without,), (added,) = layer.step([(request, 900)]), other.step([(like, 900)])
+    assert float((added.double() - without.double()).norm() / without.double().norm()) > 0.01
 
 
 @pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
@@ -560,11 +587,15 @@ def test_layers_with_sinks_or_a_shared_cache_are_stock(make_layer: Any) -> None:
     assert layer.impl.unsupported_reasons() == ["it has attention sinks", "it shares the KV cache of another layer"]
 
 
-@pytest.mark.parametrize("estimator", ["vsindexer", "priced"])
-def test_nothing_of_what_a_cache_held_before_sleep_is_used(make_layer: Any, estimator: str) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "given"), [("vsindexer", {}), ("priced", {}), ("priced", {"tile_variance": True})]
+)
+def test_nothing_of_what_a_cache_held_before_sleep_is_used(
+    make_layer: Any, estimator: str, given: dict[str, Any]
+) -> None:  # fmt: skip
     """vLLM gives the memory of the caches back and gets some with anything in it; no block counts as cached then.
     Nothing in the workspaces is used again either."""
-    layer = make_layer(estimator)
+    layer = make_layer(estimator, given)
     request = layer.request(400)
     check(layer, [(request, 400)])
     layer.release(request)

@@ -14,6 +14,7 @@ from vllm_vsprefill.kernels.recall import paged as recall
 from vllm_vsprefill.kernels.sampled import paged as sampled
 from vllm_vsprefill.kernels.score import paged as score
 from vllm_vsprefill.kernels.select import paged as select
+from vllm_vsprefill.kernels.variance import paged as variance
 from vllm_vsprefill.prefill.cuda import PagedOperations
 from vllm_vsprefill.prefill.cuda_tiles import TileOperations
 
@@ -28,6 +29,7 @@ REFERENCE = PagedOperations(
     recall.recall,
 )
 TILE_REFERENCE = TileOperations(
+    variance.variance,
     price.price,
     guard.guard_tiles,
     rank.rank,

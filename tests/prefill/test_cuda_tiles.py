@@ -35,7 +35,8 @@ LAYER = SparseLayer(1, 1, HEADS, None, torch.full((2, 2), 0.5, dtype=torch.float
 class Problem:
     """Two sequences in one cache whose blocks lie in random order."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: SparsePattern = PATTERN) -> None:
+        self.pattern = pattern
         rng = torch.Generator().manual_seed(3)
         cache = torch.randn((60, 2, BLOCK, 32), generator=rng)
         table = torch.randperm(60, generator=rng)[:54].view(2, 27).int()
@@ -46,7 +47,7 @@ class Problem:
 
     def prefill(self, price: float, max_density: float = 1.0) -> tuple[CudaTilePrefill, Round]:
         shape = TileShape(HEADS, torch.float32, 512, 2, 16)
-        tiling = Tiling(PATTERN, HEADS, 512, fixed=True)
+        tiling = Tiling(self.pattern, HEADS, 512, fixed=True)
         buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=2, max_tokens=512, device=torch.device("cpu"))
         prefill = CudaTilePrefill(price, buffers, max_density=max_density, operations=operations.TILE_REFERENCE)
         requests = [RequestRows(0, 0, ROWS[0], LENGTHS[0]), RequestRows(1, ROWS[0], sum(ROWS), LENGTHS[1])]
@@ -56,7 +57,7 @@ class Problem:
 
     def expected(self, i: int, price: float) -> tuple[Tensor, int]:
         """The rows of a sequence, and the pairs visited."""
-        prefill = CPUTilePrefill(PATTERN, price, priced_rows=16, operations=REFERENCE)
+        prefill = CPUTilePrefill(self.pattern, price, priced_rows=16, operations=REFERENCE)
         both = self.kv.cache.transpose(1, 2).flatten(0, 1)[self.slots[i]]
         key, value = both[..., :16], both[..., 16:]
         query = self.query.split(list(ROWS))[i]
@@ -65,9 +66,11 @@ class Problem:
         return prefill.attend(query, key, value, chosen, ROWS[i], scale=SCALE)
 
 
-@pytest.mark.parametrize("price", [0.0, 1.0, 2.0, 100.0])
-def test_a_round_is_its_sequences(price: float) -> None:
-    problem = Problem()
+@pytest.mark.parametrize(
+    ("price", "variance"), [(0.0, False), (1.0, False), (2.0, False), (100.0, False), (1.0, True), (2.0, True)]
+)
+def test_a_round_is_its_sequences(price: float, variance: bool) -> None:
+    problem = Problem(dataclasses.replace(PATTERN, variance=variance))
     prefill, requests = problem.prefill(price)
     out = torch.full_like(problem.query, 7.0)
     prefill.choose(LAYER, problem.query, problem.kv, requests, scale=SCALE)
@@ -88,6 +91,18 @@ def test_a_round_is_its_sequences(price: float) -> None:
         assert 0.1 < min(shares) < 0.9
 
 
+def test_variance_takes_memory_only_where_it_is_asked_for() -> None:
+    shape = TileShape(HEADS, torch.bfloat16, 1024, 2, 16)
+    sizes = []
+    for variance in (False, True):
+        tiling = Tiling(dataclasses.replace(PATTERN, variance=variance), HEADS, 1024)
+        buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=2, max_tokens=512, device=torch.device("meta"))
+        assert (buffers.prior is not None) is variance
+        sizes.append(buffers.num_bytes)
+    # Requests, KV heads and positions; places of sums, channels squared; covariances
+    assert sizes[1] - sizes[0] == 2 * 2 * 1024 * 4 + 2 * 2 * 32 * 16 * 16 * 4 + 2 * 2 * 16 * 16 * 2
+
+
 def test_the_guard_keeps_rows_for_the_dense_kernel() -> None:
     problem = Problem()
     prefill, requests = problem.prefill(0.0, max_density=0.9)
@@ -97,6 +112,16 @@ def test_the_guard_keeps_rows_for_the_dense_kernel() -> None:
     assert prefill.buffers.dense_rows[:4].tolist() == [0, ROWS[0], 0, ROWS[1]]
     assert bool((out == 7.0).all())
     assert int(prefill.buffers.guarded(1)[1]) == 2
+
+
+def test_what_is_wrong_with_the_variance_is_named() -> None:
+    problem = Problem(dataclasses.replace(PATTERN, variance=True))
+    prefill, requests = problem.prefill(1.0)
+    first = dataclasses.replace(LAYER, place=0)
+    assert prefill.buffers.variance is not None
+    prefill.buffers.variance = prefill.buffers.variance._replace(prior=torch.empty(2, 2, 100))
+    with pytest.raises(ValueError, match=r"^prior has room for 100 tokens but max_seq_len is 430"):
+        prefill.choose(first, problem.query, problem.kv, requests, scale=SCALE)
 
 
 @pytest.mark.parametrize(("group", "positions"), [(1, 128), (3, 42), (4, 32), (6, 20), (7, 18), (8, 16), (64, 2)])
@@ -133,18 +158,27 @@ def test_requests_with_other_tiles_are_another_round() -> None:
 def test_warming_up_comes_by_every_number_of_priced_rows() -> None:
     """Kernels depend on how long a round may be; none of them is to be compiled with the first long prompt."""
     problem, seen = Problem(), []
+    others: set[SparsePattern] = set()
+
+    def variance(
+        query: Tensor, kv: PagedKV, batch: Batch, pattern: SparsePattern, *args: Any, **kwargs: Any
+    ) -> None:  # fmt: skip
+        others.add(pattern)
+        operations.TILE_REFERENCE.variance(query, kv, batch, pattern, *args, **kwargs)
 
     def price(query: Tensor, kv: PagedKV, batch: Batch, index: TileIndex, *args: Any, **kwargs: Any) -> None:
         seen.append((index.pattern.block_q, rows_of(64, batch.max_seq_len)))
         assert kv.block_table.shape[1] * BLOCK >= batch.max_seq_len
         operations.TILE_REFERENCE.price(query, kv, batch, index, *args, **kwargs)
 
-    tiling = Tiling(PATTERN, HEADS, 131072)
+    tiling = Tiling(dataclasses.replace(PATTERN, variance=True), HEADS, 131072)
     shape = TileShape(HEADS, torch.float32, 131072, 2, 64)
     buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=1, max_tokens=128, device=torch.device("cpu"))
-    prefill = CudaTilePrefill(0.1, buffers, operations=operations.TILE_REFERENCE._replace(price=price))
+    replaced = operations.TILE_REFERENCE._replace(price=price, variance=variance)
+    prefill = CudaTilePrefill(0.1, buffers, operations=replaced)
     prefill.warm_up(LAYER, problem.kv, torch.float32, scale=SCALE)
     tiles = {pattern.block_q for pattern, _ in tiling.patterns}
     assert {(tile, rows) for tile in tiles for rows in (64, 32, 16)} == set(seen)
+    assert others == {pattern for pattern, _ in tiling.patterns}
     assert prefill.is_warm
     assert not buffers.counts.any()

@@ -25,6 +25,8 @@ from vllm_vsprefill.kernels.rank import triton as rank_triton
 from vllm_vsprefill.kernels.rank.paged import check_rank
 from vllm_vsprefill.kernels.tile_index import TileIndex
 from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.kernels.variance import triton as variance_triton
+from vllm_vsprefill.kernels.variance.paged import check_variance
 from vllm_vsprefill.plan import RequestRows
 from vllm_vsprefill.prefill.cuda import Round
 from vllm_vsprefill.prefill.layer import SparseLayer
@@ -34,6 +36,7 @@ from vllm_vsprefill.prefill.tiles import TileBuffers
 class TileOperations(NamedTuple):
     """One version of every operation; the contracts are those of the functions in each ``paged.py``."""
 
+    variance: Callable[..., None]
     price: Callable[..., None]
     guard: Callable[..., None]
     rank: Callable[..., None]
@@ -42,6 +45,7 @@ class TileOperations(NamedTuple):
 
 
 TRITON = TileOperations(
+    variance_triton.variance,
     price_triton.price,
     guard_triton.guard_tiles,
     rank_triton.rank,
@@ -51,7 +55,7 @@ TRITON = TileOperations(
 
 
 class CudaTilePrefill:
-    """Price, guard, rank, merge, attend: once, for the layers of one model on one device.
+    """Variance, price, guard, rank, merge, attend: once, for the layers of one model on one device.
 
     Called like ``CudaPrefill``.
 
@@ -113,9 +117,12 @@ class CudaTilePrefill:
             ValueError: an argument does not fit the kernels or the buffers; names it.
         """
         do, buffers, index, rows = self.operations, self.buffers, _lists(requests), requests.rows
+        prior = buffers.prior
         if layer.place == 0:
             self._check(layer, query, kv, requests, scale)
-        do.price(query, kv, rows, index, buffers.price, scale=scale, price=self.price)
+        if buffers.variance is not None:
+            do.variance(query, kv, rows, index.pattern, *buffers.variance, scale=scale)
+        do.price(query, kv, rows, index, buffers.price, scale=scale, price=self.price, prior=prior)
         if requests.guarded is not None:
             counts = buffers.guarded(layer.place)
             do.guard(
@@ -123,7 +130,7 @@ class CudaTilePrefill:
                 counts=counts,
             )  # fmt: skip
             rows = requests.guarded
-        do.rank(query, kv, rows, index, buffers.rank, scale=scale)
+        do.rank(query, kv, rows, index, buffers.rank, scale=scale, prior=prior)
         do.build_tiles(index, kv, rows)
 
     def attend(
@@ -145,8 +152,10 @@ class CudaTilePrefill:
     def _check(self, layer: SparseLayer, query: Tensor, kv: PagedKV, requests: Round, scale: float) -> None:
         """Check what the kernels of ``choose`` are given, before the first of them is launched."""
         buffers, index, rows = self.buffers, _lists(requests), requests.rows
-        check_price(query, kv, rows, index, buffers.price, scale, self.price)
-        check_rank(query, kv, rows, index, buffers.rank, scale)
+        if buffers.variance is not None:
+            check_variance(query, kv, rows, index.pattern, *buffers.variance, scale)
+        check_price(query, kv, rows, index, buffers.price, scale, self.price, buffers.prior)
+        check_rank(query, kv, rows, index, buffers.rank, scale, buffers.prior)
         check_build_tiles(index, kv, rows)
         if requests.guarded is not None:
             check_guard_tiles(

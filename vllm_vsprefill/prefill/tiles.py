@@ -16,6 +16,7 @@ from vllm_vsprefill.kernels.price.paged import PriceWorkspace, allocate_price
 from vllm_vsprefill.kernels.rank.paged import RankWorkspace, allocate_rank
 from vllm_vsprefill.kernels.tile_index import TileIndex, TileStorage, allocate_tiles
 from vllm_vsprefill.kernels.types import SparsePattern
+from vllm_vsprefill.kernels.variance.paged import VarianceWorkspace, allocate_variance
 from vllm_vsprefill.plan import MIN_ROWS
 from vllm_vsprefill.prefill.buffers import MAX_REQUESTS, RoundBuffers, round_buffers
 from vllm_vsprefill.prefill.layer import Heads
@@ -108,6 +109,27 @@ class TileShape(NamedTuple):
     priced_rows: int
 
 
+class VarianceBuffers(NamedTuple):
+    """What ``variance`` works with and writes.
+
+    Attributes:
+        workspace: of the operation.
+        prior: float32 ``[requests, Hkv, positions]``, what it adds to the scores of the keys of a round.
+    """
+
+    workspace: VarianceWorkspace
+    prior: Tensor
+
+    @classmethod
+    def allocate(cls, requests: int, shape: TileShape, device: torch.device) -> VarianceBuffers:
+        """Buffers for so many requests."""
+        _, kv_heads, head_size = shape.heads
+        return cls(
+            allocate_variance(requests, kv_heads, head_size, shape.dtype, device),
+            torch.empty(requests, kv_heads, shape.max_seq_len, dtype=torch.float32, device=device),
+        )
+
+
 @dataclass
 class TileBuffers(RoundBuffers):
     """Buffers where every tile has a list of its own.
@@ -116,12 +138,14 @@ class TileBuffers(RoundBuffers):
         tiling: which tiles.
         storage: lists.
         price, rank: workspaces of these operations.
+        variance: what this operation takes where ``SparsePattern.variance`` asks for it, else None.
     """
 
     tiling: Tiling
     storage: TileStorage
     price: PriceWorkspace
     rank: RankWorkspace
+    variance: VarianceBuffers | None = None
 
     @classmethod
     def allocate(
@@ -131,7 +155,7 @@ class TileBuffers(RoundBuffers):
         requests = max(1, min(MAX_REQUESTS, max_num_seqs, max_tokens // MIN_ROWS))
         heads = shape.heads
         smallest = min(pattern.block_q for pattern, _ in tiling.patterns)
-        parts = tiling.patterns[0][0].parts
+        parts, with_variance = tiling.patterns[0][0].parts, tiling.patterns[0][0].variance
         return cls(
             requests,
             tiling=tiling,
@@ -143,13 +167,21 @@ class TileBuffers(RoundBuffers):
             rank=allocate_rank(
                 max_tokens, requests, heads.num_heads, heads.head_size, smallest, shape.dtype, device, parts
             ),
+            variance=VarianceBuffers.allocate(requests, shape, device) if with_variance else None,
             **round_buffers(shape.num_layers, device),
         )  # fmt: skip
 
     def workspaces(self) -> list[Tensor]:
         """Scratch of the kernels."""
-        parts = (*self.storage, *self.price, *self.rank)
+        parts: list[object] = [*self.storage, *self.price, *self.rank]
+        if self.variance is not None:
+            parts += [*self.variance.workspace, self.variance.prior]
         return [part for part in parts if isinstance(part, Tensor)]
+
+    @property
+    def prior(self) -> Tensor | None:
+        """What is added to the scores of the keys of a round, if anything."""
+        return None if self.variance is None else self.variance.prior
 
     def index(self, row_end: int, requests: int, longest: int) -> TileIndex:
         """Lists of a round, in this memory; all of its sequences have the same tiles."""
