@@ -667,8 +667,10 @@ def draw_chain(rng: random.Random, tiny: bool) -> Params:
 
 
 # Relative error by norm over the keys. Queries without their mean, keys and covariances are rounded to bfloat16 (tf32
-# in float32), each by at most 2**-9 (2**-11), and averaged over.
-VARIANCE_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# in float32), each by at most 2**-8 (2**-11) either way, which is averaged over. The interpreter cuts bfloat16 off
+# instead: queries twice and covariances once, by 2**-8 on average.
+VARIANCE_LIMIT = dict.fromkeys((torch.bfloat16, torch.float16), 2e-2 if is_interpreted() else 1e-2)
+VARIANCE_LIMIT[torch.float32] = 2e-3
 
 
 def half_variance(q: Tensor, k: Tensor, scale: float, pattern: SparsePattern) -> Tensor:

@@ -78,9 +78,9 @@ def compare(problem: PagedProblem, config: Settings | None = None) -> Tensor:
     variance(*call, workspace, found, scale=problem.scale, config=config)
     _, wanted = room(problem)
     paged.variance(*call, workspace, wanted, scale=problem.scale)
-    # Under the interpreter float32 is multiplied as such.
-    exact = problem.q.dtype == torch.float32 and DEVICE == "cpu"
-    torch.testing.assert_close(found, wanted, rtol=1e-4 if exact else 1e-2, atol=1e-6 if exact else 2e-3)
+    # The interpreter multiplies float32 as such, and cuts bfloat16 off instead of rounding it.
+    exact, rough = problem.q.dtype == torch.float32 and DEVICE == "cpu", 1.5e-2 if DEVICE == "cpu" else 1e-2
+    torch.testing.assert_close(found, wanted, rtol=1e-4 if exact else rough, atol=1e-6 if exact else 2e-3)
     return found
 
 
