@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_query_key, check_scale
 from ..types import SparsePattern
+from .naive import halves
 
 
 def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
@@ -29,6 +30,4 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     means /= count.view(1, -1, 1)
     apart = (queries - means.index_select(1, place)).reshape(num_kv_heads, -1, q.shape[2])
     covariance = apart.mT @ apart / apart.shape[1]
-    keys = k.transpose(0, 1).float()
-    squares: Tensor = (keys @ covariance).mul_(keys).sum(-1)
-    return squares.clamp_(min=0.0).mul_(scale * scale / 2)
+    return halves(k, covariance, scale)

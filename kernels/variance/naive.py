@@ -5,11 +5,13 @@
 The logits of a key over the queries of a tile have a mean, which is the logit of the mean query, and a variance. Were
 they normal, the mean of their exponentials would be that of the mean query times ``exp(variance / 2)``: the mean of
 ``exp(x)`` for normal ``x`` (the log-normal distribution). With ``S`` the covariance of queries around the mean of their
-tile, which is taken to be the same for all tiles of a chunk, and for all query heads of a KV head::
+tile, taken to be the same for all tiles of a chunk and all heads of a KV head, and ``c`` the mean of the keys::
 
-    variance of scale * q . k[j] / 2 = scale^2 / 2 * k[j] . S k[j]
+    half the variance of scale * q . (k[j] - c) = scale^2 / 2 * (k[j] - c) . S (k[j] - c)
 
-A key that only some rows of a tile look for is rated too low by their mean query; this is what it lacks on average.
+What all keys have in common changes all logits of a query alike, and the softmax not at all: it is left out. So is
+the mean of this number over the keys, for scores are told apart within a range. A key that only some rows of a tile
+look for is rated too low by their mean query; this is what it lacks, compared with other keys.
 """
 
 from __future__ import annotations
@@ -20,7 +22,37 @@ import torch
 from torch import Tensor
 
 from ..checks import check_query_key, check_scale
+from ..rows import spread_rows
 from ..types import SparsePattern
+
+CENTRE_KEYS, LEVEL_KEYS = 1024, 256
+"""Keys whose mean stands for that of all, and whose mean result does."""
+
+LARGEST = 1e30
+"""Results beyond it, and those that are not a number, are 0."""
+
+
+def centre(k: Tensor) -> Tensor:
+    """The mean of some keys, spread over the sequence: ``[n, Hkv, D]`` -> float32 ``[Hkv, D]``."""
+    return k[spread_rows(k.shape[0], CENTRE_KEYS)].float().mean(0)
+
+
+def halves(k: Tensor, spread: Tensor, scale: float) -> Tensor:
+    """Half the variance of logits without its mean, float32 ``[Hkv, n]``.
+
+    Args:
+        k: ``[n, Hkv, D]``.
+        spread: float32 ``[Hkv, D, D]``, covariance of queries.
+        scale: factor on ``q . k`` before the softmax.
+    """
+    n, middle = k.shape[0], centre(k)
+    found = torch.empty(k.shape[1], n, device=k.device)
+    for head, line in enumerate(found):  # a copy in float32 of one head's keys at a time
+        keys = k[:, head].float() - middle[head]
+        line.copy_(((keys @ spread[head]).mul_(keys)).sum(-1))
+    found.mul_(scale * scale / 2)
+    found -= found[:, spread_rows(n, LEVEL_KEYS)].mean(1, keepdim=True)
+    return torch.where(found.abs() < LARGEST, found, 0.0)
 
 
 def covariance(q: Tensor, num_kv_heads: int, tiles: Sequence[int], *, seq_len: int, pattern: SparsePattern) -> Tensor:
@@ -56,7 +88,7 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
         pattern: tiles and their parts. Queries are seen around the mean of their part.
 
     Returns:
-        float32 ``[Hkv, n]``, none negative.
+        float32 ``[Hkv, n]``, less the mean over some of the keys; 0 where it is not a number.
 
     Raises:
         ValueError: dtype, shape or device mismatch; the message names the argument.
@@ -65,6 +97,4 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     check_scale(scale)
     n = k.shape[0]
     spread = covariance(q, k.shape[1], pattern.tiles(q.shape[0], n), seq_len=n, pattern=pattern)
-    keys = k.transpose(0, 1).float()
-    squares: Tensor = (keys @ spread * keys).sum(-1)
-    return squares.clamp_(min=0.0).mul_(scale * scale / 2)
+    return halves(k, spread, scale)

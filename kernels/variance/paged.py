@@ -18,10 +18,11 @@ from ..checks import check_scale, check_tensor
 from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
 from ..reference import keys_values
 from ..types import SparsePattern
-from .naive import covariance
+from .naive import covariance, halves
 
 ENOUGH_ROWS = 4096  # of a chunk, beyond which tiles are left out
 MAX_SPLITS = 32  # of a request's queries, for each KV head
+LEVELS = 8  # programs for the keys whose mean result is taken off
 PROGRAMS = 256  # that add up products at a time, about: two for each multiprocessor of a large device
 
 
@@ -30,11 +31,15 @@ class VarianceWorkspace(NamedTuple):
 
     Attributes:
         sums: float32 ``[places, D, D]``, sums of outer products of a split of a request's queries.
+        centre: float32 ``[requests, Hkv, D]``, means of the keys as they lie in the cache.
+        level: float32 ``[requests, Hkv, LEVELS]``, sums of results of the keys whose mean is taken off.
         covariance: ``[requests, Hkv, D, D]``, bfloat16 for queries of two bytes, which takes every size of queries,
             and else float32.
     """
 
     sums: Tensor
+    centre: Tensor
+    level: Tensor
     covariance: Tensor
 
 
@@ -64,6 +69,8 @@ def allocate_variance(
     places = max(each, min(PROGRAMS, MAX_SPLITS * each))
     return VarianceWorkspace(
         torch.empty(places, *square, dtype=torch.float32, device=device),
+        torch.empty(num_requests, num_kv_heads, head_size, dtype=torch.float32, device=device),
+        torch.empty(num_requests, num_kv_heads, LEVELS, dtype=torch.float32, device=device),
         torch.empty(num_requests, num_kv_heads, *square, dtype=product_dtype(dtype), device=device),
     )
 
@@ -119,7 +126,4 @@ def variance(
         k, _ = keys_values(kv, i, n)
         tiles = tiles_of_variance(pattern, end - start, n)
         spread = covariance(q[start:end], k.shape[1], tiles, seq_len=n, pattern=pattern)
-        keys = k.transpose(0, 1).float()
-        squares: Tensor = (keys @ spread * keys).sum(-1)
-        # More than nothing: not what is not a number
-        prior[i, :, :n] = torch.where(squares > 0.0, squares, 0.0) * (scale * scale / 2)
+        prior[i, :, :n] = halves(k, spread, scale)

@@ -3,8 +3,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """What single queries of a tile may find in a key that their mean does not, over a paged cache, for CUDA devices.
 
-Three kernels: sums of outer products of queries around the mean of their part, splits of the queries in parallel; the
-covariance from these; and one pass over the keys, each multiplied with the covariance and with itself. What is added in
+Four kernels: sums of outer products of queries around the mean of their part, splits of the queries in parallel; the
+covariance from these, and the mean of some keys; the mean result of some keys; and one pass over all keys, each without
+the mean multiplied with the covariance and with itself. What is added in
 which order depends on the shape of the round alone, so that a round brings the same numbers every time.
 """
 
@@ -14,15 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import spread_position
 from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded
 from ..types import SparsePattern
 from . import paged
+from .naive import CENTRE_KEYS, LARGEST, LEVEL_KEYS
 from .paged import VarianceWorkspace
 
 ELEMENTS = 16384  # of a covariance that a program multiplies with at a time
 SUM_ROWS = 16  # of a covariance that a program adds up
+MEAN_KEYS = 64  # added at a time
 
 
 @triton.jit
@@ -126,16 +130,32 @@ def _sums_kernel(
     tl.store(p_sum + o_c[:, None] * D + o_d[None, :], b_sum, mask=(o_c < D)[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "stride_table"])
 def _covariance_kernel(
-    p_sums, p_covariance, p_row_start, p_row_end, p_seq_len, splits,
+    p_q, p_sums, p_centre, p_covariance, p_cache, p_table, p_row_start, p_row_end, p_seq_len, splits, stride_block,
+    stride_head, stride_token, stride_table,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCK_Q: tl.constexpr, ENOUGH: tl.constexpr,
-    BU: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BU: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    UPCAST: tl.constexpr, CENTRE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """``BR`` rows of the covariance of one request and KV head, from all splits."""
+    """``BR`` rows of the covariance of one request and KV head, from all splits; the last program: the mean key."""
     i_m, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, low, n, tile, step, count = _looked_at(p_row_start, p_row_end, p_seq_len, i_r, BLOCK_Q, ENOUGH)
     if count == 0:
+        return
+    if i_m == tl.num_programs(0) - 1:
+        o_c, b_mean = tl.arange(0, BD), tl.zeros([BD], tl.float32)
+        p_k = p_cache + i_h.to(tl.int64) * stride_head
+        p_table += i_r.to(tl.int64) * stride_table
+        for i in range(0, tl.minimum(CENTRE_KEYS, n), BN):
+            b_j = spread_position(i + tl.arange(0, BN), 0, n, n, CENTRE_KEYS)
+            b_k = paged_rows(
+                p_k, p_table, b_j, b_j >= 0, stride_block, stride_token, o_c, D, BLOCK_SIZE, UPCAST,
+                p_q.dtype.element_ty,
+            )  # fmt: skip
+            b_mean += tl.sum(b_k.to(tl.float32), 0)
+        p_mean = p_centre + (i_r * HEADS + i_h).to(tl.int64) * D
+        tl.store(p_mean + o_c, b_mean / tl.minimum(CENTRE_KEYS, n).to(tl.float32), mask=o_c < D)
         return
     units = count * (PARTS * GROUP)
     used = tl.cdiv(units, _share(units, splits, BU))
@@ -154,46 +174,85 @@ def _covariance_kernel(
     tl.store(p_covariance + i_head * (D * D) + b_place, b_sum.to(p_covariance.dtype.element_ty), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["stride_table", "stride_prior", "stride_prior_head"])
-def _prior_kernel(
-    p_q, p_covariance, p_prior, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_k_scale, scale,
-    stride_block, stride_head, stride_token, stride_table, stride_prior, stride_prior_head,
-    HEADS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit
+def _squares(
+    p_k, p_table, p_centre, p_covariance, b_j, m_j, stride_block, stride_token, BC: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Half the variance of the logits of one block of keys."""
-    i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tl.load(p_seq_len + i_r)
-    if (i_n * BN >= n) | (tl.load(p_row_end + i_r) <= tl.load(p_row_start + i_r)):
-        return
-    o_d, b_j = tl.arange(0, BD), i_n * BN + tl.arange(0, BN)
-    p_k = p_cache + i_h.to(tl.int64) * stride_head
-    p_table += i_r.to(tl.int64) * stride_table
-    p_covariance += (i_r * HEADS + i_h).to(tl.int64) * (D * D)
-    b_k = paged_rows(
-        p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
-    )
-    b_sum = tl.zeros([BN], tl.float32)
+    """Variance of ``q . k`` of a block of keys, float32, of one request and KV head."""
+    o_d = tl.arange(0, BD)
+    b_k = paged_rows(p_k, p_table, b_j, m_j, stride_block, stride_token, o_d, D, BLOCK_SIZE, UPCAST, dtype)
+    b_k = b_k.to(tl.float32) - tl.load(p_centre + o_d, mask=o_d < D, other=0.0)[None, :]
+    b_sum = tl.zeros([b_j.shape[0]], tl.float32)
     for first in tl.static_range(0, BD, BC):
         o_c = first + tl.arange(0, BC)
         # [BD, BC]
         b_s = tl.load(
             p_covariance + o_d[:, None] * D + o_c[None, :], mask=(o_d < D)[:, None] & (o_c < D)[None, :], other=0.0
         )
+        b_f = b_k.to(b_s.dtype)
         if UPCAST:
-            b_s = b_s.to(tl.float32)
-        b_y = tl.dot(b_k.to(b_s.dtype), b_s, input_precision="tf32")
+            b_f, b_s = b_f.to(tl.float32), b_s.to(tl.float32)
+        b_y = tl.dot(b_f, b_s, input_precision="tf32")
         if BC != BD:
-            b_c = paged_rows(
-                p_k, p_table, b_j, b_j < n, stride_block, stride_token, o_c, D, BLOCK_SIZE, UPCAST, p_q.dtype.element_ty
-            )
+            b_c = paged_rows(p_k, p_table, b_j, m_j, stride_block, stride_token, o_c, D, BLOCK_SIZE, UPCAST, dtype)
+            b_c = b_c.to(tl.float32) - tl.load(p_centre + o_c, mask=o_c < D, other=0.0)[None, :]
         else:
             b_c = b_k
-        b_sum += tl.sum(b_y * b_c.to(tl.float32), 1)
+        b_sum += tl.sum(b_y * b_c, 1)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["stride_table"])
+def _level_kernel(
+    p_q, p_centre, p_covariance, p_level, p_cache, p_table, p_row_start, p_row_end, p_seq_len, stride_block,
+    stride_head, stride_token, stride_table,
+    HEADS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, UPCAST: tl.constexpr, LEVEL_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Sum of ``_squares`` over some of the keys that stand for all, of one request and KV head."""
+    i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(p_seq_len + i_r)
+    if tl.load(p_row_end + i_r) <= tl.load(p_row_start + i_r):
+        return
+    i_head = (i_r * HEADS + i_h).to(tl.int64)
+    b_j = spread_position(i_n * BN + tl.arange(0, BN), 0, n, n, LEVEL_KEYS)
+    b_sum = _squares(
+        p_cache + i_h.to(tl.int64) * stride_head, p_table + i_r.to(tl.int64) * stride_table, p_centre + i_head * D,
+        p_covariance + i_head * (D * D), b_j, b_j >= 0, stride_block, stride_token, BC, D, BD, BLOCK_SIZE, UPCAST,
+        p_q.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(p_level + i_head * (LEVEL_KEYS // BN) + i_n, tl.sum(tl.where(b_j >= 0, b_sum, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["stride_table", "stride_prior", "stride_prior_head"])
+def _prior_kernel(
+    p_q, p_centre, p_covariance, p_level, p_prior, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_k_scale,
+    scale, stride_block, stride_head, stride_token, stride_table, stride_prior, stride_prior_head,
+    HEADS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr, LARGEST: tl.constexpr,
+    LEVEL_KEYS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Half the variance of the logits of one block of keys, less the mean."""
+    i_n, i_h, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(p_seq_len + i_r)
+    if (i_n * BN >= n) | (tl.load(p_row_end + i_r) <= tl.load(p_row_start + i_r)):
+        return
+    b_j = i_n * BN + tl.arange(0, BN)
+    i_head = (i_r * HEADS + i_h).to(tl.int64)
+    b_sum = _squares(
+        p_cache + i_h.to(tl.int64) * stride_head, p_table + i_r.to(tl.int64) * stride_table, p_centre + i_head * D,
+        p_covariance + i_head * (D * D), b_j, b_j < n, stride_block, stride_token, BC, D, BD, BLOCK_SIZE, UPCAST,
+        p_q.dtype.element_ty,
+    )  # fmt: skip
     if SCALED:
         scale *= tl.load(p_k_scale)
-    # Rounding can make it negative, and of what is not a number nothing is left.
-    b_sum = tl.where(b_sum > 0.0, b_sum, 0.0) * (scale * scale * 0.5)
+    # [LEVELS]
+    b_level = tl.load(p_level + i_head * LEVELS + tl.arange(0, LEVELS))
+    level = tl.sum(b_level, 0) / tl.minimum(LEVEL_KEYS, n).to(tl.float32)
+    b_sum = (b_sum - level) * (scale * scale * 0.5)
+    # Of what is not a number nothing is left.
+    b_sum = tl.where(tl.abs(b_sum) < LARGEST, b_sum, 0.0)
     tl.store(
         p_prior + i_r.to(tl.int64) * stride_prior + i_h.to(tl.int64) * stride_prior_head + b_j, b_sum, mask=b_j < n
     )
@@ -230,22 +289,33 @@ def variance(
         "ENOUGH": paged.ENOUGH_ROWS, "BU": config.block_m // rows, "D": size, "BD": depth,
     }  # fmt: skip
     run = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    cache = (kv.cache, kv.block_table, *rounds)
+    strides = (*kv.cache.stride()[:3], kv.block_table.stride(0))
+    keys = {"HEADS": heads, "BC": channels, "D": size, "BD": depth, "BLOCK_SIZE": kv.block_size, "UPCAST": upcast}
     launch(
         _sums_kernel, (splits * (depth // channels), heads, requests),
         (q, workspace.sums, *rounds, q.stride(0), q.stride(1), splits),
         **run, **tile, PART=pattern.part_positions, BP=rows, BC=channels, UPCAST=upcast,
     )  # fmt: skip
     launch(
-        _covariance_kernel, (cdiv(size, SUM_ROWS), heads, requests),
-        (workspace.sums, workspace.covariance, *rounds, splits),
-        **tile, BR=SUM_ROWS,
+        _covariance_kernel, (cdiv(size, SUM_ROWS) + 1, heads, requests),
+        (
+            q, workspace.sums, workspace.centre, workspace.covariance, *cache, splits, *strides,
+        ),
+        num_stages=config.num_stages, **tile, BR=SUM_ROWS, BN=MEAN_KEYS, BLOCK_SIZE=kv.block_size, UPCAST=upcast,
+        CENTRE_KEYS=CENTRE_KEYS,
+    )  # fmt: skip
+    launch(
+        _level_kernel, (paged.LEVELS, heads, requests),
+        (q, workspace.centre, workspace.covariance, workspace.level, *cache, *strides),
+        num_warps=4, num_stages=1, **keys, BN=LEVEL_KEYS // paged.LEVELS, LEVEL_KEYS=LEVEL_KEYS,
     )  # fmt: skip
     launch(
         _prior_kernel, (cdiv(batch.max_seq_len, config.block_n), heads, requests),
         (
-            q, workspace.covariance, prior, kv.cache, kv.block_table, *rounds, kv.k_scale, scale,
-            *kv.cache.stride()[:3], kv.block_table.stride(0), *prior.stride()[:2],
+            q, workspace.centre, workspace.covariance, workspace.level, prior, *cache, kv.k_scale, scale, *strides,
+            *prior.stride()[:2],
         ),
-        **run, HEADS=heads, BN=config.block_n, BC=channels, D=size, BD=depth, BLOCK_SIZE=kv.block_size,
-        SCALED=kv.k_scale is not None, UPCAST=upcast,
+        **run, **keys, BN=config.block_n, SCALED=kv.k_scale is not None, LARGEST=LARGEST,
+        LEVEL_KEYS=LEVEL_KEYS, LEVELS=paged.LEVELS,
     )  # fmt: skip

@@ -33,11 +33,13 @@ def test_equals_the_definition(seed: int) -> None:
         tile, place = divmod(first + row, pattern.block_q)
         parts.setdefault((tile, place // size), []).append(row)
     for head in range(heads):
-        logits = scale * torch.einsum("rhd,nd->rhn", q[:, head * group : (head + 1) * group], k[:, head])
+        keys = k[:, head] - k[:, head].mean(0)
+        logits = scale * torch.einsum("rhd,nd->rhn", q[:, head * group : (head + 1) * group], keys)
         squares = torch.zeros(n)
         for rows in parts.values():
             squares += (logits[rows] - logits[rows].mean(0)).square().sum((0, 1))
         wanted = squares / (len(q) * group) / 2
+        wanted -= wanted.mean()
         torch.testing.assert_close(found[head], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -56,9 +58,42 @@ def test_cpu_equals_the_reference(seed: int) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_what_all_keys_have_in_common_adds_nothing() -> None:
+    q, k = torch.randn(60, 4, 8), torch.randn(90, 2, 8)
+    found = naive.variance(q, k, scale=0.5, pattern=SparsePattern(block_q=8))
+    moved = naive.variance(q, k + 10 * torch.randn(2, 8), scale=0.5, pattern=SparsePattern(block_q=8))
+    torch.testing.assert_close(found, moved, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", [naive, cpu])
+def test_of_long_sequences_some_keys_stand_for_all(version: Any) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(60, 2, 8), torch.randn(3 * naive.CENTRE_KEYS, 1, 8)
+    spread = naive.covariance(q[-32:], 1, range(380, 384), seq_len=len(k), pattern=SparsePattern(block_q=8))
+    mean = naive.centre(k)
+    assert 0.0 < float((mean - k.mean(0)).abs().max()) < 0.15
+    keys = (k - mean)[:, 0]
+    wanted = torch.einsum("nd,de,ne->n", keys, spread[0], keys) / 2
+    found = version.variance(q[-32:], k, scale=1.0, pattern=SparsePattern(block_q=8))[0]
+    level = wanted - found
+    torch.testing.assert_close(level, level[:1].expand(len(k)), rtol=1e-4, atol=1e-4)
+    assert 0.0 < abs(float(level[0] - wanted.mean())) < 0.2 * float(wanted.mean())
+
+
 def test_queries_that_are_all_the_same_have_none() -> None:
     q, k = torch.ones(40, 2, 8), torch.randn(50, 1, 8)
-    assert float(naive.variance(q, k, scale=1.0, pattern=SparsePattern(block_q=8)).max()) == 0.0
+    assert not naive.variance(q, k, scale=1.0, pattern=SparsePattern(block_q=8)).any()
+
+
+@pytest.mark.parametrize("version", [naive, cpu])
+def test_of_what_is_not_a_number_nothing_is_added(version: Any) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(40, 4, 8), torch.randn(50, 2, 8)
+    q[3, 1] = float("nan")
+    found = version.variance(q, k, scale=1.0, pattern=SparsePattern(block_q=8))
+    assert not found[0].any()
+    assert bool(found[1].isfinite().all())
+    assert bool(found[1].any())
 
 
 @pytest.mark.parametrize("version", [naive, cpu])

@@ -99,8 +99,9 @@ def test_variance_takes_memory_only_where_it_is_asked_for() -> None:
         buffers = TileBuffers.allocate(shape, tiling, max_num_seqs=2, max_tokens=512, device=torch.device("meta"))
         assert (buffers.prior is not None) is variance
         sizes.append(buffers.num_bytes)
-    # Requests, KV heads and positions; places of sums, channels squared; covariances
-    assert sizes[1] - sizes[0] == 2 * 2 * 1024 * 4 + 2 * 2 * 32 * 16 * 16 * 4 + 2 * 2 * 16 * 16 * 2
+    # Requests, KV heads and positions; places of sums, channels squared; covariances, mean keys and levels
+    each = 2 * 2
+    assert sizes[1] - sizes[0] == each * (1024 * 4 + 32 * 16 * 16 * 4 + 16 * 16 * 2 + 16 * 4 + 8 * 4)
 
 
 def test_the_guard_keeps_rows_for_the_dense_kernel() -> None:

@@ -77,7 +77,9 @@ class Tiling:
         return next((pattern for pattern, limit in self._patterns if seq_len <= limit), self._patterns[-1][0])
 
 
-def tiling_of(options: VSPrefillConfig, tuning: PlatformTuning, heads: Heads, longest: int) -> Tiling:
+def tiling_of(
+    options: VSPrefillConfig, tuning: PlatformTuning, heads: Heads, longest: int, *, any_parts: bool = True
+) -> Tiling:
     """How a server cuts sequences of at most ``longest`` tokens, without the dense last rows of a chunk.
 
     Args:
@@ -85,10 +87,11 @@ def tiling_of(options: VSPrefillConfig, tuning: PlatformTuning, heads: Heads, lo
         tuning: the platform's.
         heads: of a layer.
         longest: tokens.
+        any_parts: False where kernels compute that a program limits, whatever the platform would allow.
     """
     pattern = dataclasses.replace(options.tile_pattern(tuning), dense_last=0)
     fixed = bool(tuning.tile_q) or "block_q" in options.model_fields_set
-    return Tiling(pattern, heads, longest, fixed=fixed, any_parts=tuning.tile_any_parts)
+    return Tiling(pattern, heads, longest, fixed=fixed, any_parts=any_parts and tuning.tile_any_parts)
 
 
 class TileShape(NamedTuple):

@@ -70,9 +70,13 @@ class Tiles:
         served: what the server is like.
     """
 
+    any_parts = True
+    """Whether tiles may have any number of parts."""
+
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.tiling = tiling_of(served.options, served.tuning, served.heads, served.longest)
+        options, tuning, heads, longest = served.options, served.tuning, served.heads, served.longest
+        self.tiling = tiling_of(options, tuning, heads, longest, any_parts=self.any_parts)
 
     def sparse(self, rows: LayerRows, price: float, max_density: float) -> tuple[Tensor, float] | None:
         """Attention of some rows.
@@ -118,6 +122,8 @@ class PagedTiles(Tiles):
         device: where.
         operations: the versions to use.
     """
+
+    any_parts = False  # also where a CPU is served, and a GPU computes what it would choose
 
     def __init__(
         self,
