@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -65,6 +66,12 @@ def read_steps(path: Path, values: dict[str, str]) -> list[Step]:
             limit = None if seconds == "-" else float(seconds)
         except ValueError:
             raise ValueError(f"{path}:{number}: expected name, seconds (or -) and command, found {line!r}") from None
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{path}:{number}: {name!r} cannot be the name of a log; use letters, digits, _ . and -")
+        try:
+            shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
         steps.append(Step(name, _words(command, values, name), limit))
     names = [step.name for step in steps]
     if not steps or len(set(names)) < len(names):
@@ -129,8 +136,13 @@ def main(
 ) -> None:
     """Run the steps that are not done yet. Exit status 1 if one failed or was left out."""
     begin = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"campaign: --out {out}: {error.strerror}")
+    try:
+        if odd := [pair for pair in set_ or [] if "=" not in pair]:
+            raise ValueError(f"--set {odd[0]}: expected NAME=VALUE")
         given = dict(pair.split("=", 1) for pair in set_ or [])
         steps = read_steps(plan, {**given, "out": str(out)})
         wanted = set(only.split(",")) if only else {step.name for step in steps}
@@ -141,11 +153,14 @@ def main(
     report = out / "campaign.json"
     try:
         state: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {"steps": {}}
-    except ValueError as error:
+        state["steps"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         sys.exit(f"campaign: {report} is damaged ({error}); without it all steps are run again")
     failed = False
     for step in steps:
-        if step.name not in wanted or state["steps"].get(step.name, {}).get("rc") == 0:
+        earlier = state["steps"].get(step.name, {})
+        # The same step for another model, say, is another one.
+        if step.name not in wanted or (earlier.get("rc") == 0 and earlier.get("command") == shlex.join(step.command)):
             continue
         left = begin + seconds - time.monotonic()
         if left < (step.seconds or 1.0):

@@ -216,9 +216,14 @@ def main(
     profile: Annotated[bool, typer.Option(help="time by kernel of the longest prompt, too")] = False,
 ) -> None:
     """Measure every setting, one engine after the other or, with --turns, all in turns. Exit status 1 if one failed."""
-    known = {**KNOWN, **json.loads(options)}
+    try:
+        known = {**KNOWN, **json.loads(options)}
+        wanted = {name: known[name] for name in settings.split(",")}
+    except (ValueError, TypeError) as error:
+        sys.exit(f"--options: expected a JSON object of names and options ({error})")
+    except KeyError as error:
+        sys.exit(f"--settings: {error} is neither of --options nor one of {', '.join(KNOWN)}")
     results = Results(out)
-    wanted = {name: known[name] for name in settings.split(",")}
     facts = {"model": model.name, "texts": [text.name for text in texts], "chunk": chunk, "eager": eager}
     facts |= {"turns": True} if turns else {}
 
@@ -252,7 +257,7 @@ def main(
             json.dump(task, file)
         status = subprocess.run([sys.executable, "-m", "benchmarks.real_ttft", "--worker", file.name]).returncode
         if status:
-            results.add("failed", {"setting": task["setting"], "status": status})
+            results.add("failed", {"setting": task["setting"], "status": status}, ("setting",))
             failed = True
     sys.exit(failed)
 

@@ -218,8 +218,8 @@ class Bars(NamedTuple):
     """How much of a chunk each KV head keeps beyond window and sinks, as ``price`` decides it and ``rank`` reads it.
 
     Attributes:
-        scores: float32 ``[H_kv]``, the least score of a key that a tile lists (see ``rank.naive.scores``); +inf lists
-            none, -inf every key.
+        scores: float32 ``[H_kv]``, the least score of a key that a tile lists (see ``tile_scores.tile_scores``); +inf
+            lists none, -inf every key.
         density: float32 ``[H_kv]``, share of the chunk's causal pairs that is to be expected.
     """
 

@@ -30,6 +30,8 @@ def test_options_that_differ_from_the_preset() -> None:
     assert shown == f"preset fast; given: dense_layers=0-1, 3, sinks=5, window={usual + 64} (preset {usual})"
     same = VSPrefillConfig.from_sources({"preset": "fast", "window": usual})
     assert start_log.given_options(same) == "preset fast"
+    nothing = VSPrefillConfig.from_sources({"block_q": None, "tile_parts": "null", "checkpoint": None})
+    assert start_log.given_options(nothing) == "preset balanced"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ def test_options_that_differ_from_the_preset() -> None:
         ({"estimator": "sampled", "price": 0.02, "sampled_rows": 5}, False, "price"),
         ({"estimator": "priced", "price": 0.02, "sampled_rows": 5}, False, ""),
         ({"preset": "fast"}, True, ""),
+        ({"tile_parts": None, "tile_variance": "null"}, True, ""),
+        ({"max_columns": None}, False, "max_columns"),
     ],
 )
 def test_options_for_nothing_are_named(given: dict[str, object], trained: bool, names: str) -> None:

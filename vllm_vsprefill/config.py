@@ -480,7 +480,10 @@ class VSPrefillConfig(_Options):
         idle = _OF_COLUMNS if by_tile else _OF_TILES
         if not by_tile and self.estimator != "sampled":
             idle = idle | {"sampled_rows"}
-        return sorted(idle & self.given().keys())
+        usual = type(self).model_fields
+        # Null where that is the default anyway says nothing.
+        said = {name for name, value in self.given().items() if value is not None or usual[name].default is not None}
+        return sorted(idle & said)
 
     def for_estimator(self, trained: bool, tuning: PlatformTuning) -> VSPrefillConfig:
         """These options with what a platform wants of the estimator, where nothing was given explicitly.

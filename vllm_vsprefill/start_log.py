@@ -33,7 +33,7 @@ def given_options(options: VSPrefillConfig) -> str:
     shown = []
     for name, value in sorted(options.given().items()):
         usual = getattr(preset, name)
-        if name == "preset" or (usual is not None and value == usual):
+        if name == "preset" or value == usual:
             continue
         by = f"preset {usual:g}" if name in PRESETS[options.preset] and usual is not None else ""
         value = layer_ranges(value) if name == "dense_layers" else value

@@ -35,6 +35,36 @@ def campaign(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *sets, *more], cwd=HERE, capture_output=True, text=True, check=False)
 
 
+def test_a_step_for_another_model_is_not_done(tmp_path: Path) -> None:
+    (tmp_path / "plan.txt").write_text("works - python -c 'import sys; print(sys.argv[1:])' {model}\n")
+    for models in (["one"], ["one"], ["two"]):
+        done = campaign(tmp_path, *(word for model in models for word in ("--set", f"model={model}")))
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "works.log").read_text() == "['one']\n['two']\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "report", "more", "said"),
+    [
+        ("a/b - true", None, (), "plan.txt:1: 'a/b' cannot be the name of a log"),
+        ("a - echo 'b", None, (), "plan.txt:1: No closing quotation"),
+        ("a - true", "[]", (), "campaign.json is damaged"),
+        ("a - true", None, ("--set", "foo"), "--set foo: expected NAME=VALUE"),
+        ("a - true", None, ("--out", "{folder}/plan.txt"), "plan.txt: File exists"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path: Path, line: str, report: str | None, more: tuple[str, ...], said: str) -> None:
+    (tmp_path / "plan.txt").write_text(line + "\n")
+    if report is not None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "campaign.json").write_text(report)
+    done = campaign(tmp_path, *(word.format(folder=tmp_path) for word in more))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
