@@ -50,7 +50,8 @@ class PlatformTuning:
 
 
 # With lists for every tile, a layer was fastest at 0.5 B parameters (2 KV heads of 64 channels, 2 cores) with tiles of
-# 64 positions and 32 priced rows. Attention over everything by the same code is faster than vLLM's kernel.
+# 64 positions and 32 priced rows. Two parts and the variance bring more of the true output for the same pairs
+# (docs/selection.md). Attention over everything by the same code is faster than vLLM's kernel.
 CPU = PlatformTuning(
     block_q=128,
     block_k=64,
