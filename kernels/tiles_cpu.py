@@ -47,30 +47,26 @@ class Buffers(threading.local):
 
 
 class TileScores:
-    """Scores of one chunk.
+    """Scores of one chunk, without a prior.
 
     Args:
         q: ``[T, Hq, D]``, the chunk's queries; the last row is the query at position ``n - 1``.
         k: ``[n, Hkv, D]``, the whole sequence.
         scale: factor on ``q . k`` before the softmax.
         pattern: tiles, window and sinks.
-        prior: float32 ``[Hkv, n]``, added to the scores of each key; None: nothing.
 
     Attributes:
         k: ``[Hkv, n, D]``, contiguous, in the dtype of products.
         buffers: in the same dtype.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern, prior: Tensor | None = None
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> None:
         self.scale, self.pattern = scale, pattern
         self.seq_len, self.first = k.shape[0], k.shape[0] - q.shape[0]
         # [T, Hkv, group, D]
         self._queries = q.unflatten(1, (k.shape[1], -1))
         self.k = k.transpose(0, 1).to(product_dtype(k.dtype)).contiguous()
         self.buffers = Buffers(self.k.dtype)
-        self._prior = None if prior is None else prior.to(self.k.dtype)
         # The tiles' windows and the sinks, in float32 once for all tiles. [Hkv, keys, D]
         self._near_start = pattern.window_start(self.first // pattern.block_q * pattern.block_q)
         self._window = self.k[:, self._near_start :].float()
@@ -104,8 +100,6 @@ class TileScores:
             scores = self.buffers.take("scores", len(queries), len(keys))
             torch.addmm(coarse, queries, keys.T, alpha=self.scale, out=scores)
             scores += rest
-            if self._prior is not None:
-                scores += self._prior[head, first : first + len(keys)]
             yield first, scores.view(len(tiles), -1, len(keys))
 
     def _means(self, head: int, tile: int) -> tuple[Tensor, Tensor]:

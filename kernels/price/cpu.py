@@ -55,14 +55,19 @@ def _tiles(positions: list[int], pattern: SparsePattern) -> list[_Tile]:
     return found
 
 
-def _bins(call: TileScores, head: int, tiles: list[_Tile]) -> tuple[list[Bins], npt.NDArray[np.int64]]:
+def _bins(
+    call: TileScores, prior: Tensor | None, head: int, tiles: list[_Tile]
+) -> tuple[list[Bins], npt.NDArray[np.int64]]:
     """Bins of the keys that each tile can list, and how many keys of all its rows lie in each, from -1 on."""
     sinks = call.pattern.sink_keys
     counts = np.zeros(BINS + 1, dtype=np.int64)
     some = [tile.tile for tile in tiles]
     bins = np.empty((len(tiles), call.width(some)), dtype=np.int16)
     for first, scores in call.scores(head, some):
-        scaled = scores.amax(1).float().sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST))
+        best = scores.amax(1).float()
+        if prior is not None:
+            best += prior[head, first : first + scores.shape[2]]
+        scaled = best.sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST))
         bins[:, first : first + scores.shape[2]] = scaled.floor_().clamp_(-1, BINS - 1).to(torch.int16).numpy()
     found = [row[sinks : tile.start] for row, tile in zip(bins, tiles, strict=True)]
     for row, tile in zip(found, tiles, strict=True):
@@ -180,12 +185,12 @@ def price(
         raise ValueError(f"q is on {q.device}; this version runs on the CPU only")
     n, num_kv_heads = k.shape[0], k.shape[1]
     heads = range(num_kv_heads)
-    call = TileScores(q, k, scale=scale, pattern=pattern, prior=prior)
+    call = TileScores(q, k, scale=scale, pattern=pattern)
     positions = [row + call.first for row in spread_rows(q.shape[0], rows_of(num_rows, n))]
     tiles = _tiles(positions, pattern)
     step = max(min(len(tiles) // 4, TILES // pattern.parts), 1)
     ranges = [(i, min(i + step, len(tiles))) for i in range(0, len(tiles), step)]
-    binned = run_pieces([partial(_bins, call, head, tiles[i:j]) for head in heads for i, j in ranges])
+    binned = run_pieces([partial(_bins, call, prior, head, tiles[i:j]) for head in heads for i, j in ranges])
     bins: list[list[Bins]] = [[] for _ in heads]
     counted = np.zeros((num_kv_heads, BINS + 1), dtype=np.int64)
     for piece, (found, count) in enumerate(binned):

@@ -35,19 +35,32 @@ def rank(
     listing = [head for head, bar in enumerate(bars.tolist()) if bar != math.inf]
     if not listing:
         return found
-    call = TileScores(q, k, scale=scale, pattern=pattern, prior=prior)
+    call = TileScores(q, k, scale=scale, pattern=pattern)
     sinks = pattern.sink_keys
 
+    # What a key's score has to reach at least: the bar without its prior, above the lowest of these. None is negative.
+    lowest, above = bars, None
+    if prior is not None:
+        most = prior.amax(1)
+        lowest, above = bars - most, (most.unsqueeze(1) - prior).to(call.k.dtype)
+
     def piece(head: int, first: int, end: int) -> None:
-        some, bar = tiles[first:end], float(bars[head])
+        some, bar = tiles[first:end], float(lowest[head])
         marks = found[head, first:end]
         if bar == -math.inf:
             marks[:, sinks : call.width(some)] = True
         else:
             for start, scores in call.scores(head, some, bar):
-                # Not negative is what has no sign bit, which integers are searched for six times as fast.
-                signed = scores.view(torch.int16) if scores.element_size() == 2 else scores
-                marks[:, start : start + scores.shape[2]] = signed.amax(1) >= 0
+                # Not negative is what has no sign bit, which integers are searched for six times as fast; and those
+                # without one are in the order of the numbers.
+                short = scores.element_size() == 2
+                best = (scores.view(torch.int16) if short else scores).amax(1)
+                width = scores.shape[2]
+                if above is None:
+                    marks[:, start : start + width] = best >= 0
+                else:
+                    limit = above[head, start : start + width]
+                    marks[:, start : start + width] = best >= (limit.view(torch.int16) if short else limit)
             marks[:, :sinks] = False
         for mark, tile in zip(marks, some, strict=True):
             mark[pattern.window_start(tile * pattern.block_q) :] = False

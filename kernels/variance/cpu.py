@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_query_key, check_scale
 from ..types import SparsePattern
-from .naive import halves
+from .naive import halves, tiles_of_variance
 
 
 def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> Tensor:
@@ -22,6 +22,10 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     # Which part of which tile each row belongs to; they follow one another
     position = torch.arange(n - rows, n)
     tile = position // pattern.block_q
+    looked_at = tiles_of_variance(pattern, rows, n)
+    if looked_at.step > 1:
+        some = (tile - looked_at.start) % looked_at.step == 0
+        position, tile, q = position[some], tile[some], q[some]
     part = tile * pattern.parts + position % pattern.block_q // pattern.part_positions
     _, place, count = part.unique_consecutive(return_inverse=True, return_counts=True)
     # [Hkv, T, group * D]

@@ -28,8 +28,16 @@ from ..types import SparsePattern
 CENTRE_KEYS, LEVEL_KEYS = 1024, 256
 """Keys whose mean stands for that of all, and whose mean result does."""
 
-LARGEST = 1e30
-"""Results beyond it, and those that are not a number, are 0."""
+ENOUGH_ROWS = 1024
+"""Rows of a chunk beyond which tiles are left out: a covariance of channels needs a thousand queries, not all."""
+
+MOST = 1000.0
+"""Results are between this and its negative."""
+
+
+def tiles_of_variance(pattern: SparsePattern, rows: int, seq_len: int) -> range:
+    """The tiles of a chunk that are looked at: all, or of more than ``ENOUGH_ROWS`` rows every so manieth."""
+    return pattern.tiles(rows, seq_len)[:: max(rows // ENOUGH_ROWS, 1)]
 
 
 def centre(k: Tensor) -> Tensor:
@@ -52,7 +60,7 @@ def halves(k: Tensor, spread: Tensor, scale: float) -> Tensor:
         line.copy_(((keys @ spread[head]).mul_(keys)).sum(-1))
     found.mul_(scale * scale / 2)
     found -= found[:, spread_rows(n, LEVEL_KEYS)].mean(1, keepdim=True)
-    return torch.where(found.abs() < LARGEST, found, 0.0)
+    return found.clamp_(-MOST, MOST).nan_to_num_(0.0)
 
 
 def covariance(q: Tensor, num_kv_heads: int, tiles: Sequence[int], *, seq_len: int, pattern: SparsePattern) -> Tensor:
@@ -88,7 +96,8 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
         pattern: tiles and their parts. Queries are seen around the mean of their part.
 
     Returns:
-        float32 ``[Hkv, n]``, less the mean over some of the keys; 0 where it is not a number.
+        float32 ``[Hkv, n]``, less the mean over some of the keys; 0 where it is not a number. Of the tiles of
+        ``tiles_of_variance``.
 
     Raises:
         ValueError: dtype, shape or device mismatch; the message names the argument.
@@ -96,5 +105,6 @@ def variance(q: Tensor, k: Tensor, *, scale: float, pattern: SparsePattern) -> T
     check_query_key(q, k)
     check_scale(scale)
     n = k.shape[0]
-    spread = covariance(q, k.shape[1], pattern.tiles(q.shape[0], n), seq_len=n, pattern=pattern)
+    tiles = tiles_of_variance(pattern, q.shape[0], n)
+    spread = covariance(q, k.shape[1], tiles, seq_len=n, pattern=pattern)
     return halves(k, spread, scale)

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
 """What single queries of a tile may find in a key that their mean does not, for the requests of a round: the plain
-reference over requests, its workspace and its checks.
-
-Of a long chunk only some tiles are looked at (``tiles_of_variance``): a covariance of a head's channels needs a few
-thousand queries, not all.
-"""
+reference over requests, its workspace and its checks."""
 
 from __future__ import annotations
 
@@ -18,9 +14,8 @@ from ..checks import check_scale, check_tensor
 from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
 from ..reference import keys_values
 from ..types import SparsePattern
-from .naive import covariance, halves
+from .naive import covariance, halves, tiles_of_variance
 
-ENOUGH_ROWS = 4096  # of a chunk, beyond which tiles are left out
 MAX_SPLITS = 32  # of a request's queries, for each KV head
 LEVELS = 8  # programs for the keys whose mean result is taken off
 PROGRAMS = 256  # that add up products at a time, about: two for each multiprocessor of a large device
@@ -41,11 +36,6 @@ class VarianceWorkspace(NamedTuple):
     centre: Tensor
     level: Tensor
     covariance: Tensor
-
-
-def tiles_of_variance(pattern: SparsePattern, rows: int, seq_len: int) -> range:
-    """The tiles of a chunk that are looked at: all, or of more than ``ENOUGH_ROWS`` rows every so manieth."""
-    return pattern.tiles(rows, seq_len)[:: max(rows // ENOUGH_ROWS, 1)]
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -107,7 +97,7 @@ def variance(
 ) -> None:  # fmt: skip
     """Half the variance of every key's logits over the queries of a tile, for ``price`` and ``rank``.
 
-    ``naive.variance``, of the tiles of ``tiles_of_variance``; 0 where it is not a number.
+    As ``naive.variance``.
 
     Args:
         q: ``[rows, Hq, D]``, contiguous channels.

@@ -20,8 +20,8 @@ from ..launch import cdiv, launch, next_power_of_2
 from ..paged import Batch, PagedKV, is_interpreted, paged_rows
 from ..settings import Settings, padded
 from ..types import SparsePattern
-from . import paged
-from .naive import CENTRE_KEYS, LARGEST, LEVEL_KEYS
+from . import naive, paged
+from .naive import CENTRE_KEYS, LEVEL_KEYS, MOST
 from .paged import VarianceWorkspace
 
 ELEMENTS = 16384  # of a covariance that a program multiplies with at a time
@@ -230,7 +230,7 @@ def _prior_kernel(
     p_q, p_centre, p_covariance, p_level, p_prior, p_cache, p_table, p_row_start, p_row_end, p_seq_len, p_k_scale,
     scale, stride_block, stride_head, stride_token, stride_table, stride_prior, stride_prior_head,
     HEADS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr, LARGEST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr, UPCAST: tl.constexpr, MOST: tl.constexpr,
     LEVEL_KEYS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Half the variance of the logits of one block of keys, less the mean."""
@@ -252,7 +252,7 @@ def _prior_kernel(
     level = tl.sum(b_level, 0) / tl.minimum(LEVEL_KEYS, n).to(tl.float32)
     b_sum = (b_sum - level) * (scale * scale * 0.5)
     # Of what is not a number nothing is left.
-    b_sum = tl.where(tl.abs(b_sum) < LARGEST, b_sum, 0.0)
+    b_sum = tl.where(b_sum == b_sum, tl.minimum(tl.maximum(b_sum, -MOST), MOST), 0.0)
     tl.store(
         p_prior + i_r.to(tl.int64) * stride_prior + i_h.to(tl.int64) * stride_prior_head + b_j, b_sum, mask=b_j < n
     )
@@ -286,7 +286,7 @@ def variance(
     upcast = is_interpreted() and not wide
     tile = {
         "HEADS": heads, "GROUP": q.shape[1] // heads, "PARTS": pattern.parts, "BLOCK_Q": pattern.block_q,
-        "ENOUGH": paged.ENOUGH_ROWS, "BU": config.block_m // rows, "D": size, "BD": depth,
+        "ENOUGH": naive.ENOUGH_ROWS, "BU": config.block_m // rows, "D": size, "BD": depth,
     }  # fmt: skip
     run = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     cache = (kv.cache, kv.block_table, *rounds)
@@ -316,6 +316,6 @@ def variance(
             q, workspace.centre, workspace.covariance, workspace.level, prior, *cache, kv.k_scale, scale, *strides,
             *prior.stride()[:2],
         ),
-        **run, **keys, BN=config.block_n, SCALED=kv.k_scale is not None, LARGEST=LARGEST,
+        **run, **keys, BN=config.block_n, SCALED=kv.k_scale is not None, MOST=MOST,
         LEVEL_KEYS=LEVEL_KEYS, LEVELS=paged.LEVELS,
     )  # fmt: skip

@@ -92,7 +92,8 @@ from vllm_vsprefill.kernels.settings import Settings, settings
 from vllm_vsprefill.kernels.tile_index import EVERYTHING, TileIndex, allocate_tiles
 from vllm_vsprefill.kernels.tile_scores import listable, tile_scores
 from vllm_vsprefill.kernels.types import Budgets, IndexerLayerWeights, Selection, SparsePattern
-from vllm_vsprefill.kernels.variance.paged import allocate_variance, check_variance, tiles_of_variance
+from vllm_vsprefill.kernels.variance.naive import CENTRE_KEYS, LEVEL_KEYS, MOST, tiles_of_variance
+from vllm_vsprefill.kernels.variance.paged import allocate_variance, check_variance
 from vllm_vsprefill.kernels.variance.triton import variance
 
 Params = dict[str, Any]
@@ -673,8 +674,9 @@ VARIANCE_LIMIT = dict.fromkeys((torch.bfloat16, torch.float16), 2e-2 if is_inter
 VARIANCE_LIMIT[torch.float32] = 2e-3
 
 
-def half_variance(q: Tensor, k: Tensor, scale: float, pattern: SparsePattern) -> Tensor:
-    """float64 ``[Hkv, n]``: what ``variance.paged`` defines, without its loop over tiles."""
+def half_variance(q: Tensor, k: Tensor, scale: float, pattern: SparsePattern) -> tuple[Tensor, Tensor]:
+    """float64 ``[Hkv, n]``: what ``variance.paged`` defines, without its loop over tiles; and before its mean is taken
+    off, which is what rounding is relative to."""
     rows, n, heads = q.shape[0], k.shape[0], k.shape[1]
     position = torch.arange(n - rows, n, device=DEVICE)
     tile, some = position // pattern.block_q, tiles_of_variance(pattern, rows, n)
@@ -684,9 +686,10 @@ def half_variance(q: Tensor, k: Tensor, scale: float, pattern: SparsePattern) ->
     queries = q[looked_at].double()
     sums = torch.zeros(len(count), *queries.shape[1:], dtype=torch.float64, device=DEVICE).index_add_(0, place, queries)
     apart = (queries - (sums / count.view(-1, 1, 1))[place]).unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
-    keys = k.double().transpose(0, 1)
-    products = torch.einsum("hnd,hde,hne->hn", keys, apart.mT @ apart / apart.shape[1], keys)
-    return products * (scale * scale / 2)
+    keys = (k.double() - k[spread_rows(n, CENTRE_KEYS)].double().mean(0)).transpose(0, 1)
+    products = torch.einsum("hnd,hde,hne->hn", keys, apart.mT @ apart / apart.shape[1], keys) * (scale * scale / 2)
+    level = products[:, spread_rows(n, LEVEL_KEYS)].mean(1, keepdim=True)
+    return (products - level).clamp(-MOST, MOST), products
 
 
 def listed_keys(index: TileIndex, kv: PagedKV, request: int, batch: Batch, check: Check) -> Tensor:
@@ -775,8 +778,8 @@ def run_chain(config: Params, rng: random.Random, gen: torch.Generator, check: C
         added = None
         if prior is not None:
             added = prior[i, :, :n]
-            spread = half_variance(part, k, scale * k_scale, pattern)
-            check.measure("variance", float((added - spread).norm() / (spread.norm() + 1e-30)), VARIANCE_LIMIT[dtype])
+            spread, whole = half_variance(part, k, scale * k_scale, pattern)
+            check.measure("variance", float((added - spread).norm() / (whole.norm() + 1e-30)), VARIANCE_LIMIT[dtype])
             check.holds("a prior behind a sequence", bool(prior[i, :, n:].isnan().all()))
         scores = tile_scores(part, k, list(tiles), scale=scale * k_scale, pattern=pattern, prior=added)
         apart = scores - bars.view(-1, 1, 1)
