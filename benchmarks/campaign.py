@@ -69,19 +69,20 @@ def read_steps(path: Path, values: dict[str, str]) -> list[Step]:
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{path}:{number}: {name!r} cannot be the name of a log; use letters, digits, _ . and -")
         try:
-            shlex.split(command)
+            words = shlex.split(command)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-        steps.append(Step(name, _words(command, values, name), limit))
+        steps.append(Step(name, _words(words, values, name), limit))
     names = [step.name for step in steps]
     if not steps or len(set(names)) < len(names):
         raise ValueError(f"{path}: {'two steps have one name' if steps else 'no step'}")
     return steps
 
 
-def _words(command: str, values: dict[str, str], name: str) -> list[str]:
+def _words(command: list[str], values: dict[str, str], name: str) -> list[str]:
+    """Words of a command with the values put in."""
     words: list[str] = []
-    for word in shlex.split(command):
+    for word in command:
         several = word[1:-2] if word.startswith("{") and word.endswith("*}") else None
         try:
             words += values[several].split(",") if several else [word.format(**values)]
@@ -158,18 +159,18 @@ def main(
         sys.exit(f"campaign: {report} is damaged ({error}); without it all steps are run again")
     failed = False
     for step in steps:
-        earlier = state["steps"].get(step.name, {})
+        earlier, command = state["steps"].get(step.name, {}), shlex.join(step.command)
         # The same step for another model, say, is another one.
-        if step.name not in wanted or (earlier.get("rc") == 0 and earlier.get("command") == shlex.join(step.command)):
+        if step.name not in wanted or (earlier.get("rc") == 0 and earlier.get("command") == command):
             continue
         left = begin + seconds - time.monotonic()
         if left < (step.seconds or 1.0):
             print(f"{step.name}: left out, {left:.0f} s are left", flush=True)
             failed = True
             continue
-        print(f"{step.name}: {shlex.join(step.command)}", flush=True)
+        print(f"{step.name}: {command}", flush=True)
         ended = run(step, out / f"{step.name}.log", min(step.seconds or left, left))
-        state["steps"][step.name] = {**ended, "command": shlex.join(step.command)}
+        state["steps"][step.name] = {**ended, "command": command}
         environment.write(report, state)
         failed |= ended["rc"] != 0
         print(f"{step.name}: exit status {ended['rc']}, {ended['seconds']} s {ended.get('error', '')}", flush=True)

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-vsprefill project
-"""What the plain references over a paged cache share: contiguous views of one request. Not for serving."""
+"""What the plain references over a paged cache share: the requests of a round, and contiguous views of
+one. Not for serving."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .index import Index
-from .paged import FP8_DTYPES, PagedKV
+from .paged import FP8_DTYPES, Batch, PagedKV
 from .types import Selection
+
+
+def with_rows(batch: Batch) -> Iterator[tuple[int, int, int, int]]:
+    """Each request that has rows: its number, its first row, the one behind its last, and its length."""
+    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
+    for request, (start, end, seq_len) in enumerate(bounds):
+        if start != end:
+            yield request, start, end, seq_len
 
 
 def cache_slots(kv: PagedKV, request: int, seq_len: int) -> Tensor:

@@ -36,7 +36,8 @@ class Priced:
         group: mean or max over the query heads of a KV head.
         bars: False keeps the same number of keys in every tile instead of all above one bar.
         prior: ``ideal`` adds to a key's scores, whatever the tile, the logarithm of how much more true attention the
-            chunk's rows pay to it than its scores say: what an indexer that rates keys could add at best.
+            chunk's rows pay to it than its scores say: what an indexer that rates keys could add at best. ``variance``
+            adds what the operation of that name computes.
         sketch: dimensions of the random projection in which errors are measured; 0: none, exact.
     """
 
@@ -49,7 +50,7 @@ class Priced:
     unit: Literal["near", "all", "some"] = "near"
     group: Literal["mean", "max"] = "max"
     bars: bool = True
-    prior: Literal["none", "ideal", "variance", "heads"] = "none"
+    prior: Literal["none", "ideal", "variance"] = "none"
     sketch: int = 0
 
     def __post_init__(self) -> None:
@@ -81,7 +82,6 @@ class Priced:
         heads, group = chunk.k.shape[0], chunk.group
         scores = torch.empty(heads, chunk.blocks, chunk.seq_len, device=chunk.device)
         means = self._means(chunk)
-        spread = self._spread(chunk, means) if self.prior == "heads" else None
         counted = ~hidden if self.unit == "all" else near
         if self.unit == "some":
             far = ~near & ~hidden & (chunk.positions % 8 == 3)
@@ -90,10 +90,8 @@ class Priced:
         for h in range(heads):
             found = torch.zeros(()) if self.group == "mean" else torch.full((), -torch.inf)
             found = found.to(chunk.device)
-            for mean, there, g in ((mean[h * group + g], there, g) for mean, there in means for g in range(group)):
+            for mean, there in ((mean[h * group + g], there) for mean, there in means for g in range(group)):
                 logits = products(mean, chunk.k[h]) * chunk.scale
-                if spread is not None:
-                    logits = logits + spread[h * group + g]
                 units = logits + weight if self.unit == "some" else logits
                 unit = units.masked_fill(~counted, float("-inf")).logsumexp(-1, keepdim=True)
                 one = torch.where(there, logits - unit, float("-inf"))
@@ -104,24 +102,6 @@ class Priced:
                     found = torch.maximum(found, one)
             scores[h] = found.log() if self.group == "mean" else found
         return scores
-
-    def _spread(self, chunk: Chunk, means: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """float32 ``[Hq, n]``: half the variance of a key's logits over the queries of a tile, mean over the tiles.
-
-        The mean of exp(x) of normal x is exp(mean + variance / 2).
-        """
-        part = -(-self.tile // self.parts)
-        whole = chunk.rows // self.tile
-        rows = chunk.q[:, : whole * self.tile].float().unflatten(1, (-1, self.tile))
-        groups = rows.shape[0]
-        gram = torch.zeros(groups, rows.shape[-1], rows.shape[-1], device=chunk.device)
-        for (mean, _), first in zip(means, range(0, self.tile, part), strict=True):
-            apart = rows[:, :, first : first + part] - mean[:, :whole, None].float()
-            flat = apart.flatten(1, 2)
-            gram += flat.mT @ flat
-        gram /= whole * self.tile
-        keys = chunk.k.float().repeat_interleave(chunk.group, 0)
-        return 0.5 * chunk.scale**2 * ((keys @ gram) * keys).sum(-1)
 
     def _prior(self, chunk: Chunk, scores: Tensor, wanted: Tensor, hidden: Tensor) -> Tensor:
         """float32 ``[Hkv, n]``, at most 4 either way; keys that hardly anybody looks at are left alone."""

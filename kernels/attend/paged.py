@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_like, check_scale, check_tensor
 from ..index import Index, check_index
 from ..paged import QUERY_DTYPES, Batch, PagedKV, check_device, check_queries
-from ..reference import keys_values, selection_of
+from ..reference import keys_values, selection_of, with_rows
 from . import naive
 
 
@@ -83,10 +83,7 @@ def attend(
         out = torch.empty_like(q)
     pattern = index.pattern if dense_last is None else replace(index.pattern, dense_last=dense_last)
     group = q.shape[1] // kv.num_kv_heads
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, v = keys_values(kv, i, n)
         selection = selection_of(index, i, n)
         for head in range(kv.num_kv_heads):

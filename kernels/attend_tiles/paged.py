@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_like, check_scale, check_tensor
 from ..paged import QUERY_DTYPES, Batch, PagedKV, check_device, check_queries
-from ..reference import keys_values, slot_values
+from ..reference import keys_values, slot_values, with_rows
 from ..tile_index import EVERYTHING, TileIndex, check_tiles
 
 
@@ -78,10 +78,7 @@ def attend_tiles(
         out = torch.empty_like(q)
     pattern = index.pattern
     group = q.shape[1] // kv.num_kv_heads
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (row_start, row_end, n) in enumerate(bounds):
-        if row_start == row_end:
-            continue
+    for i, row_start, row_end, n in with_rows(batch):
         first = n - (row_end - row_start)
         k, v = keys_values(kv, i, n)
         for tile in pattern.tiles(row_end - row_start, n):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..checks import check_selection
 from ..index import NONE, RANK, Index, check_index
 from ..paged import Batch, PagedKV, check_device, check_paged
-from ..reference import cache_slots
+from ..reference import cache_slots, with_rows
 from ..tile_index import EVERYTHING, WORD_BITS, TileIndex, check_tiles
 from ..types import Selection
 
@@ -117,11 +117,8 @@ def build_tiles(index: TileIndex, kv: PagedKV, batch: Batch) -> TileIndex:
         ``index``.
     """
     pattern, room, used = index.pattern, index.slots.shape[0], 0
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
     bit = torch.arange(WORD_BITS, device=index.bits.device)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         first, slots = n - (end - start), cache_slots(kv, i, n).int()
         for tile in pattern.tiles(end - start, n):
             place = index.place(start, i, first, tile)

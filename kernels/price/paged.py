@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import check_scale
 from ..launch import cdiv, next_power_of_2
 from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
-from ..reference import keys_values
+from ..reference import keys_values, with_rows
 from ..rows import check_num_rows
 from ..tile_index import TileIndex, check_tiles
 from . import naive
@@ -159,10 +159,7 @@ def price(
         prior: float32 ``[requests, Hkv, positions]``, contiguous positions, added to the scores of each key; None:
             nothing.
     """
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, v = keys_values(kv, i, n)
         found = naive.price(
             q[start:end].to(k.dtype), k, v, scale=scale, pattern=index.pattern, price=price,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_scale
 from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
-from ..reference import keys_values
+from ..reference import keys_values, with_rows
 from ..tile_index import WORD_BITS, TileIndex, check_tiles
 from ..tile_scores import tile_scores
 
@@ -97,10 +97,7 @@ def rank(
     """
     pattern = index.pattern
     weights = (1 << torch.arange(WORD_BITS, dtype=torch.int64, device=q.device)).view(1, 1, 1, -1)
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, _ = keys_values(kv, i, n)
         tiles, first = pattern.tiles(end - start, n), n - (end - start)
         added = None if prior is None else prior[i, :, :n]

@@ -13,7 +13,7 @@ from ..checks import check_scale, check_tensor
 from ..index import Index, check_index
 from ..launch import cdiv, next_power_of_2
 from ..paged import Batch, PagedKV, check_device, check_queries
-from ..reference import keys_values, selection_of
+from ..reference import keys_values, selection_of, with_rows
 from ..rows import check_num_rows
 from . import naive
 
@@ -84,10 +84,7 @@ def recall(
         totals: float32 ``[2]``, to which the sum and the number of what was summed are added.
         scale: factor on ``q . k`` before the softmax.
     """
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, _ = keys_values(kv, i, n)
         selection = selection_of(index, i, n)
         queries = q[start:end].to(k.dtype)

@@ -14,7 +14,7 @@ from ..checks import check_scale
 from ..gathered import BLOCK, GatheredLogits, check_gathered
 from ..launch import cdiv, next_power_of_2
 from ..paged import Batch, PagedKV, check_device, check_queries
-from ..reference import keys_values
+from ..reference import keys_values, with_rows
 from . import naive
 
 SPLITS = 32  # of the sequence in the first pass
@@ -102,10 +102,7 @@ def sampled(
         gathered: written.
         scale: factor on ``q . k`` before the softmax.
     """
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, _ = keys_values(kv, i, n)
         columns, diagonals = naive.sampled(q[start:end].to(k.dtype), k, scale=scale, num_rows=workspace.num_rows)
         rows = torch.stack((columns, diagonals.flip(-1))).log()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checks import check_scale, check_tensor
 from ..paged import Batch, PagedKV, check_device, check_priors, check_queries
-from ..reference import keys_values
+from ..reference import keys_values, with_rows
 from ..types import SparsePattern
-from .naive import covariance, halves, tiles_of_variance
+from . import naive
 
 MAX_SPLITS = 32  # of a request's queries, for each KV head
 LEVELS = 8  # programs for the keys whose mean result is taken off
@@ -109,11 +109,6 @@ def variance(
             written.
         scale: factor on ``q . k`` before the softmax.
     """
-    bounds = zip(batch.row_start.tolist(), batch.row_end.tolist(), batch.seq_len.tolist(), strict=True)
-    for i, (start, end, n) in enumerate(bounds):
-        if start == end:
-            continue
+    for i, start, end, n in with_rows(batch):
         k, _ = keys_values(kv, i, n)
-        tiles = tiles_of_variance(pattern, end - start, n)
-        spread = covariance(q[start:end], k.shape[1], tiles, seq_len=n, pattern=pattern)
-        prior[i, :, :n] = halves(k, spread, scale)
+        prior[i, :, :n] = naive.variance(q[start:end].to(k.dtype), k, scale=scale, pattern=pattern)
